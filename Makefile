@@ -1,0 +1,36 @@
+# make demo | make test | make lint | make bench; each creates .venv itself when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PACKAGES := gim gim_kernels tests benchmarks
+
+.PHONY: demo test lint format bench gpu clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/gim demo --html demo.html --json demo.json
+
+# One worker for each core; a test that needs a GPU is for `make gpu`.
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.runner explain --json benchmarks/results
+
+clean:
+	rm -rf .venv build dist *.egg-info demo.html demo.json
