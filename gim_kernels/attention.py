@@ -1,0 +1,408 @@
+"""Attention with a choice of softmax backward: checks, choice of engine, autograd.
+
+The operator ``gim_kernels::attention`` is registered with torch.library, so that ``torch.compile`` sees one node and
+selective checkpointing can keep its outputs by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from gim_kernels import blockwise, engines, reference
+from gim_kernels.blockwise import Options
+from gim_kernels.engines import Engine
+
+SoftmaxBackward = Literal["exact", "temperature", "constant"]
+SOFTMAX_BACKWARDS: tuple[SoftmaxBackward, ...] = ("exact", "temperature", "constant")
+
+_LIBRARY_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? key_range, float scale, bool causal, "
+    "int? window, float? softcap, str softmax_backward, float temperature, float[] grad_scale, str engine"
+)
+
+
+@torch.library.custom_op(
+    "gim_kernels::attention", mutates_args=(), schema=f"({_LIBRARY_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    softmax_backward: SoftmaxBackward,
+    temperature: float,
+    grad_scale: Sequence[float],
+    engine: Engine,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = Options(scale, causal, window, softcap)
+    return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
+
+
+@_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, queries, size = query.shape
+    out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return out, query.new_empty(batch, heads, queries, dtype=wide)
+
+
+@torch.library.custom_op(
+    "gim_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_LIBRARY_ARGUMENTS}, Tensor out, Tensor lse, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    softmax_backward: SoftmaxBackward,
+    temperature: float,
+    grad_scale: Sequence[float],
+    engine: Engine,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = engines.module(engine, blockwise).attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        sinks,
+        key_range,
+        out,
+        lse,
+        Options(scale, causal, window, softcap),
+        softmax_backward=softmax_backward,
+        temperature=temperature,
+        grad_scale=tuple(grad_scale),
+        needs=tuple(needs),
+    )
+    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
+    first, second, third, fourth = (query.new_empty(0) if grad is None else grad for grad in grads)
+    return first, second, third, fourth
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    needs = rest[-1]
+    inputs = (query, key, value, sinks)
+    return tuple(
+        torch.empty_like(x) if need and x is not None else query.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, sinks, key_range, *options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.options = tuple(options)
+    ctx.save_for_backward(query, key, value, sinks, key_range, out, lse)
+
+
+def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * (5 + len(ctx.options))
+    if grad_out is None:
+        return nothing
+    query, key, value, sinks, key_range, out, lse = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[:4]]
+    grads = _attention_backward(grad_out, query, key, value, sinks, key_range, *ctx.options, out, lse, needs)
+    given = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (*given, *nothing[4:])
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {tuple(x.shape)}")
+        if x.dtype not in engines.DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    if key.shape != value.shape:
+        raise ValueError(f"value must have key's shape, got key {tuple(key.shape)} and value {tuple(value.shape)}")
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"key must have query's batch size {query.shape[0]}, got {key.shape[0]}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"key must have query's head size {query.shape[3]}, got {key.shape[3]}")
+    if query.shape[3] == 0:
+        raise ValueError("query must have a head size of at least 1, got 0")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+        raise ValueError(
+            "query heads must be a multiple of key heads, "
+            f"got {query.shape[1]} query heads and {key.shape[1]} key heads"
+        )
+
+
+def _positive(name: str, number: float | None) -> None:
+    if number is not None and (not isinstance(number, int | float) or not 0 < number < math.inf):
+        raise ValueError(f"{name} must be a finite number > 0, got {number!r}")
+
+
+def _check_options(
+    query: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    softmax_backward: str,
+    temperature: float,
+    grad_scale: Sequence[float],
+) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
+    _positive("softcap", softcap)
+    if softmax_backward not in SOFTMAX_BACKWARDS:
+        raise ValueError(f"softmax_backward must be one of {SOFTMAX_BACKWARDS}, got {softmax_backward!r}")
+    _positive("temperature", temperature)
+    if len(grad_scale) != 3 or not all(math.isfinite(factor) for factor in grad_scale):
+        raise ValueError(f"grad_scale must be three finite factors for q, k and v, got {grad_scale!r}")
+    if sinks is not None:
+        if tuple(sinks.shape) != (query.shape[1],):
+            raise ValueError(f"sinks must have shape [HQ] = [{query.shape[1]}], got {tuple(sinks.shape)}")
+        if sinks.dtype not in engines.DTYPES:
+            raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
+        if sinks.device != query.device:
+            raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
+    if key_range is not None:
+        if tuple(key_range.shape) != (query.shape[0], 2):
+            raise ValueError(f"key_range must have shape [B, 2] = [{query.shape[0]}, 2], got {tuple(key_range.shape)}")
+        if key_range.dtype != torch.int32:
+            raise TypeError(f"key_range must be int32, got {key_range.dtype}")
+        if key_range.device != query.device:
+            raise ValueError(f"key_range must be on query's device {query.device}, got {key_range.device}")
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_range: torch.Tensor | None = None,
+    softmax_backward: SoftmaxBackward = "exact",
+    temperature: float = 2.0,
+    grad_scale: Sequence[float] = (1.0, 1.0, 1.0),
+    engine: Engine = "auto",
+) -> torch.Tensor:
+    """Multi-head attention in O(T) memory whose softmax has a backward of its own.
+
+    Forward, with ``c`` the softcap::
+
+        S = scale * Q K^T,  S' = c tanh(S / c) or S,  P = softmax(S'),  O = P V
+
+    Backward, for the score gradient ``dS'`` (``dP = dO V^T``, ``P_T = softmax(S' / T)``)::
+
+        temperature   dS' = P_T * (dP - rowsum(P_T * dP))      no factor 1 / T
+        exact         the same with T = 1: the ordinary gradient
+        constant      dS' = 0: softmax outputs are constants, only dV = P^T dO remains
+
+    The forward does not depend on the rule, bit for bit. Rows that see no key give 0.
+
+    Args:
+        query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
+        key: ``[B, HK, S, D]``, HQ a multiple of HK; query head h reads key head ``h // (HQ / HK)``.
+        value: ``[B, HK, S, D]``.
+        scale: factor on the scores; None is ``1 / sqrt(D)``.
+        causal: query i sees keys up to ``i + S - T`` (aligned bottom-right).
+        window: in keys; query i sees keys ``j > i + S - T - window`` only.
+        softcap: bound of the scores, > 0, in units of the scores.
+        sinks: ``[HQ]``, a score per head that takes probability and has no value.
+        key_range: ``[B, 2]`` int32, the first and one past the last key that exist in each row.
+        softmax_backward: the rule of the backward.
+        temperature: T of the rule ``"temperature"``, > 0.
+        grad_scale: factors of the gradients of query, key and value.
+        engine: ``"triton"``, ``"blockwise"``, ``"reference"``, or ``"auto"``: Triton on a GPU, blockwise elsewhere.
+
+    Returns:
+        ``[B, HQ, T, D]`` in query's dtype.
+
+    Raises:
+        TypeError: a tensor of another dtype; the message names it.
+        ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
+            wanted and what came.
+        RuntimeError: the engine cannot run here.
+
+    Numerics: scores, sums and accumulators are float32 (float64 for float64); deterministic, bit for bit, on one
+    device. Errors are within twice those of eager PyTorch in the same dtype.
+
+    Source: Edin et al. 2025, arXiv 2505.17630 (the rules); Dao 2023, arXiv 2307.08691 (the forward).
+    """
+    _check_tensors(query, key, value)
+    _check_options(query, scale, window, softcap, sinks, key_range, softmax_backward, temperature, grad_scale)
+    factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
+    chosen = engines.choose(engine, query)
+    if chosen == "reference":
+        return reference.attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_range=key_range,
+            softmax_backward=softmax_backward,
+            temperature=temperature,
+            grad_scale=factors,
+        )
+    out, _ = _attention(
+        query,
+        key,
+        value,
+        sinks,
+        key_range,
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        bool(causal),
+        window,
+        None if softcap is None else float(softcap),
+        softmax_backward,
+        float(temperature),
+        factors,
+        chosen,
+    )
+    return out
+
+
+def _range_of_mask(attn_mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
+    """The key range ``[B, 2]`` that a boolean mask ``[B or 1, 1, 1, S]`` (True: visible) stands for."""
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask must be boolean (True: visible), got {attn_mask.dtype}: an additive mask cannot be "
+            "applied in O(T) memory"
+        )
+    if attn_mask.dim() != 4 or attn_mask.shape[1:] != (1, 1, keys) or attn_mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"attn_mask must have shape [B, 1, 1, S] = [{batch}, 1, 1, {keys}], one bit for each key, got "
+            f"{tuple(attn_mask.shape)}: a mask of its own for every query is O(T^2). Use is_causal=True, or "
+            "gim_kernels.attention with window and key_range."
+        )
+    return engines.key_range_of(attn_mask[:, 0, 0].expand(batch, keys), "attn_mask")
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softmax_backward: SoftmaxBackward = "exact",
+    temperature: float = 2.0,
+    grad_scale: Sequence[float] = (1.0, 1.0, 1.0),
+    engine: Engine = "auto",
+) -> torch.Tensor:
+    """:func:`attention` behind the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    A front end that calls torch's function swaps one name and adds the rule. As in torch, ``is_causal`` is aligned
+    top-left: query i sees keys up to i. What cannot be had in O(T) memory is refused, never approximated.
+
+    Args:
+        query: ``[..., HQ, T, D]``; leading dimensions are a batch. With three dimensions, ``[N, T, D]``.
+        key: ``[..., HK, S, D]``.
+        value: ``[..., HK, S, D]``.
+        attn_mask: None, or boolean ``[B, 1, 1, S]``, True for the keys that exist, without holes.
+        dropout_p: must be 0.
+        is_causal: top-left causal mask; excludes ``attn_mask``.
+        scale: factor on the scores; None is ``1 / sqrt(D)``.
+        enable_gqa: allow fewer key heads than query heads.
+        softmax_backward: as in :func:`attention`.
+        temperature: as in :func:`attention`.
+        grad_scale: as in :func:`attention`.
+        engine: as in :func:`attention`.
+
+    Returns:
+        ``[..., HQ, T, D]``.
+
+    Raises:
+        TypeError: as :func:`attention`; an additive mask.
+        ValueError: as :func:`attention`; dropout, a mask for every query, a mask with holes, a mask together with
+            ``is_causal``, different head counts without ``enable_gqa``.
+
+    Source: torch's documentation of the function of the same name.
+    """
+    if dropout_p != 0.0:
+        raise ValueError(f"dropout_p must be 0: attributions are deterministic, got {dropout_p!r}")
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask must be None when is_causal is True, as in torch")
+    if query.dim() < 3 or key.dim() != query.dim() or value.dim() != query.dim():
+        raise ValueError(
+            "query, key and value must have the same number of dimensions, at least 3, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    lead = query.shape[:-2]
+    if query.dim() == 3:
+        query, key, value = query[:, None], key[:, None], value[:, None]
+    elif query.dim() > 4:
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"key must have query's {query.shape[1]} heads unless enable_gqa is True, got {key.shape[1]}")
+    queries, keys = query.shape[2], key.shape[2]
+    key_range = None if attn_mask is None else _range_of_mask(attn_mask, query.shape[0], keys)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        return attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            key_range=key_range,
+            softmax_backward=softmax_backward,
+            temperature=temperature,
+            grad_scale=grad_scale,
+            engine=engine,
+        )
+
+    if not is_causal or queries == keys:
+        out = attend(query, key, value, is_causal)
+    elif queries < keys:  # top-left: keys past the last query are seen by nobody
+        out = attend(query, key[:, :, :queries], value[:, :, :queries], True)
+    else:  # queries past the last key see every key
+        square = attend(query[:, :, :keys], key, value, True)
+        out = torch.cat([square, attend(query[:, :, keys:], key, value, False)], dim=2)
+    return out.reshape(*lead, queries, out.shape[-1])

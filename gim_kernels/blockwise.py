@@ -1,0 +1,362 @@
+"""Attention in O(T) memory in plain PyTorch: what runs wherever there is no GPU.
+
+A block of queries holds all the keys it sees, so one softmax row is always whole: the backward needs no second
+pass for its row sums and does five matrix products, as many as the ordinary gradient. Key and query ranges that
+the mask leaves empty are never visited. Only the output and one log-sum-exp per row are kept between the passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+#: Rows of scores held at once (query block times the query heads of one group). 64 to 256 rows were within 10 %
+#: of each other on a 2-core x86-64 machine (T = 4096, D = 64, float32); more rows only cost memory.
+ROWS = 128
+#: No score buffer holds more elements than this; longer key ranges get fewer rows, at least MIN_BLOCK queries.
+MAX_ELEMENTS = 1 << 23
+MIN_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes attention's forward, the same for every engine.
+
+    Args:
+        scale: factor on ``query @ key.T``.
+        causal: bottom-right aligned causal mask.
+        window: a query at key position ``p`` sees keys ``j > p - window`` only; None for all.
+        softcap: ``c`` of ``c * tanh(score / c)``; None for none.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries ``start:stop`` of one row of the batch and the keys ``first:end`` that any of them sees.
+
+    ``offset`` is the key position of query 0; ``partial`` tells that some query does not see all of the keys.
+    """
+
+    start: int
+    stop: int
+    first: int
+    end: int
+    offset: int
+    partial: bool
+
+    @property
+    def keys(self) -> int:
+        """How many keys the block holds; 0 for a block that sees nothing."""
+        return max(0, self.end - self.first)
+
+
+def blocks(queries: int, keys: int, options: Options, first: int, end: int, block: int) -> Iterator[Block]:
+    """The query blocks of one row of the batch, each with the tightest key range of its mask."""
+    offset = keys - queries
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        low, high = first, end
+        if options.causal:
+            high = min(high, stop + offset)
+        if options.window is not None:
+            low = max(low, start + offset - options.window + 1)
+        partial = (options.causal and high - 1 > start + offset) or (
+            options.window is not None and low <= stop - 1 + offset - options.window
+        )
+        yield Block(start, stop, low, high, offset, partial)
+
+
+def _erase_hidden(scores: torch.Tensor, block: Block, options: Options) -> None:
+    """Set to 0, in place, every entry of ``scores`` ``[G, BLOCK, KEYS]`` whose key its query does not see."""
+    position = block.start + block.offset  # the key position of the block's first query
+    if options.causal:
+        column = max(block.first, position)  # every query sees the keys up to its first query's position
+        if column < block.end:
+            scores[..., column - block.first :].tril_(position - column)
+    if options.window is not None:
+        # Query row i sees key j where j > position + i - window; only the first columns can be hidden.
+        column = min(block.end, block.stop - 1 + block.offset - options.window + 1)
+        if column > block.first:
+            shift = position - options.window + 1 - block.first
+            scores[..., : column - block.first].triu_(shift)
+
+
+def _hide(scores: torch.Tensor, block: Block, options: Options) -> None:
+    """Set to -inf, in place, every entry of ``scores`` ``[G, BLOCK, KEYS]`` whose key its query does not see."""
+    position = torch.arange(block.start, block.stop, device=scores.device)[:, None] + block.offset
+    if options.causal:
+        column = max(block.first, block.start + block.offset)
+        if column < block.end:
+            key = torch.arange(column, block.end, device=scores.device)
+            scores[..., column - block.first :].masked_fill_(key > position, -math.inf)
+    if options.window is not None:
+        column = min(block.end, block.stop + block.offset - options.window)
+        if column > block.first:
+            key = torch.arange(block.first, column, device=scores.device)
+            scores[..., : column - block.first].masked_fill_(key <= position - options.window, -math.inf)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which scores and sums are kept: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _block_size(group: int, keys: int) -> int:
+    rows = min(ROWS, max(1, MAX_ELEMENTS // max(1, keys)))
+    return max(MIN_BLOCK, rows // group)
+
+
+def _ranges(key_range: torch.Tensor | None, batch: int, keys: int) -> list[tuple[int, int]]:
+    """First and one-past-last key of each row of the batch, as integers within ``0..keys``."""
+    if key_range is None:
+        return [(0, keys)] * batch
+    return [(max(0, int(first)), min(keys, int(end))) for first, end in key_range.tolist()]
+
+
+class _Buffers:
+    """Score buffers reused by every block, so that a pass allocates each once."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._new = lambda: torch.empty(elements, dtype=dtype, device=device)
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor of ``shape`` in the buffer ``name``; what it held before is lost."""
+        flat = self._flat.setdefault(name, self._new()) if name not in self._flat else self._flat[name]
+        return flat[: math.prod(shape)].view(shape)
+
+
+def _fused_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's own CPU flash attention, which returns the output and the natural log-sum-exp."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, scale=options.scale
+    )
+
+
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``softmax(scale * Q K^T) V`` and the log-sum-exp of every row.
+
+    Args:
+        query: ``[B, HQ, T, D]``.
+        key, value: ``[B, HK, S, D]``.
+        sinks: ``[HQ]`` or None.
+        key_range: ``[B, 2]`` or None.
+        options: scale and mask.
+
+    Returns:
+        The output ``[B, HQ, T, D]`` in query's dtype and the natural log-sum-exp ``[B, HQ, T]`` in float32
+        (float64 for float64); +inf in rows that see no key, so that every ``exp(score - lse)`` there is 0.
+    """
+    batch, heads, queries, size = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    wide = _wide(query.dtype)
+    # The layout torch's own CPU kernel returns: the next op reshapes [B, T, H, D] without a copy.
+    out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
+    lse = torch.empty(batch, heads, queries, dtype=wide, device=query.device)
+    plain = (
+        query.device.type == "cpu"
+        and options.window is None
+        and options.softcap is None
+        and sinks is None
+        and queries > 0
+        # torch's causal mask starts at the top left; the two agree on squares, and on one query without a mask.
+        and (not options.causal or queries in (1, keys))
+    )
+    causal = options.causal and queries > 1
+    if plain and key_range is None and keys > 0:
+        return _fused_forward(query, key, value, options, causal)
+    for row, (first, end) in enumerate(_ranges(key_range, batch, keys)):
+        one = slice(row, row + 1)
+        if plain and first < end:
+            k, v = key[one, :, first:end], value[one, :, first:end]
+            # Queries before `first` see nothing; those in first..end a square; those after `end` every key.
+            square = slice(first, end) if causal else slice(0, queries)
+            out[one, :, square], lse[one, :, square] = _fused_forward(query[one, :, square], k, v, options, causal)
+            if causal and first > 0:
+                out[one, :, :first] = 0
+                lse[one, :, :first] = math.inf
+            if causal and end < queries:
+                out[one, :, end:], lse[one, :, end:] = _fused_forward(query[one, :, end:], k, v, options, False)
+            continue
+        group = heads // kv_heads
+        size_of_block = _block_size(group, keys)
+        buffers = _Buffers(group * size_of_block * keys, wide, query.device)
+        for kv_head in range(kv_heads):
+            head = slice(kv_head * group, (kv_head + 1) * group)
+            k, v = key[row, kv_head].to(wide), value[row, kv_head].to(wide)
+            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]
+            for block in blocks(queries, keys, options, first, end, size_of_block):
+                rows = slice(block.start, block.stop)
+                length = block.stop - block.start
+                if block.keys == 0:
+                    out[row, head, rows] = 0
+                    lse[row, head, rows] = math.inf if sink is None else sink[..., 0]
+                    continue
+                q = query[row, head, rows].to(wide).reshape(group * length, size)
+                seen = slice(block.first, block.end)
+                scores = _scores(q, k[seen], options, buffers.get("s", group * length, block.keys))
+                scores = scores.view(group, length, block.keys)  # [G, BLOCK, KEYS]
+                if block.partial:
+                    _hide(scores, block, options)
+                top = scores.amax(-1, keepdim=True)  # [G, BLOCK, 1]
+                if sink is not None:
+                    top = torch.maximum(top, sink)
+                top.masked_fill_(top == -math.inf, 0.0)
+                scores.sub_(top).exp_()
+                total = scores.sum(-1, keepdim=True)
+                if sink is not None:
+                    total += torch.exp(sink - top)
+                weighted = scores.view(group * length, block.keys) @ v[seen]
+                empty = total == 0
+                normaliser = total.masked_fill(empty, 1.0)
+                out[row, head, rows] = (weighted.view(group, length, size) / normaliser).to(out.dtype)
+                lse[row, head, rows] = (top + total.log()).masked_fill(empty, math.inf)[..., 0]
+    return out, lse
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torch.Tensor) -> torch.Tensor:
+    """``softcap(scale * query @ key.T)``, written into ``into`` ``[ROWS, KEYS]``."""
+    torch.mm(query, key.mT, out=into)
+    if options.softcap is None:
+        return into.mul_(options.scale)
+    return into.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap)
+
+
+def attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    *,
+    softmax_backward: str,
+    temperature: float,
+    grad_scale: tuple[float, float, float],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of :func:`attention_forward` under one of the three softmax rules.
+
+    With ``e = exp((S - lse) / T)``, ``Z = rowsum(e)`` (the sink's share included) and ``dP = dO V^T``::
+
+        delta = rowsum(e * dP) / Z
+        dS    = e * (dP - delta) / Z          no factor 1 / T
+        dV    = P^T dO                        P = exp(S - lse): the value path keeps T = 1
+
+    Args:
+        grad_out: ``[B, HQ, T, D]``.
+        query, key, value, sinks, key_range, options: as in the forward.
+        out, lse: what the forward returned.
+        softmax_backward: ``"temperature"``, ``"constant"`` or ``"exact"``.
+        temperature: T of ``"temperature"``.
+        grad_scale: factors of the three gradients.
+        needs: which of the gradients of query, key, value and sinks to compute.
+
+    Returns:
+        Those gradients, each in its input's shape and dtype, None where not needed.
+    """
+    batch, heads, queries, size = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    wide = _wide(query.dtype)
+    constant = softmax_backward == "constant"
+    inverse = 1.0 / temperature if softmax_backward == "temperature" else 1.0
+    need_query, need_key, need_value, need_sinks = needs
+    # A constant softmax passes no gradient on, so these are 0 without any work.
+    through_scores = not constant and (need_query or need_key or need_sinks)
+
+    grad_query = torch.zeros_like(query) if need_query else None
+    grad_key = torch.zeros_like(key) if need_key else None
+    grad_value = torch.zeros_like(value) if need_value else None
+    grad_sinks = torch.zeros(heads, dtype=wide, device=query.device) if need_sinks else None
+
+    block_size = _block_size(group, keys)
+    buffers = _Buffers(group * block_size * keys, wide, query.device)
+    for row, (first, end) in enumerate(_ranges(key_range, batch, keys)):
+        for kv_head in range(kv_heads):
+            head = slice(kv_head * group, (kv_head + 1) * group)
+            k = key[row, kv_head].to(wide).contiguous()  # [S, D]
+            v = value[row, kv_head].to(wide).contiguous()  # [S, D]
+            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [G, 1, 1]
+            sum_key = torch.zeros_like(k) if need_key and through_scores else None
+            sum_value = torch.zeros_like(v) if need_value else None
+            for block in blocks(queries, keys, options, first, end, block_size):
+                if block.keys == 0:
+                    continue
+                rows = slice(block.start, block.stop)
+                seen = slice(block.first, block.end)
+                length = block.stop - block.start
+                flat = (group * length, block.keys)
+                cube = (group, length, block.keys)
+                q = query[row, head, rows].to(wide).reshape(group * length, size)
+                grad = grad_out[row, head, rows].to(wide).reshape(group * length, size)
+                row_lse = lse[row, head, rows].reshape(group * length, 1)
+                if options.softcap is None:
+                    e = buffers.get("e", *flat)
+                    torch.addmm(row_lse, q, k[seen].mT, beta=-inverse, alpha=options.scale * inverse, out=e)
+                    slope = None
+                else:
+                    capped = _scores(q, k[seen], options, buffers.get("slope", *flat))
+                    e = torch.sub(capped, row_lse, out=buffers.get("e", *flat)).mul_(inverse)
+                    # The derivative of the cap, 1 - (capped / c)^2, takes the place of the capped scores.
+                    slope = capped.div_(options.softcap).square_().neg_().add_(1.0)
+                e.exp_()
+                if block.partial:
+                    _erase_hidden(e.view(cube), block, options)
+                if sum_value is not None:
+                    if inverse == 1.0:
+                        p = e
+                    elif inverse == 0.5:
+                        p = torch.mul(e, e, out=buffers.get("p", *flat))
+                    else:
+                        p = torch.pow(e, temperature, out=buffers.get("p", *flat))
+                    sum_value[seen].addmm_(p.mT, grad)
+                if not through_scores:
+                    continue
+                grad_p = torch.mm(grad, v[seen].mT, out=buffers.get("dp", *flat)).mul_(e)
+                sink_share = None  # [G * BLOCK, 1]
+                if sink is not None:
+                    sink_share = (sink.expand(group, length, 1).reshape(-1, 1) - row_lse).mul_(inverse)
+                    sink_share.exp_()
+                z = e.sum(-1, keepdim=True)
+                if sink_share is not None:
+                    z += sink_share
+                z.masked_fill_(z == 0, 1.0)  # rows that see nothing: every e is 0 already
+                delta = grad_p.sum(-1, keepdim=True) / z
+                if grad_sinks is not None and sink_share is not None:
+                    grad_sinks[head] -= (sink_share * delta / z).view(group, length).sum(-1)
+                grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
+                if slope is not None:
+                    grad_s.mul_(slope)
+                if grad_query is not None:
+                    grad_q = (grad_s @ k[seen]).div_(z).mul_(options.scale * grad_scale[0])
+                    grad_query[row, head, rows] = grad_q.view(group, length, size).to(query.dtype)
+                if sum_key is not None:
+                    sum_key[seen].addmm_(grad_s.mT, q / z)
+            if sum_key is not None and grad_key is not None:
+                grad_key[row, kv_head] = sum_key.mul_(options.scale * grad_scale[1]).to(key.dtype)
+            if sum_value is not None and grad_value is not None:
+                grad_value[row, kv_head] = sum_value.mul_(grad_scale[2]).to(value.dtype)
+    if grad_sinks is not None and sinks is not None:
+        return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
+    return grad_query, grad_key, grad_value, None

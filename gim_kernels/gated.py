@@ -1,0 +1,147 @@
+"""The product at the heart of a gated MLP, with a factor on each branch's gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from gim_kernels import engines, pointwise
+from gim_kernels.engines import Engine
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ActivationBackward = Literal["exact", "ratio"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+ACTIVATION_BACKWARDS: tuple[ActivationBackward, ...] = ("exact", "ratio")
+
+
+@torch.library.custom_op(
+    "gim_kernels::gated",
+    mutates_args=(),
+    schema="(Tensor gate, Tensor up, str activation, float[] grad_scale, str activation_backward, str engine) "
+    "-> Tensor",
+)
+def _gated(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    grad_scale: Sequence[float],
+    activation_backward: ActivationBackward,
+    engine: Engine,
+) -> torch.Tensor:
+    return engines.module(engine, pointwise).gated_forward(gate, up, activation)
+
+
+@_gated.register_fake
+def _(gate: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(gate)
+
+
+@torch.library.custom_op(
+    "gim_kernels::gated_backward",
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor gate, Tensor up, str activation, float[] grad_scale, "
+    "str activation_backward, str engine, bool[] needs) -> (Tensor, Tensor)",
+)
+def _gated_backward(
+    grad_y: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    grad_scale: Sequence[float],
+    activation_backward: ActivationBackward,
+    engine: Engine,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grads = engines.module(engine, pointwise).gated_backward(
+        grad_y,
+        gate,
+        up,
+        activation,
+        grad_scale=tuple(grad_scale),
+        activation_backward=activation_backward,
+        needs=tuple(needs),
+    )
+    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
+    first, second = (gate.new_empty(0) if grad is None else grad for grad in grads)
+    return first, second
+
+
+@_gated_backward.register_fake
+def _(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    needs = rest[-1]
+    return tuple(torch.empty_like(x) if need else gate.new_empty(0) for x, need in zip((gate, up), needs, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    gate, up, *settings = inputs
+    ctx.settings = tuple(settings)
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+    gate, up = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[:2]]
+    grads = _gated_backward(grad_y, gate, up, *ctx.settings, needs)
+    given = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (*given, None, None, None, None)
+
+
+_gated.register_autograd(_differentiate, setup_context=_save)
+
+
+def gated(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Activation,
+    *,
+    grad_scale: Sequence[float] = (1.0, 1.0),
+    activation_backward: ActivationBackward = "exact",
+) -> torch.Tensor:
+    """``activation(gate) * up`` with a factor on the gradient of each branch.
+
+    Backward, with ``(a, b)`` the factors and ``act`` the activation::
+
+        dgate = a * dy * up * act'(gate)          ratio: act(gate) / gate in place of act'(gate)
+        dup   = b * dy * act(gate)
+
+    Args:
+        gate: ``[..., D]``, float32, float64, bfloat16 or float16.
+        up: as ``gate``.
+        activation: ``"silu"``, ``"gelu"`` (with erf) or ``"gelu_tanh"``.
+        grad_scale: the factors of gate and up.
+        activation_backward: ``"exact"`` or ``"ratio"``.
+
+    Returns:
+        ``[..., D]`` in gate's dtype.
+
+    Raises:
+        TypeError: a dtype that is not floating point or differs between the two.
+        ValueError: shapes or devices that differ, an unknown name, a factor that is not finite.
+
+    Numerics: activation and product are each rounded to the inputs' dtype, as in eager PyTorch; deterministic.
+
+    Source: Shazeer 2020, arXiv 2002.05202; the factors: Edin et al. 2025, arXiv 2505.17630; the ratio: Achtibat et
+    al. 2024, arXiv 2402.05602.
+    """
+    for name, x in (("gate", gate), ("up", up)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in engines.DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if up.shape != gate.shape:
+        raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    if up.device != gate.device:
+        raise ValueError(f"up must be on gate's device {gate.device}, got {up.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if activation_backward not in ACTIVATION_BACKWARDS:
+        raise ValueError(f"activation_backward must be one of {ACTIVATION_BACKWARDS}, got {activation_backward!r}")
+    if len(grad_scale) != 2 or not all(math.isfinite(factor) for factor in grad_scale):
+        raise ValueError(f"grad_scale must be two finite factors for gate and up, got {grad_scale!r}")
+    factors = [float(factor) for factor in grad_scale]
+    return _gated(gate, up, activation, factors, activation_backward, engines.choose("auto", gate))
