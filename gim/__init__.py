@@ -1,0 +1,20 @@
+"""Gradient attribution of large language models with the GIM rules, on fused kernels."""
+
+from gim import rules, targets
+from gim.applied import AppliedReport, UnsupportedModelError
+from gim.attribution import Attribution
+from gim.context import GIM
+from gim.explain import attribute, explain
+from gim.memory import MemoryPlan
+
+__all__ = [
+    "GIM",
+    "AppliedReport",
+    "Attribution",
+    "MemoryPlan",
+    "UnsupportedModelError",
+    "attribute",
+    "explain",
+    "rules",
+    "targets",
+]

@@ -1,0 +1,274 @@
+"""Attributions: of ids, with gim-explain's function, and of text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from gim import targets as target_kinds
+from gim.attribution import Attribution
+from gim.context import resolve_rules
+from gim.inputs import check_ids, check_token_id, infer_baseline, resolve_position
+from gim.memory import MemoryPlan
+from gim.rules import GIM as PAPER_RULES
+from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
+from gim.rules import get as get_rules
+from gim.scoring import PREDICTION, Progress, Terms, run
+from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
+
+
+def explain(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    target_token_id: int | None = None,
+    target_position: int = -1,
+    baseline_token_id: int | None = None,
+    tokenizer: Any = None,
+    freeze_norm: bool = True,
+    softmax_temperature: float | None = PAPER_TEMPERATURE,
+    q_scale: float | None = PAPER_QKV[0],
+    k_scale: float | None = PAPER_QKV[1],
+    v_scale: float | None = PAPER_QKV[2],
+    gate_scale: float | None = PAPER_GATE_UP[0],
+    up_scale: float | None = PAPER_GATE_UP[1],
+    attention_mask: torch.Tensor | None = None,
+    rules: Rules | str | None = None,
+    memory: MemoryPlan | str = "auto",
+) -> torch.Tensor:
+    """Attributions of input tokens to one logit, with the names, defaults and result of gim-explain.
+
+    The attribution of a token is ``(embedding - baseline embedding) . gradient``, the gradient of the target logit
+    with respect to the embedding under the GIM rules.
+
+    Args:
+        model: a Hugging Face causal language model, in evaluation mode.
+        input_ids: ``[T]`` or ``[B, T]``, integers.
+        target_token_id: the token whose logit is explained; None for each row's own prediction.
+        target_position: the position whose output is explained. Negative ones count from each row's last token that
+            is not padding; others are columns of ``input_ids``.
+        baseline_token_id: the token that stands for "nothing"; None to infer one from ``tokenizer``.
+        tokenizer: used to infer the baseline: its space token, else its padding, else its unknown token.
+        freeze_norm, softmax_temperature, q_scale, k_scale, v_scale, gate_scale, up_scale: as in :class:`gim.GIM`.
+        attention_mask: ``[B, T]``, 0 for padding on the left or the right; None where there is none. Each row's
+            result equals that of the row alone.
+        rules: in place of the single rule arguments: :class:`gim.rules.Rules` or the name of a preset.
+        memory: a :class:`gim.memory.MemoryPlan`, ``"none"``, ``"layer"`` or ``"auto"``.
+
+    Returns:
+        ``[T]`` for one row, else ``[B, T]``; float32 (float64 for a float64 model), on the model's device, 0 on
+        padding.
+
+    Raises:
+        UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
+        ValueError: an argument that does not fit; names it, what was wanted and what came.
+        FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+
+    Source: Edin et al. 2025, arXiv 2505.17630.
+
+    Example:
+        >>> import gim, gim.demo
+        >>> model, tokenizer = gim.demo.load()
+        >>> ids = tokenizer("The password of Irene is lantern. The password of Irene is", return_tensors="pt").input_ids
+        >>> gim.explain(model, ids, tokenizer=tokenizer).shape == ids.shape[1:]
+        True
+    """
+    chosen = resolve_rules(
+        rules,
+        freeze_norm=freeze_norm,
+        softmax_temperature=softmax_temperature,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        gate_scale=gate_scale,
+        up_scale=up_scale,
+    )
+    ids, mask = check_ids(model, input_ids, attention_mask)
+    if baseline_token_id is None:
+        if tokenizer is None:
+            raise ValueError("baseline_token_id or tokenizer must be given: attributions are relative to a baseline")
+        baseline_token_id = infer_baseline(tokenizer)
+    check_token_id(model, "baseline_token_id", baseline_token_id)
+    if target_token_id is not None:
+        check_token_id(model, "target_token_id", target_token_id)
+    positions = resolve_position(target_position, mask, ids.shape[1])[:, None]
+    scored = Terms(
+        positions=positions,
+        token_ids=torch.full_like(positions, PREDICTION if target_token_id is None else target_token_id),
+        signs=torch.ones_like(positions),
+        measure="logit",
+    )
+    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None)
+    return result.scores[0] if result.scores.shape[0] == 1 else result.scores
+
+
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    target: Target | TokenLike | Sequence[int] | None = None,
+    baseline: TokenLike | None = None,
+    rules: Rules | str = PAPER_RULES,
+    memory: MemoryPlan | str = "auto",
+    progress: Progress | None = None,
+) -> Attribution:
+    """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
+
+    Args:
+        model: a Hugging Face causal language model, in evaluation mode.
+        tokenizer: its fast tokenizer (one that tells character offsets).
+        prompt: the text; it is never cut.
+        target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
+            :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``.
+        baseline: the token that stands for "nothing", as id or text; None as in :func:`explain`.
+        rules: :class:`gim.rules.Rules` or the name of a preset.
+        memory: as in :func:`explain`.
+        progress: called with ``("forward" or "backward", layers done, layers in all)``.
+
+    Returns:
+        The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
+
+    Raises:
+        UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
+        ValueError: an empty prompt, a token that is not one, an id out of range, a slow tokenizer.
+        FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+
+    Source: Edin et al. 2025, arXiv 2505.17630.
+
+    Example:
+        >>> import gim, gim.demo
+        >>> model, tokenizer = gim.demo.load()
+        >>> result = gim.attribute(model, tokenizer, "The password of Irene is lantern. The password of Irene is")
+        >>> len(result.scores) == len(result.tokens)
+        True
+    """
+    chosen = get_rules(rules)
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be text, got {type(prompt).__name__}")
+    if not prompt:
+        raise ValueError("prompt must not be empty")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer must be a fast one, which tells character offsets, got {type(tokenizer).__name__}: load it "
+            "with AutoTokenizer.from_pretrained(...), or use gim.explain with ids"
+        )
+    encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+    token_ids = list(encoded["input_ids"])
+    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    if not token_ids:
+        raise ValueError(f"prompt must have at least one token, got {prompt!r}, which has none")
+    wanted = target_kinds.parse(target, tokenizer)
+    baseline_id = (
+        infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
+    )
+    check_token_id(model, "baseline", baseline_id)
+
+    text = prompt
+    last = len(token_ids) - 1
+    if isinstance(wanted, Continuation):
+        targets, added, spans = _continuation(model, wanted, tokenizer)
+        token_ids += targets[:-1]
+        offsets += [(len(text) + start, len(text) + end) for start, end in spans]
+        text += added
+        signs, positions = [1] * len(targets), list(range(last, last + len(targets)))
+    elif isinstance(wanted, Contrast):
+        pair = (wanted.token, wanted.against)
+        targets, signs, positions = [_target_id(model, one, tokenizer) for one in pair], [1, -1], [last, last]
+    else:
+        targets, signs, positions = [_target_id(model, wanted.token, tokenizer)], [1], [last]
+
+    ids_tensor, mask = check_ids(model, torch.tensor(token_ids), None)
+    scored = Terms(
+        positions=torch.tensor([positions], device=ids_tensor.device),
+        token_ids=torch.tensor([targets], device=ids_tensor.device),
+        signs=torch.tensor([signs], device=ids_tensor.device),
+        measure=wanted.measure,
+    )
+    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress)
+    found = [int(one) for one in result.token_ids[0]]
+    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer)
+    special = set(tokenizer.all_special_ids)
+    return Attribution(
+        text=text,
+        tokens=tuple(
+            text[start:end] if end > start and one not in special else tokenizer.decode([one])
+            for one, (start, end) in zip(token_ids, offsets, strict=True)
+        ),
+        token_ids=tuple(token_ids),
+        offsets=tuple(offsets),
+        scores=result.scores[0].float().cpu(),
+        special=tuple(one in special for one in token_ids),
+        target=explained,
+        rules=chosen,
+        engine=result.report.engine,
+        report=result.report,
+        model=_model_name(model),
+        baseline=(baseline_id, tokenizer.decode([baseline_id])),
+        versions=_versions(),
+        memory=result.plan.describe(),
+    )
+
+
+def _target_id(model: nn.Module, token: TokenLike | None, tokenizer: Any) -> int:
+    """The checked id of a target token; :data:`PREDICTION` for None."""
+    if token is None:
+        return PREDICTION
+    found = target_kinds.token_id(token, tokenizer, "target")
+    check_token_id(model, "target", found)
+    return found
+
+
+def _continuation(
+    model: nn.Module, target: Continuation, tokenizer: Any
+) -> tuple[list[int], str, list[tuple[int, int]]]:
+    """The checked ids of a continuation; the text of all but the last, and their offsets in it."""
+    if isinstance(target.tokens, str):
+        encoded = tokenizer(target.tokens, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"][:-1]]
+        text = target.tokens[: max((end for _, end in spans), default=0)]
+    else:
+        ids = list(target.tokens)
+        # Decoded together and measured one by one: a character may take several tokens.
+        lengths = [len(tokenizer.decode(ids[:count])) for count in range(len(ids))]
+        spans = [(min(start, end), end) for start, end in pairwise(lengths)]
+        text = tokenizer.decode(ids[:-1])
+    if not ids:
+        raise ValueError(f"target must have at least one token, got {target.tokens!r}, which has none")
+    for one in ids:
+        check_token_id(model, "target", one)
+    return ids, text, spans
+
+
+def _explained(target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any) -> Explained:
+    tokens = tuple(tokenizer.decode([one]) for one in ids)
+    if isinstance(target, Continuation):
+        kind, label = "continuation", repr(tokenizer.decode(ids))
+    elif isinstance(target, Contrast):
+        kind, label = "contrast", f"{tokens[0]!r} minus {tokens[1]!r}"
+    else:
+        kind = "prediction" if target.token is None else "token"
+        label = repr(tokens[0])
+    return Explained(kind, label, tuple(ids), tokens, tuple(positions), target.measure, value)
+
+
+def _model_name(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
+    # A path on somebody's disk is nobody's business in a report; its last part names the model well enough.
+    return f"{type(model).__name__}" + (f" ({str(name).rstrip('/').rsplit('/', 1)[-1]})" if name else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("gim-kernels", "torch", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

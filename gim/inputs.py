@@ -1,0 +1,118 @@
+"""Checks of what a user gives: every error names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gim_kernels.engines import key_range_of
+
+
+def infer_baseline(tokenizer: Any) -> int:
+    """The token that stands for "nothing": the space where it is a token, else padding, else unknown.
+
+    Raises:
+        ValueError: the tokenizer has none of them.
+    """
+    ids = tokenizer.encode(" ", add_special_tokens=False)
+    if ids:
+        return int(ids[0])
+    for name in ("pad_token_id", "unk_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None:
+            return int(found)
+    raise ValueError("baseline could not be inferred: the tokenizer has no space, padding or unknown token. Give one.")
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids the model embeds."""
+    weight = getattr(embeddings(model), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"the input embeddings of {type(model).__name__} must have a weight, and have none")
+    return int(weight.shape[0])
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """The module that turns ids into embeddings."""
+    get = getattr(model, "get_input_embeddings", None)
+    found = get() if get is not None else None
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"model must have get_input_embeddings() as Hugging Face models do, got {type(model).__name__}")
+    return found
+
+
+def check_token_id(model: nn.Module, argument: str, token_id: int) -> None:
+    """Raise a ValueError that names ``argument`` unless it is an id of the vocabulary."""
+    size = vocabulary_size(model)
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
+        raise ValueError(f"{argument} must be a token id in 0..{size - 1}, got {token_id!r}")
+
+
+def check_ids(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids ``[B, T]`` on the model's device, and the padding mask as booleans, None where nothing is padded."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids must have shape [T] or [B, T], got {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
+    device = embedding_device(model)
+    ids = (input_ids[None] if input_ids.dim() == 1 else input_ids).to(device)
+    size = vocabulary_size(model)
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"input_ids must be in 0..{size - 1}, got ids from {lowest} to {highest}")
+    if attention_mask is None:
+        return ids, None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+    mask = (attention_mask[None] if attention_mask.dim() == 1 else attention_mask).to(device)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask must hold 0 and 1 only")
+    mask = mask.to(torch.bool)
+    if not bool(mask.any(-1).all()):
+        raise ValueError(
+            f"attention_mask must leave each row a token, got none in row {int((~mask.any(-1)).int().argmax())}"
+        )
+    key_range_of(mask, "attention_mask")
+    return ids, None if bool(mask.all()) else mask
+
+
+def embedding_device(model: nn.Module) -> torch.device:
+    """Where ids must be."""
+    parameter = next(embeddings(model).parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> torch.Tensor:
+    """The column ``[B]`` that a target position means in each row."""
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise TypeError(f"target_position must be an integer, got {type(position).__name__}")
+    if mask is None:
+        if not -length <= position < length:
+            raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")
+        return torch.tensor([position % length])
+    if position >= 0:
+        if position >= length:
+            raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")
+        if not bool(mask[:, position].all()):
+            row = int((~mask[:, position]).int().argmax())
+            raise ValueError(f"target_position {position} is padding in row {row}")
+        return torch.full((mask.shape[0],), position, device=mask.device)
+    columns = torch.arange(length, device=mask.device)
+    last = torch.where(mask, columns, -1).amax(-1)  # [B]
+    resolved = last + 1 + position
+    shortest = int(mask.sum(-1).min())
+    if -position > shortest:
+        raise ValueError(
+            f"target_position must be at least {-shortest}, the length of the shortest row, got {position}"
+        )
+    return resolved

@@ -1,0 +1,85 @@
+"""Where NaN or infinity first appears in a model: run again only to name the module in an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors in a module's output, through tuples, lists and dictionaries."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        return [tensor for value in output.values() for tensor in _tensors(value)]
+    if isinstance(output, tuple | list):
+        return [tensor for value in output for tensor in _tensors(value)]
+    return []
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def first_nonfinite_output(model: nn.Module, arguments: dict[str, Any]) -> str:
+    """The name of the first module, in the order they finish, whose output holds NaN or infinity."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not found and not all(_finite(tensor) for tensor in _tensors(output)):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else type(model).__name__
+
+
+def first_nonfinite_gradient(
+    model: nn.Module,
+    arguments: dict[str, Any],
+    logits_of: Callable[[Any], torch.Tensor],
+    token_ids: torch.Tensor,
+    where: torch.Tensor,
+) -> str:
+    """The name of the first module, going backwards, whose output's gradient holds NaN or infinity.
+
+    Args:
+        model: inside its GIM context, its embedding's output asking for a gradient.
+        arguments: of the model's forward.
+        logits_of: from the model's output to the logits ``[B, K, V]``.
+        token_ids: ``[B, P]``, explained tokens.
+        where: ``[B, P]``, their positions among the logits.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad: found.append(name) if not _finite(grad) else None)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        logits = logits_of(model(**arguments))
+        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        total = logits[rows, where, token_ids].sum()
+        inputs = [tensor for tensor in [total] if tensor.requires_grad]
+        if inputs:
+            total.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else type(model).__name__

@@ -1,0 +1,178 @@
+"""Norms, recognised by what they compute and not by their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import gim_kernels
+from gim.applied import Application, UnsupportedModelError
+from gim.patches.session import Session
+from gim_kernels import engines, reference
+
+#: Attributes under which norms keep their epsilon, the usual ones first.
+EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
+#: Rows of a probe, and its width for a norm without a weight (which takes any).
+PROBE_ROWS = 4
+PROBE_WIDTH = 64
+#: Roundings by which a norm and its equation may differ, in units in the last place of the norm's dtype.
+PROBE_ULPS = 8
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm was recognised as.
+
+    Args:
+        kind: ``"rms_norm"`` or ``"layer_norm"``.
+        eps: its epsilon; None stands for the machine epsilon of the input's dtype (``torch.nn.RMSNorm``).
+        weight_offset: what is added to its weight.
+    """
+
+    kind: str
+    eps: float | None
+    weight_offset: float = 0.0
+
+    def describe(self) -> str:
+        """In words, for the report."""
+        weight = " with weight 1 + w" if self.weight_offset else ""
+        return f"probed: {self.kind}{weight}"
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm by type or name, or could be one by its parameters: a single vector ``weight``."""
+    if any(True for _ in module.children()):
+        return False
+    if "norm" in type(module).__name__.lower():
+        return True
+    parameters = dict(module.named_parameters(recurse=False))
+    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in parameters.values())
+
+
+def is_norm_by_name(module: nn.Module) -> bool:
+    """Whether a module calls itself a norm."""
+    return "norm" in type(module).__name__.lower()
+
+
+def _epsilons(module: nn.Module) -> list[float | None]:
+    """Candidates for a norm's epsilon: the usual attributes, then every other small number it holds."""
+    found: list[float | None] = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
+    found += [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1e-1]
+    return list(dict.fromkeys(value for value in found if value is None or isinstance(value, int | float)))
+
+
+def _apply(norm: Norm, module: nn.Module, x: torch.Tensor, *, frozen: bool) -> torch.Tensor:
+    """The norm by its equation, through the kernels."""
+    weight = getattr(module, "weight", None)
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    if norm.kind == "rms_norm":
+        return gim_kernels.rms_norm(x, weight, eps, weight_offset=norm.weight_offset, frozen=frozen)
+    return gim_kernels.layer_norm(x, weight, getattr(module, "bias", None), eps, frozen=frozen)
+
+
+def _candidate(norm: Norm, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The norm by its equation, in float32 or better, by the specification: what a probe is compared with."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    if norm.kind == "rms_norm":
+        return reference.rms_norm(wide, weight, eps, weight_offset=norm.weight_offset)
+    return reference.layer_norm(wide, weight, bias, eps)
+
+
+@torch.no_grad()
+def recognise(module: nn.Module) -> Norm | None:
+    """What a module computes, found by feeding it numbers: the norm it equals, or None.
+
+    Two probes are used: rows of unit size with a mean, which tell the kinds and the weight's offset apart, and rows
+    as small as the square root of epsilon, whose outputs depend on it. The module's own ``forward`` runs, hooks do not.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is not None and (not isinstance(weight, torch.Tensor) or weight.dim() != 1):
+        return None
+    anchor = weight if weight is not None else next(module.buffers(), None)
+    device = torch.device("cpu") if anchor is None else anchor.device
+    dtype = torch.float32 if anchor is None or not anchor.dtype.is_floating_point else anchor.dtype
+    width = PROBE_WIDTH if weight is None else weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(PROBE_ROWS, width, generator=generator, dtype=torch.float64) + 1.0
+
+    for eps in _epsilons(module) or [0.0]:
+        smallest = (eps if eps is not None else torch.finfo(dtype).eps) ** 0.5
+        probes = [rows.to(device, dtype), (rows * smallest).to(device, dtype)] if smallest else [rows.to(device, dtype)]
+        try:
+            outputs = [module.forward(probe) for probe in probes]
+        except Exception:  # whatever it is, it does not take one tensor of rows as a norm does
+            return None
+        if not all(isinstance(y, torch.Tensor) and y.shape == rows.shape for y in outputs):
+            return None
+        candidates = [Norm("rms_norm", eps), Norm("rms_norm", eps, 1.0), Norm("layer_norm", eps)]
+        if getattr(module, "bias", None) is not None:
+            candidates = [Norm("layer_norm", eps)]
+        elif weight is None:
+            candidates = [Norm("rms_norm", eps), Norm("layer_norm", eps)]
+        for norm in candidates:
+            if all(_equal(y, _candidate(norm, module, x)) for x, y in zip(probes, outputs, strict=True)):
+                return norm
+    return None
+
+
+def _equal(output: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether a module's output is the equation's within a few roundings of its dtype, float32 at best."""
+    eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+    difference = (output.double() - want.double()).abs().amax()
+    return bool(difference <= PROBE_ULPS * eps * want.double().abs().amax())
+
+
+def patch(model: nn.Module, session: Session) -> None:
+    """Run every norm of a model through the kernels, its statistic frozen where the session's rules say so.
+
+    Norms are patched under every rule, so that the forward inside a context is the same whatever the rules are. One
+    that is not recognised is an error only where its statistic should have been frozen.
+    """
+    frozen = session.rules.freeze_norm
+    found = False
+    for name, module in model.named_modules():
+        if not looks_like_norm(module):
+            continue
+        norm = recognise(module)
+        if norm is None:
+            if is_norm_by_name(module) and frozen:
+                session.unsupported(
+                    name,
+                    f"({type(module).__name__}) is neither an RMS norm nor a layer norm with weight w or 1 + w, so "
+                    "its statistic cannot be frozen",
+                )
+            continue
+        found = True
+        session.add(
+            Application(
+                part="norm",
+                module=name,
+                module_class=type(module).__name__,
+                rule="statistic constant" if frozen else "ordinary gradient",
+                recognised=norm.describe(),
+            )
+        )
+        session.replace_forward(module, _patched_forward(module, name, norm, session))
+    if frozen and not found:
+        session.report.notes.append("freeze_norm: the model has no norm")
+
+
+def _patched_forward(module: nn.Module, name: str, norm: Norm, session: Session) -> Any:
+    frozen = session.rules.freeze_norm
+
+    def forward(hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        if others or named:
+            raise UnsupportedModelError(
+                f"{name}: the norm was called with more than its input ({len(others)} positional, "
+                f"{sorted(named)} named arguments), which gim does not know how to apply"
+            )
+        y = _apply(norm, module, hidden_states, frozen=frozen)
+        session.count(name, engines.choose("auto", hidden_states))
+        return y
+
+    return forward

@@ -1,0 +1,32 @@
+"""Set-up of every test process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels on a CPU; it must be chosen before triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process for each core already: more threads would only wait for each other.
+    torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Inside the test, memory that a kernel forgot to write holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    # torch fills new memory with NaN in this mode, by torch.utils.deterministic.fill_uninitialized_memory.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

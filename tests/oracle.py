@@ -1,0 +1,67 @@
+"""The one place with a tolerance.
+
+The truth is an independent formula or the reference in float64; the yardstick is eager PyTorch in the dtype under
+test. What is tested may err twice as much as the yardstick, plus rounding of its own result. Errors are measured as a
+norm over the whole tensor and as the largest entry, so that neither a broad bias nor one wrong entry can hide.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Units in the last place granted to the rounding of a result, in each measure.
+ROUNDING_ULPS = 4
+#: How much worse than eager PyTorch in the same dtype a result may be.
+FACTOR = 2.0
+#: Relative difference allowed between two float64 computations that sum in different orders.
+FLOAT64_RELATIVE = 1e-12
+#: The same for whole models, whose depth multiplies it.
+FLOAT64_MODEL_RELATIVE = 1e-9
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth; the norm of the difference where the truth is 0."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    difference, size = (actual - truth).norm().item(), truth.norm().item()
+    return difference / size if size else difference
+
+
+def largest_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the largest entry of the truth; the largest difference where the truth is 0."""
+    if truth.numel() == 0:
+        return 0.0
+    actual, truth = actual.detach().double(), truth.detach().double()
+    difference, size = (actual - truth).abs().max().item(), truth.abs().max().item()
+    return difference / size if size else difference
+
+
+def assert_close64(actual: torch.Tensor, truth: torch.Tensor, what: str, relative: float = FLOAT64_RELATIVE) -> None:
+    """Two float64 results of the same mathematics agree.
+
+    Args:
+        actual: what is tested.
+        truth: the independent result.
+        what: named in the failure.
+        relative: one of this module's float64 constants.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(truth.shape)}"
+    for measure in (relative_error, largest_error):
+        error = measure(actual, truth)
+        assert error <= relative, f"{what}: {measure.__name__} {error:.3g} > {relative:.3g}"
+
+
+def assert_within_budget(actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, what: str) -> None:
+    """A result errs at most :data:`FACTOR` times as much as the yardstick, plus its own rounding.
+
+    Args:
+        actual: what is tested, in the dtype under test.
+        truth: float64.
+        yardstick: eager PyTorch in the dtype under test.
+        what: named in the failure.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(truth.shape)}"
+    assert actual.dtype == yardstick.dtype, f"{what}: dtype {actual.dtype}, want {yardstick.dtype}"
+    rounding = ROUNDING_ULPS * torch.finfo(actual.dtype).eps
+    for measure in (relative_error, largest_error):
+        error, allowed = measure(actual, truth), FACTOR * measure(yardstick, truth) + rounding
+        assert error <= allowed, f"{what}: {measure.__name__} {error:.3g} > {allowed:.3g}"
