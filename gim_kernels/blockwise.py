@@ -138,9 +138,10 @@ def _fused_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's own CPU flash attention, which returns the output and the natural log-sum-exp."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, scale=options.scale
     )
+    return out, lse.contiguous()  # it comes as a view of [B, T, H]
 
 
 def attention_forward(

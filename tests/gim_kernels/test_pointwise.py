@@ -1,0 +1,250 @@
+"""Norms and the gated product against formulas written here, and against torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gim_kernels
+from gim_kernels import reference
+from tests.oracle import assert_close64, assert_within_budget
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def differentiate(function: Any, tensors: list[torch.Tensor | None], grad: torch.Tensor) -> list[torch.Tensor]:
+    """The output and the gradient of every tensor."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_(True) for x in tensors]
+    out = function(*leaves)
+    asked = [x for x in leaves if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, asked, grad)]
+
+
+def rms_by_hand(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, eps: float, frozen: bool) -> list[torch.Tensor]:
+    """y, dx and dw of an RMS norm, from the equations of its docstring, one row at a time."""
+    y, dx, dw = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(w)
+    for row in range(x.shape[0]):
+        r = math.sqrt(sum(float(one) ** 2 for one in x[row]) / x.shape[1] + eps)
+        n, g = x[row] / r, dy[row] * w
+        y[row] = n * w
+        dx[row] = g / r if frozen else (g - n * (g * n).mean()) / r
+        dw += dy[row] * n
+    return [y, dx, dw]
+
+
+def layer_by_hand(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dy: torch.Tensor, eps: float, frozen: bool
+) -> list[torch.Tensor]:
+    """y, dx, dw and db of a layer norm, likewise; dx by the full Jacobian matrix of one row."""
+    y, dx, dw, db = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(w), torch.zeros_like(b)
+    width = x.shape[1]
+    centre = torch.eye(width, dtype=x.dtype) - 1.0 / width
+    for row in range(x.shape[0]):
+        centred = centre @ x[row]
+        s = (centred.pow(2).mean() + eps).sqrt()
+        n = centred / s
+        y[row] = n * w + b
+        jacobian = centre / s
+        if not frozen:
+            jacobian = jacobian - torch.outer(n, n) / (width * s)
+        dx[row] = jacobian.T @ (dy[row] * w)
+        dw, db = dw + dy[row] * n, db + dy[row]
+    return [y, dx, dw, db]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
+def test_rms_norm_is_its_equation(module: Any, offset: float, frozen: bool) -> None:
+    x, w, dy = numbers(5, 33) + 0.5, numbers(33, seed=1), numbers(5, 33, seed=2)
+    got = differentiate(lambda *t: module.rms_norm(*t, 1e-2, weight_offset=offset, frozen=frozen), [x, w], dy)
+    for name, a, b in zip(("y", "dx", "dw"), got, rms_by_hand(x, w + offset, dy, 1e-2, frozen), strict=True):
+        assert_close64(a, b, name)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+@pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
+def test_layer_norm_is_its_equation(module: Any, frozen: bool) -> None:
+    x, w, b, dy = numbers(5, 33) + 0.5, numbers(33, seed=1), numbers(33, seed=3), numbers(5, 33, seed=2)
+    got = differentiate(lambda *t: module.layer_norm(*t, 1e-2, frozen=frozen), [x, w, b], dy)
+    for name, p, q in zip(("y", "dx", "dw", "db"), got, layer_by_hand(x, w, b, dy, 1e-2, frozen), strict=True):
+        assert_close64(p, q, name)
+
+
+def test_live_norms_equal_torch() -> None:
+    x, w, b, dy = numbers(2, 3, 40), numbers(40, seed=1), numbers(40, seed=3), numbers(2, 3, 40, seed=2)
+    pairs = [
+        (lambda *t: gim_kernels.rms_norm(*t, 1e-6), lambda *t: F.rms_norm(t[0], (40,), t[1], 1e-6), [x, w]),
+        (lambda *t: gim_kernels.rms_norm(t[0], None, 1e-6), lambda *t: F.rms_norm(t[0], (40,), None, 1e-6), [x]),
+        (lambda *t: gim_kernels.layer_norm(*t, 1e-5), lambda *t: F.layer_norm(t[0], (40,), *t[1:], 1e-5), [x, w, b]),
+        (
+            lambda *t: gim_kernels.layer_norm(t[0], None, None, 1e-5),
+            lambda *t: F.layer_norm(t[0], (40,), None, None, 1e-5),
+            [x],
+        ),
+    ]
+    for ours, theirs, tensors in pairs:
+        for a, c in zip(differentiate(ours, tensors, dy), differentiate(theirs, tensors, dy), strict=True):
+            assert_close64(a, c, "torch")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_norms_stay_within_the_error_budget(data: st.DataObject) -> None:
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 200)))
+    frozen, seed = draw(st.booleans()), draw(st.integers(0, 5))
+    x, dy = numbers(*shape, seed=seed, dtype=dtype), numbers(*shape, seed=seed + 1, dtype=dtype)
+    w, b = (numbers(shape[1], seed=seed + i, dtype=dtype) for i in (2, 3))
+    rms = draw(st.booleans())
+
+    def run(module: Any, convert: Any) -> list[torch.Tensor]:
+        if rms:
+            return differentiate(
+                lambda *t: module.rms_norm(*t, 1e-5, frozen=frozen), [convert(x), convert(w)], convert(dy)
+            )
+        tensors = [convert(x), convert(w), convert(b)]
+        return differentiate(lambda *t: module.layer_norm(*t, 1e-5, frozen=frozen), tensors, convert(dy))
+
+    got, yardstick = run(gim_kernels, lambda t: t), run(reference, lambda t: t)
+    for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
+        assert_within_budget(a, truth, c, f"output {index}")
+
+
+def saved_elements(function: Any, x: torch.Tensor) -> int:
+    """How many numbers autograd keeps of one call, other than parameters."""
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(x)
+    return sum(kept.values())
+
+
+def test_a_frozen_norm_keeps_one_number_for_each_row() -> None:
+    x = numbers(64, 128).requires_grad_(True)
+    weight, bias = torch.ones(128, dtype=torch.float64), torch.zeros(128, dtype=torch.float64)
+    assert saved_elements(lambda t: gim_kernels.rms_norm(t, weight, 1e-6, frozen=True), x) == 64 + 128
+    assert saved_elements(lambda t: gim_kernels.layer_norm(t, weight, bias, 1e-6, frozen=True), x) == 64 + 128
+    assert saved_elements(lambda t: gim_kernels.rms_norm(t, weight, 1e-6), x) == 64 + 128 + 64 * 128
+    weight.requires_grad_(True)  # then its own gradient needs the input
+    assert saved_elements(lambda t: gim_kernels.rms_norm(t, weight, 1e-6, frozen=True), x) == 64 + 128 + 64 * 128
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backward", ["exact", "ratio"])
+@pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
+def test_gated_is_its_equation(module: Any, backward: str, activation: str) -> None:
+    gate, up, dy = numbers(3, 17), numbers(3, 17, seed=1), numbers(3, 17, seed=2)
+    gate[0, 0] = 0.0  # act(x) / x has a limit there
+    act = ACTIVATIONS[activation]
+    values = torch.tensor([act(float(x)) for x in gate.flatten()], dtype=torch.float64).view_as(gate)
+    step = 1e-6
+
+    def derivative(x: float) -> float:
+        if backward == "exact" or x == 0.0:  # act is 0 at 0, so the limit of the ratio is the derivative there
+            return float((act(x + step) - act(x - step)) / (2 * step))
+        return float(act(x) / x)
+
+    slopes = torch.tensor([derivative(float(x)) for x in gate.flatten()], dtype=torch.float64).view_as(gate)
+    got = differentiate(
+        lambda *t: module.gated(*t, activation, grad_scale=(0.5, 0.3), activation_backward=backward), [gate, up], dy
+    )
+    assert_close64(got[0], values * up, "y")
+    assert_close64(got[1], 0.5 * dy * up * slopes, "dgate", relative=1e-9)  # the step of the difference limits it
+    assert_close64(got[2], 0.3 * dy * values, "dup")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backward", ["exact", "ratio"])
+def test_gated_stays_within_the_error_budget(backward: str, activation: str, dtype: torch.dtype) -> None:
+    tensors = [numbers(7, 65, dtype=dtype), numbers(7, 65, seed=1, dtype=dtype)]
+    dy = numbers(7, 65, seed=2, dtype=dtype)
+
+    def run(module: Any, convert: Any) -> list[torch.Tensor]:
+        return differentiate(
+            lambda *t: module.gated(*t, activation, grad_scale=(0.5, 0.5), activation_backward=backward),
+            [convert(t) for t in tensors],
+            convert(dy),
+        )
+
+    got, yardstick = run(gim_kernels, lambda t: t), run(reference, lambda t: t)
+    for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
+        assert_within_budget(a, truth, c, f"output {index}")
+
+
+def test_forwards_do_not_depend_on_the_rule_and_a_second_backward_is_the_same() -> None:
+    x, w, up = numbers(4, 32, dtype=torch.float32), numbers(32, dtype=torch.float32), numbers(4, 32, seed=3).float()
+    assert torch.equal(gim_kernels.rms_norm(x, w, 1e-6), gim_kernels.rms_norm(x, w, 1e-6, frozen=True))
+    assert torch.equal(gim_kernels.layer_norm(x, w, w, 1e-6), gim_kernels.layer_norm(x, w, w, 1e-6, frozen=True))
+    plain = gim_kernels.gated(x, up, "silu")
+    assert torch.equal(plain, gim_kernels.gated(x, up, "silu", grad_scale=(0.5, 0.5), activation_backward="ratio"))
+    for function in (
+        lambda t: gim_kernels.rms_norm(t, w, 1e-6, frozen=True),
+        lambda t: gim_kernels.layer_norm(t, w, w, 1e-6),
+        lambda t: gim_kernels.gated(t, up, "gelu", activation_backward="ratio"),
+    ):
+        leaf = x.clone().requires_grad_(True)
+        out = function(leaf)
+        (first,) = torch.autograd.grad(out, leaf, up, retain_graph=True)
+        (second,) = torch.autograd.grad(out, leaf, up)
+        assert torch.equal(first, second)
+
+
+def test_the_operators_pass_torch_checks() -> None:
+    x, w, b = numbers(3, 8).requires_grad_(True), numbers(8).requires_grad_(True), numbers(8).requires_grad_(True)
+    ops = torch.ops.gim_kernels
+    for frozen in (False, True):
+        torch.library.opcheck(ops.rms_norm.default, (x, w, 1e-5, 0.0, frozen, "blockwise"))
+        torch.library.opcheck(ops.layer_norm.default, (x, w, b, 1e-5, frozen, "blockwise"))
+    up = numbers(3, 8, seed=1).requires_grad_(True)
+    torch.library.opcheck(ops.gated.default, (x, up, "silu", [0.5, 0.5], "exact", "blockwise"))
+
+
+X, W = numbers(2, 8), numbers(8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gim_kernels.rms_norm([1], W, 1e-5), TypeError, "x must be a tensor, got list"),
+        (lambda: gim_kernels.rms_norm(X.long(), W, 1e-5), TypeError, "x must be float32.*int64"),
+        (lambda: gim_kernels.rms_norm(torch.tensor(1.0), None, 1e-5), ValueError, "x must have a last dimension"),
+        (lambda: gim_kernels.rms_norm(X, W[:7], 1e-5), ValueError, r"weight must have the shape.*\[8\], got \(7,\)"),
+        (lambda: gim_kernels.rms_norm(X, W, -1.0), ValueError, "eps must be a finite number >= 0, got -1.0"),
+        (lambda: gim_kernels.rms_norm(X, W.to("meta"), 1e-5), ValueError, "weight must be on x's device cpu"),
+        (lambda: gim_kernels.layer_norm(X, W, W.long(), 1e-5), TypeError, "bias must be floating point"),
+        (lambda: gim_kernels.layer_norm(X, W, W[:3], 1e-5), ValueError, "bias must have the shape"),
+        (lambda: gim_kernels.gated(X, X[:1], "silu"), ValueError, "up must have gate's shape"),
+        (lambda: gim_kernels.gated(X, X.float(), "silu"), TypeError, "up must have gate's dtype"),
+        (lambda: gim_kernels.gated(X, X.to("meta"), "silu"), ValueError, "up must be on gate's device"),
+        (lambda: gim_kernels.gated(X.long(), X.long(), "silu"), TypeError, "gate must be float32"),
+        (lambda: gim_kernels.gated(3, X, "silu"), TypeError, "gate must be a tensor, got int"),
+        (lambda: gim_kernels.gated(X, X, "swish"), ValueError, "activation must be one of.*'swish'"),
+        (lambda: gim_kernels.gated(X, X, "silu", activation_backward="lrp"), ValueError, "activation_backward must"),
+        (lambda: gim_kernels.gated(X, X, "silu", grad_scale=(1.0,)), ValueError, "grad_scale must be two finite"),
+    ],
+)
+def test_refusals_name_the_argument(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
