@@ -11,7 +11,7 @@ from torch import nn
 
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.patches import attention, gated_mlps, norms
-from gim.patches.session import Session, session_of
+from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
@@ -155,7 +155,8 @@ def apply_patches(model: nn.Module, session: Session) -> None:
     Raises:
         UnsupportedModelError: the session is strict and a part is not covered.
     """
-    # Outermost first: norms and MLPs are probed through their own forwards, before anything is replaced.
+    for module in model.modules():
+        session.set_attribute(module, SESSION, session)
     norms.patch(model, session)
     gated_mlps.patch(model, session)
     attention.patch(model, session)
@@ -167,6 +168,8 @@ def apply_patches(model: nn.Module, session: Session) -> None:
         session.start_forward()
 
     def finish(*_: Any) -> None:
+        if session_of(model) is not session:
+            return  # an inner context's rules are in force, and it looks after its own forward passes
         session.report.forwards += 1
         missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
         if session.strict:

@@ -240,6 +240,34 @@ def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torc
     return into.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap)
 
 
+def _exponentials(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    inverse: float,
+    options: Options,
+    buffers: _Buffers,
+    shape: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope ``1 - (S / c)^2`` of the scores; else None."""
+    if options.softcap is None:
+        e = buffers.get("e", *shape)
+        torch.addmm(lse, query, key.mT, beta=-inverse, alpha=options.scale * inverse, out=e)
+        return e.exp_(), None
+    capped = _scores(query, key, options, buffers.get("slope", *shape))
+    e = torch.sub(capped, lse, out=buffers.get("e", *shape)).mul_(inverse).exp_()
+    # The slope takes the place of the scores, which nobody needs any more.
+    return e, capped.div_(options.softcap).square_().neg_().add_(1.0)
+
+
+def _row_sum(e: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+    """Sums of the rows and their sinks' shares ``[ROWS, 1]``; 1 for a row that sees nothing (its entries are 0)."""
+    total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total += sink
+    return total.masked_fill_(total == 0, 1.0)
+
+
 def attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
@@ -312,37 +340,27 @@ def attention_backward(
                 q = query[row, head, rows].to(wide).reshape(group * length, size)
                 grad = grad_out[row, head, rows].to(wide).reshape(group * length, size)
                 row_lse = lse[row, head, rows].reshape(group * length, 1)
-                if options.softcap is None:
-                    e = buffers.get("e", *flat)
-                    torch.addmm(row_lse, q, k[seen].mT, beta=-inverse, alpha=options.scale * inverse, out=e)
-                    slope = None
-                else:
-                    capped = _scores(q, k[seen], options, buffers.get("slope", *flat))
-                    e = torch.sub(capped, row_lse, out=buffers.get("e", *flat)).mul_(inverse)
-                    # The derivative of the cap, 1 - (capped / c)^2, takes the place of the capped scores.
-                    slope = capped.div_(options.softcap).square_().neg_().add_(1.0)
-                e.exp_()
+                e, slope = _exponentials(q, k[seen], row_lse, inverse, options, buffers, flat)
                 if block.partial:
                     _erase_hidden(e.view(cube), block, options)
+                sink_share = None  # [G * BLOCK, 1]
+                if sink is not None:
+                    sink_share = (sink.expand(group, length, 1).reshape(-1, 1) - row_lse).mul_(inverse).exp_()
+                z = _row_sum(e, sink_share)
                 if sum_value is not None:
-                    if inverse == 1.0:
-                        p = e
-                    elif inverse == 0.5:
-                        p = torch.mul(e, e, out=buffers.get("p", *flat))
-                    else:
-                        p = torch.pow(e, temperature, out=buffers.get("p", *flat))
-                    sum_value[seen].addmm_(p.mT, grad)
+                    p, p_sum = e, z
+                    if inverse != 1.0:
+                        p = (
+                            torch.mul(e, e, out=buffers.get("p", *flat))
+                            if inverse == 0.5
+                            else (torch.pow(e, temperature, out=buffers.get("p", *flat)))
+                        )
+                        p_sum = _row_sum(p, None if sink_share is None else sink_share.pow(temperature))
+                    # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
+                    sum_value[seen].addmm_(p.mT, grad / p_sum)
                 if not through_scores:
                     continue
                 grad_p = torch.mm(grad, v[seen].mT, out=buffers.get("dp", *flat)).mul_(e)
-                sink_share = None  # [G * BLOCK, 1]
-                if sink is not None:
-                    sink_share = (sink.expand(group, length, 1).reshape(-1, 1) - row_lse).mul_(inverse)
-                    sink_share.exp_()
-                z = e.sum(-1, keepdim=True)
-                if sink_share is not None:
-                    z += sink_share
-                z.masked_fill_(z == 0, 1.0)  # rows that see nothing: every e is 0 already
                 delta = grad_p.sum(-1, keepdim=True) / z
                 if grad_sinks is not None and sink_share is not None:
                     grad_sinks[head] -= (sink_share * delta / z).view(group, length).sum(-1)

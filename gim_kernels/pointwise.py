@@ -35,8 +35,7 @@ def rms_norm_forward(
         ``[..., D]`` in x's dtype, and ``[..., 1]`` in float32 (float64 for float64).
     """
     wide = _wide(x)
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    inverse_rms = mean_square.add_(eps).rsqrt_()
+    inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     y = wide * inverse_rms
     if weight is not None:
         y.mul_(_wide(weight) + weight_offset if weight_offset else _wide(weight))
@@ -60,7 +59,7 @@ def layer_norm_forward(
     wide = _wide(x)
     mean = wide.mean(-1, keepdim=True)
     y = wide - mean
-    inverse_std = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    inverse_std = y.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     y.mul_(inverse_std)
     if weight is not None:
         y.mul_(_wide(weight))

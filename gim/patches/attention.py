@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 import gim_kernels
 from gim.applied import Application, UnsupportedModelError
-from gim.patches.session import SESSION, Session, session_of
+from gim.patches.session import Session, session_of
 from gim.rules import GRADIENT, Rules
 from gim_kernels import engines
 
@@ -346,8 +346,6 @@ def patch(model: nn.Module, session: Session) -> None:
                 "switch its attention implementation)",
             )
         return
-    for module in model.modules():
-        session.set_attribute(module, SESSION, session)
     for name, module in expected.items():
         session.set_attribute(module, _NAME, name)
         session.add(

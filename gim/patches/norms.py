@@ -10,7 +10,7 @@ from torch import nn
 
 import gim_kernels
 from gim.applied import Application, UnsupportedModelError
-from gim.patches.session import Session
+from gim.patches.session import Session, original_forward
 from gim_kernels import engines, reference
 
 #: Attributes under which norms keep their epsilon, the usual ones first.
@@ -104,7 +104,7 @@ def recognise(module: nn.Module) -> Norm | None:
         smallest = (eps if eps is not None else torch.finfo(dtype).eps) ** 0.5
         probes = [rows.to(device, dtype), (rows * smallest).to(device, dtype)] if smallest else [rows.to(device, dtype)]
         try:
-            outputs = [module.forward(probe) for probe in probes]
+            outputs = [original_forward(module)(probe) for probe in probes]
         except Exception:  # whatever it is, it does not take one tensor of rows as a norm does
             return None
         if not all(isinstance(y, torch.Tensor) and y.shape == rows.shape for y in outputs):

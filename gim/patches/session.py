@@ -16,6 +16,9 @@ from gim.rules import Rules
 #: Name under which a module of a patched model holds its session; the rules live on the instances.
 SESSION = "_gim_session"
 
+#: Attribute of a replacing ``forward`` that holds the one it replaced.
+_ORIGINAL = "_gim_original"
+
 _MISSING = object()
 
 
@@ -72,7 +75,8 @@ class Session:
         self.undo.callback(_put_back, module, name, before)
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give one instance another ``forward``."""
+        """Give one instance another ``forward``, which remembers the one before."""
+        setattr(forward, _ORIGINAL, original_forward(module))
         self.set_attribute(module, "forward", forward)
 
     def close(self) -> None:
@@ -86,6 +90,12 @@ def _put_back(module: nn.Module, name: str, before: Any) -> None:
         module.__dict__.pop(name, None)
     else:
         module.__dict__[name] = before
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's own ``forward``, also inside a context that has replaced it."""
+    forward = module.forward
+    return getattr(forward, _ORIGINAL, forward)
 
 
 def session_of(module: nn.Module) -> Session | None:

@@ -1,0 +1,290 @@
+"""Bad input gets an error that names the argument, what was wanted and what came; nothing is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gim
+from gim.applied import UnsupportedModelError
+from gim.context import inspect
+from tests.families import SHARED, VOCABULARY, ids, make
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make("llama", torch.float32)
+
+
+def explain(model: Any, tokens: Any = None, **arguments: Any) -> torch.Tensor:
+    tokens = ids() if tokens is None else tokens
+    return gim.explain(model, tokens, **{"baseline_token_id": 3, **arguments})
+
+
+HOLES = torch.ones(2, 37, dtype=torch.int64)
+HOLES[1, 5] = 0
+NO_TOKEN = torch.ones(2, 37, dtype=torch.int64)
+NO_TOKEN[1] = 0
+LEFT = torch.ones(2, 37, dtype=torch.int64)
+LEFT[0, :9] = 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokens": torch.zeros(0, dtype=torch.int64)}, ValueError, "input_ids must hold at least one token"),
+        ({"tokens": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "input_ids must hold at least one token"),
+        ({"tokens": [1, 2]}, TypeError, "input_ids must be a tensor, got list"),
+        ({"tokens": torch.zeros(3)}, TypeError, "input_ids must be int64 or int32, got torch.float32"),
+        ({"tokens": torch.zeros(1, 2, 3, dtype=torch.int64)}, ValueError, r"shape \[T\] or \[B, T\], got \(1, 2, 3\)"),
+        ({"tokens": torch.tensor([1, VOCABULARY])}, ValueError, "input_ids must be in 0..96, got ids from 1 to 97"),
+        ({"tokens": torch.tensor([-1, 2])}, ValueError, "input_ids must be in 0..96, got ids from -1 to 2"),
+        ({"target_token_id": 97}, ValueError, "target_token_id must be a token id in 0..96, got 97"),
+        ({"target_token_id": -1}, ValueError, "target_token_id must be a token id in 0..96, got -1"),
+        ({"baseline_token_id": 97}, ValueError, "baseline_token_id must be a token id in 0..96, got 97"),
+        ({"baseline_token_id": None}, ValueError, "baseline_token_id or tokenizer must be given"),
+        ({"target_position": 37}, ValueError, "target_position must be in -37..36, got 37"),
+        ({"target_position": -38}, ValueError, "target_position must be in -37..36, got -38"),
+        ({"target_position": 1.5}, TypeError, "target_position must be an integer, got float"),
+        ({"target_position": 4, "attention_mask": LEFT}, ValueError, "target_position 4 is padding in row 0"),
+        ({"target_position": -29, "attention_mask": LEFT}, ValueError, "target_position must be at least -28"),
+        ({"attention_mask": HOLES}, ValueError, "attention_mask must have no holes: row 1"),
+        ({"attention_mask": NO_TOKEN}, ValueError, "attention_mask must leave each row a token, got none in row 1"),
+        ({"attention_mask": LEFT[:, :5]}, ValueError, "attention_mask must have the shape of input_ids"),
+        ({"attention_mask": 2 * LEFT}, ValueError, "attention_mask must hold 0 and 1 only"),
+        ({"attention_mask": "left"}, TypeError, "attention_mask must be a tensor, got str"),
+        ({"rules": "GIN"}, ValueError, "rules must be Rules or one of GIM, .*got 'GIN'"),
+        ({"rules": 3}, TypeError, "rules must be Rules or the name of a preset, got int"),
+        ({"rules": "GRADIENT", "q_scale": 0.1}, ValueError, "contradict each other"),
+        ({"softmax_temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
+        ({"softmax_temperature": -2.0}, ValueError, "temperature must be > 0, got -2.0"),
+        ({"q_scale": float("nan")}, ValueError, "q_scale must be a finite number, got nan"),
+        ({"freeze_norm": 1}, ValueError, "freeze_norm must be True or False, got 1"),
+        ({"memory": "some"}, ValueError, "memory must be a MemoryPlan, 'auto' or one of .*got 'some'"),
+    ],
+)
+def test_explain_refuses(model: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    before = dict(vars(model.config))
+    with pytest.raises(error, match=message):
+        explain(model, **arguments)
+    assert dict(vars(model.config)) == before
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_one_token_works(model: Any) -> None:
+    assert explain(model, torch.tensor([5])).shape == (1,)
+    assert explain(model, torch.tensor([[5]])).shape == (1,)
+    assert float(explain(model, torch.tensor([3]))) == 0.0  # the baseline itself
+
+
+def test_rules_refuse_unknown_values() -> None:
+    with pytest.raises(ValueError, match="softmax must be one of"):
+        gim.rules.Rules(softmax="soft")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activation must be one of"):
+        gim.rules.Rules(activation="lrp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"unknown fields of Rules: \['qscale'\]"):
+        gim.rules.Rules.from_dict({"qscale": 1})
+    with pytest.raises(ValueError, match="checkpoint must be one of"):
+        gim.MemoryPlan("some")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        gim.GIM("gpt2")  # type: ignore[arg-type]
+
+
+def test_inference_mode_is_refused_and_no_grad_works(model: Any) -> None:
+    want = explain(model)
+    with torch.no_grad():
+        assert torch.equal(explain(model), want)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        explain(model)
+
+
+def test_dropout_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHARED, attention_dropout=0.5)).train()
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn: attention dropout is 0.5"):
+        explain(model)
+    model = make("llama", torch.float32)
+    model.model.dropout = nn.Dropout(0.1).train()
+    with pytest.raises(ValueError, match=r"model\.dropout is in training mode with p=0.1: call model.eval"):
+        explain(model)
+    assert explain(model.eval()).shape == (2, 37)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_module_with_nan_or_infinity_is_named(value: float) -> None:
+    model = make("llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(FloatingPointError, match=r"logits hold NaN or infinity.* is model\.layers\.1\.mlp\.up_proj$"):
+        explain(model)
+
+
+def test_the_first_module_with_a_nan_gradient_is_named() -> None:
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * float("nan")
+
+    model = make("llama", torch.float32)
+    layer = model.model.layers[1].mlp.down_proj
+    layer.register_forward_pre_hook(lambda _, inputs: (Break.apply(inputs[0]),))
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # What goes into down_proj is gate and up's product, so theirs are the first outputs with a bad gradient.
+    with pytest.raises(
+        FloatingPointError, match=r"first module whose output's gradient.*layers\.1\.mlp\.(gate|up)_proj"
+    ):
+        explain(model)
+    assert before == {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+class StrangeNorm(nn.Module):
+    """Named a norm, and none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / x.abs().amax(-1, keepdim=True)
+
+
+def with_strange_norm() -> Any:
+    model = make("llama", torch.float32)
+    model.model.layers[1].input_layernorm = StrangeNorm(SHARED["hidden_size"])
+    return model
+
+
+def with_python_attention() -> Any:
+    """A model whose attention computes by itself, and never through the interface."""
+    model = make("llama", torch.float32)
+    attention = model.model.layers[1].self_attn
+
+    def forward(hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return attention.o_proj(attention.q_proj(hidden_states)), None
+
+    attention.forward = forward
+    return model
+
+
+def with_strange_mlp() -> Any:
+    model = make("llama", torch.float32)
+    mlp = model.model.layers[2].mlp
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) + mlp.up_proj(x))
+
+    mlp.forward = forward
+    return model
+
+
+def with_unknown_activation() -> Any:
+    model = make("llama", torch.float32)
+    model.model.layers[2].mlp.act_fn = nn.Hardtanh()
+    return model
+
+
+def with_unused_norm() -> Any:
+    """A norm that the model owns and computes without calling it."""
+    model = make("llama", torch.float32)
+    layer = model.model.layers[0]
+    norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
+
+    def forward(hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, 1e-6)
+        hidden_states = hidden_states + attention(hidden_states=normed, **named)[0]
+        return hidden_states + mlp(layer.post_attention_layernorm(hidden_states))
+
+    layer.forward = forward
+    return model
+
+
+UNSUPPORTED = [
+    (with_strange_norm, r"model\.layers\.1\.input_layernorm: \(StrangeNorm\) is neither an RMS norm nor a layer norm"),
+    (with_python_attention, r"model\.layers\.1\.self_attn: did not run in this forward pass, or ran without"),
+    (with_strange_mlp, r"model\.layers\.2\.mlp: \(LlamaMLP\) has gate, up and down projections but does not compute"),
+    (with_unknown_activation, r"model\.layers\.2\.mlp: \(LlamaMLP\) is a gated MLP whose activation Hardtanh"),
+    (with_unused_norm, r"model\.layers\.0\.input_layernorm: did not run in this forward pass"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), UNSUPPORTED, ids=[build.__name__ for build, _ in UNSUPPORTED])
+def test_a_part_that_is_not_covered_raises_and_is_named(build: Any, message: str) -> None:
+    model = build()
+    with pytest.raises(UnsupportedModelError, match=message):
+        explain(model)
+    assert model.config._attn_implementation == "sdpa"
+    with gim.GIM(model, strict=False) as report:
+        model(ids())
+    assert not report.complete
+    assert [name for name, _ in report.unsupported] == [message.split(":")[0].replace("\\", "")]
+    # The rule that is not asked for cannot fail.
+    if "norm" in build.__name__:
+        with gim.GIM(model, freeze_norm=False) as report:
+            if build is with_strange_norm:
+                model(ids())
+
+
+def test_a_model_whose_attention_has_no_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", torch.float32)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn: does not go through the attention"):
+        explain(model)
+    assert not inspect(model).complete
+
+
+def test_a_module_that_is_not_from_hugging_face_is_refused() -> None:
+    with (
+        pytest.raises(UnsupportedModelError, match="Linear: is not a transformers PreTrainedModel"),
+        gim.GIM(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_masks_that_no_pattern_describes_are_refused(model: Any) -> None:
+    dense = torch.ones(2, 1, 37, 37, dtype=torch.bool).tril()
+    with (
+        gim.GIM(model),
+        pytest.raises(UnsupportedModelError, match=r"self_attn: attention was given a dense mask of shape"),
+    ):
+        model(ids(), attention_mask=dense)
+    restarts = torch.cat([torch.arange(20), torch.arange(17)])[None].expand(2, -1)
+    with gim.GIM(model), pytest.raises(UnsupportedModelError, match="neither causal, windowed nor bidirectional"):
+        model(ids(), position_ids=restarts, use_cache=False)
+    with gim.GIM(model), pytest.raises(ValueError, match="attention_mask must have no holes: row 1"):
+        model(ids(), attention_mask=HOLES)
+
+
+def test_attention_weights_are_refused(model: Any) -> None:
+    with gim.GIM(model), pytest.raises(UnsupportedModelError, match="attention was called with output_attentions"):
+        model.model.layers[0].self_attn(
+            torch.randn(1, 4, 48),
+            position_embeddings=model.model.rotary_emb(torch.randn(1, 4, 48), torch.arange(4)[None]),
+            attention_mask=None,
+            output_attentions=True,
+        )
+
+
+def test_a_context_is_used_once_at_a_time(model: Any) -> None:
+    context = gim.GIM(model)
+    with context, pytest.raises(RuntimeError, match="already open"), context:
+        pass
+    with context as report:  # and may be opened again after it has closed
+        model(ids())
+    assert report.forwards == 1
+
+
+def test_logits_that_do_not_depend_on_the_input_are_refused(model: Any) -> None:
+    handle = model.model.norm.register_forward_hook(lambda _, __, out: out.detach())
+    try:
+        with pytest.raises(ValueError, match="the logits do not depend on the input embeddings"):
+            explain(model)
+    finally:
+        handle.remove()

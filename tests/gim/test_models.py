@@ -1,0 +1,328 @@
+"""GIM on Hugging Face decoders against the independent eager implementation."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import gim
+from gim.context import inspect
+from tests import eager
+from tests.families import FAMILIES, ids, make
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget, relative_error
+
+BASELINE = 3
+
+
+def embedding_gradient(model: Any, tokens: torch.Tensor, **context: Any) -> torch.Tensor:
+    """The gradient of the last logits' sum of squares with respect to the embeddings, by the user's own backward."""
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    with gim.GIM(model, **context):
+        model(inputs_embeds=embedded, use_cache=False).logits[:, -1].pow(2).sum().backward()
+    assert embedded.grad is not None
+    return embedded.grad
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("preset", eager.PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_preset_equals_the_independent_implementation(family: str, preset: str, padded: str | None) -> None:
+    model, tokens, mask = make(family), ids(), None
+    if padded is not None:
+        mask = torch.ones_like(tokens)
+        mask[0, slice(0, 9) if padded == "left" else slice(-9, None)] = 0
+    got = gim.explain(model, tokens, baseline_token_id=BASELINE, rules=preset, attention_mask=mask)
+    want, _ = eager.attribution(model, tokens, eager.PRESETS[preset], baseline=BASELINE, mask=mask)
+    assert_close64(got, want, f"{family} {preset}", relative=FLOAT64_MODEL_RELATIVE)
+
+
+@pytest.mark.parametrize("preset", eager.PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_errs_at_most_twice_as_much_as_eager_float32(family: str, preset: str) -> None:
+    double = make(family)
+    single = copy.deepcopy(double).float()
+    tokens = ids(16)  # one prompt's rounding error is one draw of a wide distribution; sixteen are a measurement
+    got = gim.explain(single, tokens, baseline_token_id=BASELINE, rules=preset, target_token_id=11)
+    rules = eager.PRESETS[preset]
+    truth, truth_gradient = eager.attribution(double, tokens, rules, baseline=BASELINE, target=11)
+    yardstick, yardstick_gradient = eager.attribution(
+        single, tokens, rules, baseline=BASELINE, target=11, dtype=torch.float32
+    )
+    assert_within_budget(got, truth, yardstick, "attribution")
+    embedded = single.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    with gim.GIM(single, rules=preset):
+        logits = single(inputs_embeds=embedded, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(logits[:, -1, 11].sum(), embedded)
+    assert_within_budget(gradient, truth_gradient, yardstick_gradient, "gradient")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rule_alone_changes_the_gradient(family: str) -> None:
+    model, tokens = make(family), ids(1)
+    plain = gim.rules.GRADIENT
+    off: dict[str, Any] = {
+        "freeze_norm": False, "softmax_temperature": None, "q_scale": None, "k_scale": None, "v_scale": None,
+        "gate_scale": None, "up_scale": None,
+    }  # fmt: skip
+    base = embedding_gradient(model, tokens, rules=plain)
+    assert torch.equal(base, embedding_gradient(model, tokens, **off))
+    seen = [base]
+    for name, value in (
+        ("freeze_norm", True), ("softmax_temperature", 2.0), ("q_scale", 0.25), ("k_scale", 0.25), ("v_scale", 0.5),
+        ("gate_scale", 0.5), ("up_scale", 0.5),
+    ):  # fmt: skip
+        gradient = embedding_gradient(model, tokens, **{**off, name: value})
+        for other in seen:
+            assert relative_error(gradient, other) > 1e-3, name
+        seen.append(gradient)
+    for rules in (gim.rules.Rules(**{**plain.to_dict(), "softmax": "constant"}),
+                  gim.rules.Rules(**{**plain.to_dict(), "activation": "ratio"})):  # fmt: skip
+        assert relative_error(embedding_gradient(model, tokens, rules=rules), base) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_forward_ignores_the_rules_and_is_the_models_own(family: str, dtype: torch.dtype) -> None:
+    model, tokens = make(family, dtype), ids()
+    mask = torch.ones_like(tokens)
+    mask[1, -8:] = 0
+    for arguments in ({}, {"attention_mask": mask}):
+        with torch.no_grad():
+            own = model(tokens, use_cache=False, **arguments).logits
+            inside = []
+            for preset in gim.rules.PRESETS:
+                with gim.GIM(model, rules=preset):
+                    inside.append(model(tokens, use_cache=False, **arguments).logits)
+            truth = copy.deepcopy(model).double()(tokens, use_cache=False, **arguments).logits
+        for other in inside[1:]:
+            assert torch.equal(inside[0], other)
+        keep = mask.bool() if arguments else torch.ones_like(mask).bool()
+        assert_within_budget(inside[0][keep], truth[keep], own[keep], "logits")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_of_a_batch_equals_its_own_run(family: str, side: str) -> None:
+    model = make(family)
+    rows = [ids(1, length, seed=length)[0] for length in (23, 9, 1, 16)]
+    longest = max(map(len, rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        where = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[index, where], mask[index, where] = row, 1
+    got = gim.explain(model, tokens, baseline_token_id=BASELINE, attention_mask=mask)
+    assert got.shape == tokens.shape
+    for index, row in enumerate(rows):
+        alone = gim.explain(model, row, baseline_token_id=BASELINE)
+        assert alone.shape == row.shape
+        assert_close64(got[index][mask[index].bool()], alone, f"row {index}", relative=FLOAT64_MODEL_RELATIVE)
+        assert bool((got[index][~mask[index].bool()] == 0).all())
+
+
+def state(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything about a model that a context could leave behind."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                found[f"{name}/{key}"] = {k: (id(v), None if v is None else v.__class__) for k, v in value.items()}
+            elif isinstance(value, dict):
+                found[f"{name}/{key}"] = dict(value)
+            else:
+                found[f"{name}/{key}"] = id(value) if isinstance(value, torch.Tensor) else value
+        config = getattr(module, "config", None)
+        if config is not None:
+            found[f"{name}/config"] = dict(vars(config))
+    for name, parameter in model.named_parameters():
+        found[f"{name}/parameter"] = (
+            parameter.requires_grad,
+            parameter.grad,
+            parameter.detach().clone().numpy().tobytes(),
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_undo_is_exact(family: str) -> None:
+    model, tokens = make(family, torch.float32), ids()
+    before, logits = state(model), model(tokens).logits
+    gim.explain(model, tokens, baseline_token_id=BASELINE)
+    gim.explain(model, tokens, baseline_token_id=BASELINE, memory="layer")
+    assert state(model) == before
+    with pytest.raises(KeyError), gim.GIM(model):
+        model(tokens)
+        raise KeyError("a user's own error")
+    assert state(model) == before
+    with gim.GIM(model, rules="GIM"):
+        with gim.GIM(model, rules="GRADIENT") as inner:
+            model(tokens)
+        with gim.GIM(model, rules="GIM_CONSTANT"):
+            pass
+    assert inner.forwards == 1
+    assert state(model) == before
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_nested_contexts_follow_the_inner_rules_and_come_back() -> None:
+    model, tokens = make("llama"), ids(1)
+    gim_gradient, plain = (embedding_gradient(model, tokens, rules=name) for name in ("GIM", "GRADIENT"))
+    with gim.GIM(model):
+        assert torch.equal(embedding_gradient(model, tokens, rules="GRADIENT"), plain)
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+        model(inputs_embeds=embedded, use_cache=False).logits[:, -1].pow(2).sum().backward()
+        assert embedded.grad is not None and torch.equal(embedded.grad, gim_gradient)
+
+
+def test_parameters_keep_no_gradient_and_keep_asking() -> None:
+    model = make("qwen3", torch.float32)
+    frozen = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    gim.explain(model, ids(), baseline_token_id=BASELINE)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad == (parameter is not frozen) for parameter in model.parameters())
+
+
+def test_a_users_own_backward_gets_parameter_gradients() -> None:
+    model, tokens = make("llama"), ids(1, 12)
+    with gim.GIM(model, rules="GRADIENT"):
+        model(tokens).logits[:, -1].logsumexp(-1).sum().backward()
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    table = model.get_input_embeddings().weight
+    model.zero_grad()
+    parameters = dict(model.named_parameters())
+
+    class Live:
+        """The model with parameters that stay attached, for the eager implementation."""
+
+        config = model.config
+
+        @staticmethod
+        def named_parameters() -> Any:
+            return parameters.items()
+
+    original = torch.Tensor.detach
+    try:
+        # The eager implementation detaches weights; for this test alone they must stay leaves.
+        torch.Tensor.detach = lambda self: self  # type: ignore[method-assign, assignment]
+        eager.forward(Live, table[tokens], eager.PRESETS["GRADIENT"])[:, -1].logsumexp(-1).sum().backward()
+    finally:
+        torch.Tensor.detach = original  # type: ignore[method-assign]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert_close64(got[name], parameter.grad, name, relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_two_threads_with_two_models_and_two_rule_sets_do_not_see_each_other() -> None:
+    first = make("llama", seed=1)
+    second = type(first)(first.config).double().eval()  # one config object for both: the hardest case
+    second.load_state_dict(make("llama", seed=2).state_dict())
+    jobs = [(first, "GIM"), (second, "GRADIENT")]
+    tokens = ids(1, 24)
+    want = [gim.explain(model, tokens, baseline_token_id=BASELINE, rules=rules) for model, rules in jobs]
+    failures: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def work(index: int) -> None:
+        model, rules = jobs[index]
+        barrier.wait()
+        for _ in range(8):
+            got = gim.explain(model, tokens, baseline_token_id=BASELINE, rules=rules)
+            if not torch.equal(got, want[index]):
+                failures.append(rules)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert first.config._attn_implementation == "sdpa"
+
+
+def test_one_model_in_two_threads_is_refused() -> None:
+    model = make("llama")
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with gim.GIM(model):
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    with gim.GIM(model):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1 and "another thread" in str(errors[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_report_counts_the_models_own_layers(family: str) -> None:
+    model = make(family)
+    layers, norms = model.config.num_hidden_layers, FAMILIES[family][1]
+    with gim.GIM(model) as report:
+        model(ids())
+        model(ids())
+    counts = {"attention": layers, "norm": norms * layers + 1, "gated_mlp": layers}
+    assert report.counts() == {part: (count, 2 * count) for part, count in counts.items()}
+    assert report.engines == dict.fromkeys(counts, "blockwise")
+    assert report.complete and report.forwards == 2
+    found = inspect(model)
+    assert {part: n for part, (n, _) in found.counts().items()} == counts
+    assert {a.module for a in found.of("attention")} == {f"model.layers.{i}.self_attn" for i in range(layers)}
+
+
+@pytest.mark.parametrize("memory", ["none", "layer", "auto", gim.MemoryPlan("layer")])
+def test_every_memory_plan_gives_the_same_attribution(memory: Any) -> None:
+    model, tokens = make("qwen3"), ids()
+    want, _ = eager.attribution(model, tokens, eager.PRESETS["GIM"], baseline=BASELINE)
+    got = gim.explain(model, tokens, baseline_token_id=BASELINE, memory=memory)
+    assert_close64(got, want, str(memory), relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_checkpoint_counts_each_module_once() -> None:
+    model = make("llama")
+    model.activation_checkpointing_enable()
+    model.train()  # Hugging Face checkpoints in training mode only; this model has no dropout
+    embedded = model.get_input_embeddings()(ids()).detach().requires_grad_(True)
+    with gim.GIM(model) as report:
+        model(inputs_embeds=embedded, use_cache=False).logits[:, -1].pow(2).sum().backward()
+    assert report.counts()["norm"] == (7, 7)
+    model.eval()
+    assert embedded.grad is not None
+    assert_close64(embedded.grad, embedding_gradient(model, ids()), "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_recompute_after_the_context_closed_raises() -> None:
+    model = make("llama")
+    model.activation_checkpointing_enable()
+    model.train()
+    embedded = model.get_input_embeddings()(ids()).detach().requires_grad_(True)
+    with gim.GIM(model):
+        loss = model(inputs_embeds=embedded, use_cache=False).logits[:, -1].pow(2).sum()
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2: a checkpoint runs this layer again after"):
+        loss.backward()
+
+
+def test_the_attention_implementation_is_ordinary_attention_outside_a_context() -> None:
+    model, tokens = make("mistral"), ids()
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    own = model(tokens, attention_mask=mask).logits
+    model.set_attn_implementation("gim")
+    got = model(tokens, attention_mask=mask).logits
+    assert_close64(got[mask.bool()], own[mask.bool()], "logits", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_cache_works_inside_a_context() -> None:
+    model, tokens = make("mistral"), ids(1, 20)
+    own = model(tokens).logits[:, -1]
+    with gim.GIM(model), torch.no_grad():
+        start = model(tokens[:, :-1], use_cache=True)
+        last = model(tokens[:, -1:], past_key_values=start.past_key_values).logits[:, -1]
+    assert_close64(last, own, "logits", relative=1e-6)  # the model's own norms compute in float32
