@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from gim_kernels import blockwise, engines, reference
-from gim_kernels.blockwise import Options
-from gim_kernels.engines import Engine
+from gim_kernels.engines import Engine, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
 SOFTMAX_BACKWARDS: tuple[SoftmaxBackward, ...] = ("exact", "temperature", "constant")

@@ -13,29 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
+from gim_kernels.engines import Options
+
 #: Rows of scores held at once (query block times the query heads of one group). 64 to 256 rows were within 10 %
 #: of each other on a 2-core x86-64 machine (T = 4096, D = 64, float32); more rows only cost memory.
 ROWS = 128
 #: No score buffer holds more elements than this; longer key ranges get fewer rows, at least MIN_BLOCK queries.
 MAX_ELEMENTS = 1 << 23
 MIN_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Options:
-    """What shapes attention's forward, the same for every engine.
-
-    Args:
-        scale: factor on ``query @ key.T``.
-        causal: bottom-right aligned causal mask.
-        window: a query at key position ``p`` sees keys ``j > p - window`` only; None for all.
-        softcap: ``c`` of ``c * tanh(score / c)``; None for none.
-    """
-
-    scale: float
-    causal: bool = False
-    window: int | None = None
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,23 @@ ENGINES: tuple[Engine, ...] = ("auto", "triton", "blockwise", "reference")
 
 #: Floating-point types of every operator.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes attention's forward, the same for every engine.
+
+    Args:
+        scale: factor on ``query @ key.T``.
+        causal: bottom-right aligned causal mask.
+        window: a query at key position ``p`` sees keys ``j > p - window`` only; None for all.
+        softcap: ``c`` of ``c * tanh(score / c)``; None for none.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
 
 
 def module(engine: Engine, eager: Any) -> Any:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -57,3 +59,25 @@ def make(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
 def ids(batch: int = 2, length: int = 37, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[B, T]``."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> Any:
+    """A fast byte-level BPE tokenizer, trained here on one sentence, that puts ``<s>`` in front; 320 ids."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["The cat sat on the mat and the cat ate the rat."] * 4, trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+
+
+def text_model(dtype: torch.dtype = torch.float64) -> Any:
+    """A Llama for :func:`tokenizer`."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SHARED, "vocab_size": 320})).to(dtype).eval()

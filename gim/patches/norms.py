@@ -15,6 +15,8 @@ from gim_kernels import engines, reference
 
 #: Attributes under which norms keep their epsilon, the usual ones first.
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
+#: Epsilons that norms write into their forward without keeping them.
+USUAL_EPSILONS = (1e-5, 1e-6, 1e-12)
 #: Rows of a probe, and its width for a norm without a weight (which takes any).
 PROBE_ROWS = 4
 PROBE_WIDTH = 64
@@ -28,12 +30,12 @@ class Norm:
 
     Args:
         kind: ``"rms_norm"`` or ``"layer_norm"``.
-        eps: its epsilon; None stands for the machine epsilon of the input's dtype (``torch.nn.RMSNorm``).
+        eps: its epsilon.
         weight_offset: what is added to its weight.
     """
 
     kind: str
-    eps: float | None
+    eps: float
     weight_offset: float = 0.0
 
     def describe(self) -> str:
@@ -57,30 +59,35 @@ def is_norm_by_name(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _epsilons(module: nn.Module) -> list[float | None]:
-    """Candidates for a norm's epsilon: the usual attributes, then every other small number it holds."""
-    found: list[float | None] = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
+def _epsilons(module: nn.Module, dtype: torch.dtype) -> list[float]:
+    """Candidates for a norm's epsilon: the usual attributes, every other small number it holds, the usual literals.
+
+    ``torch.nn.RMSNorm`` takes None for the machine epsilon of the type it computes in.
+    """
+    found = [getattr(module, name) for name in EPSILONS if hasattr(module, name)]
     found += [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1e-1]
-    return list(dict.fromkeys(value for value in found if value is None or isinstance(value, int | float)))
+    machine = [torch.finfo(torch.promote_types(dtype, torch.float32)).eps, torch.finfo(dtype).eps]
+    if None in found:
+        found += machine
+    numbers = [float(value) for value in found if isinstance(value, int | float)]
+    return list(dict.fromkeys([*numbers, *USUAL_EPSILONS]))
 
 
 def _apply(norm: Norm, module: nn.Module, x: torch.Tensor, *, frozen: bool) -> torch.Tensor:
     """The norm by its equation, through the kernels."""
     weight = getattr(module, "weight", None)
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
     if norm.kind == "rms_norm":
-        return gim_kernels.rms_norm(x, weight, eps, weight_offset=norm.weight_offset, frozen=frozen)
-    return gim_kernels.layer_norm(x, weight, getattr(module, "bias", None), eps, frozen=frozen)
+        return gim_kernels.rms_norm(x, weight, norm.eps, weight_offset=norm.weight_offset, frozen=frozen)
+    return gim_kernels.layer_norm(x, weight, getattr(module, "bias", None), norm.eps, frozen=frozen)
 
 
 def _candidate(norm: Norm, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The norm by its equation, in float32 or better, by the specification: what a probe is compared with."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
     if norm.kind == "rms_norm":
-        return reference.rms_norm(wide, weight, eps, weight_offset=norm.weight_offset)
-    return reference.layer_norm(wide, weight, bias, eps)
+        return reference.rms_norm(wide, weight, norm.eps, weight_offset=norm.weight_offset)
+    return reference.layer_norm(wide, weight, bias, norm.eps)
 
 
 @torch.no_grad()
@@ -96,13 +103,13 @@ def recognise(module: nn.Module) -> Norm | None:
     anchor = weight if weight is not None else next(module.buffers(), None)
     device = torch.device("cpu") if anchor is None else anchor.device
     dtype = torch.float32 if anchor is None or not anchor.dtype.is_floating_point else anchor.dtype
-    width = PROBE_WIDTH if weight is None else weight.shape[0]
+    shape = getattr(module, "normalized_shape", None)
+    width = weight.shape[0] if weight is not None else shape[-1] if shape else PROBE_WIDTH
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(PROBE_ROWS, width, generator=generator, dtype=torch.float64) + 1.0
 
-    for eps in _epsilons(module) or [0.0]:
-        smallest = (eps if eps is not None else torch.finfo(dtype).eps) ** 0.5
-        probes = [rows.to(device, dtype), (rows * smallest).to(device, dtype)] if smallest else [rows.to(device, dtype)]
+    for eps in _epsilons(module, dtype):
+        probes = [rows.to(device, dtype), (rows * eps**0.5).to(device, dtype)]
         try:
             outputs = [original_forward(module)(probe) for probe in probes]
         except Exception:  # whatever it is, it does not take one tensor of rows as a norm does

@@ -83,15 +83,15 @@ def test_one_token_works(model: Any) -> None:
 
 def test_rules_refuse_unknown_values() -> None:
     with pytest.raises(ValueError, match="softmax must be one of"):
-        gim.rules.Rules(softmax="soft")  # type: ignore[arg-type]
+        gim.rules.Rules(softmax="soft")
     with pytest.raises(ValueError, match="activation must be one of"):
-        gim.rules.Rules(activation="lrp")  # type: ignore[arg-type]
+        gim.rules.Rules(activation="lrp")
     with pytest.raises(ValueError, match=r"unknown fields of Rules: \['qscale'\]"):
         gim.rules.Rules.from_dict({"qscale": 1})
     with pytest.raises(ValueError, match="checkpoint must be one of"):
-        gim.MemoryPlan("some")  # type: ignore[arg-type]
+        gim.MemoryPlan("some")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
-        gim.GIM("gpt2")  # type: ignore[arg-type]
+        gim.GIM("gpt2")
 
 
 def test_inference_mode_is_refused_and_no_grad_works(model: Any) -> None:

@@ -40,6 +40,17 @@ def test_every_preset_equals_the_independent_implementation(family: str, preset:
     assert_close64(got, want, f"{family} {preset}", relative=FLOAT64_MODEL_RELATIVE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_of_ones_own_equal_the_independent_implementation(family: str) -> None:
+    """Five different factors and another temperature: no two can be swapped unseen."""
+    model, tokens = make(family), ids()
+    factors: dict[str, Any] = {"q_scale": 0.1, "k_scale": 0.7, "v_scale": 0.3, "gate_scale": 0.4, "up_scale": 0.9}
+    got = gim.explain(model, tokens, baseline_token_id=BASELINE, softmax_temperature=3.0, **factors)
+    rules = eager.EagerRules(temperature=3.0, qkv=(0.1, 0.7, 0.3), gate_up=(0.4, 0.9))
+    want, _ = eager.attribution(model, tokens, rules, baseline=BASELINE)
+    assert_close64(got, want, family, relative=FLOAT64_MODEL_RELATIVE)
+
+
 @pytest.mark.parametrize("preset", eager.PRESETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_errs_at_most_twice_as_much_as_eager_float32(family: str, preset: str) -> None:
@@ -204,13 +215,10 @@ def test_a_users_own_backward_gets_parameter_gradients() -> None:
         def named_parameters() -> Any:
             return parameters.items()
 
-    original = torch.Tensor.detach
-    try:
-        # The eager implementation detaches weights; for this test alone they must stay leaves.
-        torch.Tensor.detach = lambda self: self  # type: ignore[method-assign, assignment]
+    # The eager implementation detaches weights; for this test alone they must stay leaves.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", lambda self: self)
         eager.forward(Live, table[tokens], eager.PRESETS["GRADIENT"])[:, -1].logsumexp(-1).sum().backward()
-    finally:
-        torch.Tensor.detach = original  # type: ignore[method-assign]
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert_close64(got[name], parameter.grad, name, relative=FLOAT64_MODEL_RELATIVE)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import gim_kernels
 from gim_kernels import blockwise, reference
+from gim_kernels.engines import Options
 from tests.oracle import assert_close64, assert_within_budget, relative_error
 
 RULES = [("exact", 2.0), ("temperature", 2.0), ("temperature", 3.3), ("temperature", 0.7), ("constant", 2.0)]
@@ -316,11 +317,11 @@ def test_live_and_saved_bytes_are_linear_in_length(rule: str, temperature: float
 
 
 def test_empty_tiles_are_not_visited() -> None:
-    options = blockwise.Options(scale=1.0, causal=True, window=64)
+    options = Options(scale=1.0, causal=True, window=64)
     blocks = list(blockwise.blocks(1024, 1024, options, 0, 1024, 32))
     assert max(block.keys for block in blocks) <= 32 + 64
     assert sum(block.keys for block in blocks) < 1024 * 3.1
-    padded = list(blockwise.blocks(64, 64, blockwise.Options(1.0, causal=True), 48, 64, 16))
+    padded = list(blockwise.blocks(64, 64, Options(1.0, causal=True), 48, 64, 16))
     assert [block.keys for block in padded] == [0, 0, 0, 16]
 
 

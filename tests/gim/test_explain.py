@@ -1,0 +1,227 @@
+"""explain() and attribute(): targets, positions, text."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import gim
+from gim.targets import Continuation, Contrast, Token
+from tests import eager
+from tests.families import ids, make, text_model, tokenizer
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, largest_error
+
+PROMPT = "The cat sat on the mat"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return text_model()
+
+
+@pytest.fixture(scope="module")
+def tok() -> Any:
+    return tokenizer()
+
+
+def by_hand(model: Any, tokens: list[int], terms: list[tuple[int, int, float]], baseline: int, logprob: bool) -> Any:
+    """Attributions to a sum of (position, token, sign) terms, and the sum, by the eager implementation."""
+    table = model.get_input_embeddings().weight.detach()
+    embedded = table[torch.tensor([tokens])].requires_grad_(True)
+    logits = eager.forward(model, embedded, eager.PRESETS["GIM"])[0]
+    if logprob:
+        logits = logits - logits.exp().sum(-1, keepdim=True).log()
+    value = sum(sign * logits[position, token] for position, token, sign in terms)
+    (grad,) = torch.autograd.grad(value, embedded)
+    return ((embedded.detach() - table[baseline]) * grad).sum(-1)[0], float(value.detach())
+
+
+def test_explain_has_gim_explains_names_and_defaults() -> None:
+    parameters = inspect.signature(gim.explain).parameters
+    want = {
+        "target_token_id": None, "target_position": -1, "baseline_token_id": None, "tokenizer": None,
+        "freeze_norm": True, "softmax_temperature": 2.0, "q_scale": 0.25, "k_scale": 0.25, "v_scale": 0.5,
+        "gate_scale": 0.5, "up_scale": 0.5,
+    }  # fmt: skip
+    assert {name: parameters[name].default for name in want} == want
+    context = inspect.signature(gim.GIM).parameters
+    assert {name: context[name].default for name in list(want)[4:]} == dict(list(want.items())[4:])
+
+
+@pytest.mark.parametrize("position", [-1, -5, 0, 12, 36])
+def test_target_position(position: int) -> None:
+    model, tokens = make("llama"), ids()
+    got = gim.explain(model, tokens, baseline_token_id=3, target_position=position, target_token_id=7)
+    for row in range(2):
+        want, _ = by_hand(model, tokens[row].tolist(), [(position, 7, 1.0)], 3, False)
+        assert_close64(got[row], want, f"row {row}", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_negative_positions_count_from_the_last_token_that_is_not_padding() -> None:
+    model, tokens = make("qwen3"), ids()
+    mask = torch.ones_like(tokens)
+    mask[0, -9:] = 0
+    mask[1, :4] = 0
+    got = gim.explain(model, tokens, baseline_token_id=3, target_position=-3, target_token_id=7, attention_mask=mask)
+    for row, part in ((0, slice(0, -9)), (1, slice(4, None))):
+        want = gim.explain(model, tokens[row, part], baseline_token_id=3, target_position=-3, target_token_id=7)
+        assert_close64(got[row, part], want, f"row {row}", relative=FLOAT64_MODEL_RELATIVE)
+    column = gim.explain(model, tokens, baseline_token_id=3, target_position=25, target_token_id=7, attention_mask=mask)
+    want = gim.explain(model, tokens[1, 4:], baseline_token_id=3, target_position=21, target_token_id=7)
+    assert_close64(column[1, 4:], want, "column", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_shapes_follow_gim_explain() -> None:
+    model = make("llama", torch.float32)
+    assert gim.explain(model, ids(1)[0], baseline_token_id=3).shape == (37,)
+    assert gim.explain(model, ids(1), baseline_token_id=3).shape == (37,)
+    assert gim.explain(model, ids(3), baseline_token_id=3).shape == (3, 37)
+    half = gim.explain(make("llama", torch.bfloat16), ids(1), baseline_token_id=3)
+    assert half.dtype == torch.float32
+    assert gim.explain(model, ids(1).int(), baseline_token_id=3).dtype == torch.float32
+
+
+def test_only_the_explained_positions_go_through_the_head(model: Any, tok: Any) -> None:
+    widths: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    gim.attribute(model, tok, PROMPT)
+    gim.attribute(model, tok, PROMPT, target=Contrast(5, 6))
+    gim.attribute(model, tok, PROMPT, target=Continuation([5, 6, 7]))
+    handle.remove()
+    assert widths == [1, 1, 3]
+
+
+@pytest.mark.parametrize("measure", ["logit", "logprob"])
+@pytest.mark.parametrize("kind", ["prediction", "token", "contrast", "continuation", "one"])
+def test_every_target_is_its_definition_in_one_backward(model: Any, tok: Any, kind: str, measure: Any) -> None:
+    tokens = tok(PROMPT).input_ids
+    last = len(tokens) - 1
+    prediction = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+    cases: dict[str, Any] = {
+        "prediction": (Token(None, measure), [(last, prediction, 1.0)]),
+        "token": (Token(" cat", measure), [(last, tok.encode(" cat", add_special_tokens=False)[0], 1.0)]),
+        "contrast": (Contrast(17, " the", measure), [(last, 17, 1.0),
+                     (last, tok.encode(" the", add_special_tokens=False)[0], -1.0)]),
+        "continuation": (Continuation([40, 41, 42], measure),
+                         [(last, 40, 1.0), (last + 1, 41, 1.0), (last + 2, 42, 1.0)]),
+        "one": (Continuation([40], measure), [(last, 40, 1.0)]),
+    }  # fmt: skip
+    target, terms = cases[kind]
+    inputs = tokens + [token for _, token, _ in terms[:-1]] if isinstance(target, Continuation) else tokens
+    want, value = by_hand(model, inputs, terms, 5, measure == "logprob")
+    result = gim.attribute(model, tok, PROMPT, target=target, baseline=5)
+    assert result.scores.dtype == torch.float32 and result.scores.shape == (len(inputs),)
+    assert largest_error(result.scores, want) < torch.finfo(torch.float32).eps
+    assert result.target.value == pytest.approx(value, rel=1e-9)
+    assert result.target.token_ids == tuple(token for _, token, _ in terms)
+    assert result.target.positions == tuple(position for position, _, _ in terms)
+    assert result.target.kind == ("continuation" if kind == "one" else kind)
+    assert len(result.tokens) == len(inputs) and result.token_ids == tuple(inputs)
+
+
+def test_what_a_plain_target_argument_means(model: Any, tok: Any) -> None:
+    one = gim.attribute(model, tok, PROMPT, target=" cat").target
+    assert (one.kind, one.tokens, one.measure) == ("token", (" cat",), "logit")
+    several = gim.attribute(model, tok, PROMPT, target=" cat sat").target
+    assert several.kind == "continuation" and "".join(several.tokens) == " cat sat" and several.measure == "logprob"
+    assert gim.attribute(model, tok, PROMPT, target=7).target.token_ids == (7,)
+    assert gim.attribute(model, tok, PROMPT, target=[7, 8]).target.token_ids == (7, 8)
+    assert gim.attribute(model, tok, PROMPT).target.kind == "prediction"
+
+
+def test_a_result_knows_its_text(model: Any, tok: Any) -> None:
+    text = "The  cat\nsat: éß 漢 🙂"
+    result = gim.attribute(model, tok, text, target=" cat sat on")
+    assert result.text == text + " cat sat"
+    assert result.special[0] and not any(result.special[1:])
+    assert result.tokens[0] == "<s>"
+    covered = set()
+    for token, (start, end), special in zip(result.tokens, result.offsets, result.special, strict=True):
+        if not special:
+            assert result.text[start:end] == token
+            covered |= set(range(start, end))
+    assert covered == set(range(len(result.text)))
+    assert result.engine == "blockwise" and result.report.complete
+    assert result.rules == gim.rules.GIM and result.model.startswith("LlamaForCausalLM")
+    assert result.baseline == (tok.encode(" ", add_special_tokens=False)[0], " ")
+    by_ids = gim.attribute(model, tok, text, target=tok.encode(" cat sat on", add_special_tokens=False))
+    assert by_ids.text == result.text and by_ids.offsets == result.offsets
+    assert torch.equal(by_ids.scores, result.scores)
+
+
+def test_attribute_agrees_with_explain(model: Any, tok: Any) -> None:
+    tokens = tok(PROMPT, return_tensors="pt").input_ids
+    got = gim.attribute(model, tok, PROMPT, rules="GIM_CONSTANT")
+    want = gim.explain(model, tokens, tokenizer=tok, rules=gim.rules.GIM_CONSTANT)
+    assert torch.equal(got.scores, want.float())
+
+
+def test_progress_hears_every_layer_once(model: Any, tok: Any) -> None:
+    for memory in ("none", "layer"):
+        heard: list[tuple[str, int, int]] = []
+        gim.attribute(model, tok, PROMPT, memory=memory, progress=lambda *event, to=heard: to.append(event))
+        forward = [("forward", done, 3) for done in range(4)]
+        assert heard == forward + [("backward", done, 3) for done in (1, 2, 3)], memory
+
+
+def test_baselines_are_inferred_as_in_gim_explain() -> None:
+    class Fake:
+        pad_token_id, unk_token_id = 5, 6
+
+        def __init__(self, space: list[int]) -> None:
+            self.space = space
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            assert text == " " and not add_special_tokens
+            return self.space
+
+    from gim.inputs import infer_baseline
+
+    assert infer_baseline(Fake([9, 8])) == 9
+    fake = Fake([])
+    assert infer_baseline(fake) == 5
+    fake.pad_token_id = None  # type: ignore[assignment]
+    assert infer_baseline(fake) == 6
+    fake.unk_token_id = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="baseline could not be inferred"):
+        infer_baseline(fake)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt": ""}, ValueError, "prompt must not be empty"),
+        ({"prompt": 3}, TypeError, "prompt must be text, got int"),
+        ({"target": " cat sat", "baseline": "cat sat"}, ValueError, "baseline must be one token, but 'cat sat' is"),
+        ({"target": Token(" cat sat")}, ValueError, "target must be one token, but ' cat sat' is 2: "),
+        ({"target": 320}, ValueError, "target must be a token id in 0..319, got 320"),
+        ({"target": -1}, ValueError, "target must be a token id in 0..319, got -1"),
+        ({"target": Contrast(1, 400)}, ValueError, "target must be a token id in 0..319, got 400"),
+        ({"target": [1, 400]}, ValueError, "target must be a token id in 0..319, got 400"),
+        ({"target": []}, ValueError, "tokens of a Continuation must not be empty"),
+        ({"target": 1.5}, TypeError, "target must be a token id, text, ids or a Target, got float"),
+        ({"target": True}, TypeError, "target must be a token id, text, ids or a Target, got True"),
+        ({"baseline": 320}, ValueError, "baseline must be a token id in 0..319, got 320"),
+        ({"rules": "LRP"}, ValueError, "rules must be Rules or one of"),
+    ],
+)
+def test_attribute_refuses(model: Any, tok: Any, arguments: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        gim.attribute(model, tok, **{"prompt": PROMPT, **arguments})
+
+
+def test_a_slow_tokenizer_is_refused(model: Any) -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="tokenizer must be a fast one.*got Slow"):
+        gim.attribute(model, Slow(), PROMPT)
+
+
+def test_targets_refuse_unknown_measures() -> None:
+    for make_target in (lambda m: Token(3, m), lambda m: Contrast(3, 4, m), lambda m: Continuation([3], m)):
+        with pytest.raises(ValueError, match="measure must be one of"):
+            make_target("probability")
