@@ -1,0 +1,522 @@
+"""The result of an explanation: a score for each token of a prompt, and what it is a score of."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from gim import segments
+from gim.applied import AppliedReport
+from gim.files import check_writable, write_atomically
+from gim.rules import Rules
+from gim.targets import Explained
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Order = Literal["abs", "positive", "negative"]
+ORDERS: tuple[Order, ...] = ("abs", "positive", "negative")
+
+__all__ = ["Attribution", "Order", "RankedToken", "Span", "check_writable", "write_atomically"]
+
+#: Name and version of the JSON form. The version grows when a reader of the one before could not read it.
+SCHEMA = "gim-kernels/attribution"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankedToken:
+    """One token with its place in an order of all tokens.
+
+    Args:
+        rank: 1 for the first.
+        position: index of the token in the attribution.
+        token: its display string.
+        score: its score.
+        start: first character of the token in the text.
+        end: one past its last character; equal to `start` for a token that is not in the text.
+    """
+
+    rank: int
+    position: int
+    token: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of the text with the sum of the scores in it.
+
+    Args:
+        text: the characters of the range; for a special token that is not in the text, the token's own.
+        start: first character.
+        end: one past the last character.
+        score: sum of the shares of all tokens in the range.
+        tokens: first and one-past-last position of the tokens that have a share; equal where none has.
+        name: the name given to the range, if one was.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+    tokens: tuple[int, int]
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution:
+    """Scores of the tokens of a prompt, with everything needed to say what they are.
+
+    A score is (embedding - baseline embedding) . gradient of the explained number with respect to the
+    embedding, under the backward rules that are named here.
+
+    Scores are summed over words, sentences and other ranges by one rule: **a token's score is divided among
+    ranges in proportion to how many of its characters that are not white space each contains**. So " lantern"
+    belongs wholly to "lantern", and ".The" gives a quarter to ".". A token of white space only is divided by
+    its characters, and a token without characters lies wholly where it stands. In words and sentences, which
+    leave white space between them, such tokens count for the word or sentence that follows, or for the last
+    one. The sum over all words, or all sentences, thus equals the sum over all tokens they are made of.
+
+    Args:
+        text: the prompt.
+        tokens: display string of each token, a special token's own text included.
+        token_ids: id of each token.
+        offsets: first and one-past-last character of each token in `text`; (k, k) for a token that is not in
+            the text. Tokens that are parts of one character have the range of that character.
+        scores: score of each token, shape [T], float32, on the CPU, finite.
+        special: whether each token is a special one, such as a begin-of-text token.
+        target: what was explained, and its value.
+        rules: the backward rules.
+        engine: the code that ran attention.
+        report: what was applied to which module.
+        model: name or path of the model.
+        baseline: id and text of the token that every token is compared with.
+        versions: version of each package that took part.
+        memory: how memory was spent, in words.
+
+    Raises:
+        ValueError: sequences of different lengths, offsets outside the text, scores that are not a finite
+            float32 vector on the CPU.
+        TypeError: scores that are not a tensor.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    scores: torch.Tensor
+    special: tuple[bool, ...]
+    target: Explained
+    rules: Rules
+    engine: str
+    report: AppliedReport
+    model: str
+    baseline: tuple[int, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    memory: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scores, torch.Tensor):
+            raise TypeError(f"scores must be a tensor, got {type(self.scores).__name__}")
+        if self.scores.dim() != 1:
+            raise ValueError(f"scores must have shape [T], got {list(self.scores.shape)}")
+        if self.scores.dtype != torch.float32 or self.scores.device.type != "cpu":
+            raise ValueError(f"scores must be float32 on the CPU, got {self.scores.dtype} on {self.scores.device}")
+        if self.scores.requires_grad:
+            raise ValueError("scores must not require a gradient; detach them")
+        for name in ("token_ids", "offsets", "scores", "special"):
+            if len(getattr(self, name)) != len(self.tokens):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(self.tokens)} tokens, "
+                    f"got {len(getattr(self, name))}"
+                )
+        finite = torch.isfinite(self.scores)
+        if not bool(finite.all()):
+            position = int(torch.nonzero(~finite)[0, 0])
+            raise ValueError(
+                f"scores must be finite, but token {position} ({self.tokens[position]!r}) has "
+                f"{self.scores[position].item()}"
+            )
+        for position, (start, end) in enumerate(self.offsets):
+            if not 0 <= start <= end <= len(self.text):
+                raise ValueError(
+                    f"offsets of token {position} must satisfy 0 <= start <= end <= {len(self.text)} "
+                    f"(the length of the text), got ({start}, {end})"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Attribution):
+            return NotImplemented
+        return torch.equal(self.scores, other.scores) and self._fields() == other._fields()
+
+    # A tensor has no hash of its value.
+    __hash__ = None  # type: ignore[assignment]
+
+    def _fields(self) -> dict[str, Any]:
+        """Every field except the scores."""
+        return {name: value for name, value in vars(self).items() if name != "scores"}
+
+    # -- single tokens
+
+    def top(self, k: int = 10, *, by: Order = "abs", skip_special: bool = True) -> list[RankedToken]:
+        """The strongest tokens, strongest first; of equal scores the earlier token first.
+
+        Args:
+            k: how many, at most.
+            by: ``"abs"`` orders by absolute value; ``"positive"`` gives only scores above 0, largest first;
+                ``"negative"`` only scores below 0, smallest first.
+            skip_special: leave special tokens out, also out of the ranks.
+
+        Returns:
+            At most `k` tokens.
+
+        Raises:
+            ValueError: `k` below 1, or an order that does not exist.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+        ranked = []
+        for rank, position in enumerate(self._order(by, skip_special)[:k], start=1):
+            token = self._ranked(rank, position)
+            if (by == "positive" and token.score <= 0) or (by == "negative" and token.score >= 0):
+                break
+            ranked.append(token)
+        return ranked
+
+    def best_in(self, start: int, end: int, *, by: Order = "positive", skip_special: bool = True) -> RankedToken:
+        """The best-ranked token that has a character in a range of the text: where does a statement rank?
+
+        Args:
+            start: first character of the range.
+            end: one past its last character.
+            by: the order that ranks refer to, as in :meth:`top`; here every token has a rank in it.
+            skip_special: leave special tokens out, also out of the ranks.
+
+        Returns:
+            The token of the range with the smallest rank among all tokens.
+
+        Raises:
+            ValueError: a range outside the text, or one that no token has a character in.
+        """
+        self._check_range("the range", start, end)
+        for rank, position in enumerate(self._order(by, skip_special), start=1):
+            token_start, token_end = self.offsets[position]
+            if token_start < end and token_end > start:
+                return self._ranked(rank, position)
+        raise ValueError(f"no token has a character in the range ({start}, {end})")
+
+    def _order(self, by: Order, skip_special: bool) -> list[int]:
+        """Positions of all tokens, first rank first."""
+        if by not in ORDERS:
+            raise ValueError(f"by must be one of {ORDERS}, got {by!r}")
+        key = {"abs": self.scores.abs(), "positive": self.scores, "negative": -self.scores}[by]
+        order: list[int] = torch.argsort(key, descending=True, stable=True).tolist()
+        return [position for position in order if not (skip_special and self.special[position])]
+
+    def _ranked(self, rank: int, position: int) -> RankedToken:
+        start, end = self.offsets[position]
+        return RankedToken(rank, position, self.tokens[position], float(self.scores[position]), start, end)
+
+    # -- sums over ranges
+
+    def to_words(self, *, skip_special: bool = True) -> list[Span]:
+        """Scores summed over words, punctuation marks and symbols, as :func:`gim.segments.words` cuts them.
+
+        Args:
+            skip_special: leave special tokens out; otherwise each is a span of its own.
+
+        Returns:
+            One span for each, in the order of the text; together they have every character of the text that
+            is neither white space nor part of a special token.
+        """
+        return self._segmented(segments.words, skip_special)
+
+    def to_sentences(self, *, skip_special: bool = True) -> list[Span]:
+        """Scores summed over sentences, as :func:`gim.segments.sentences` cuts them.
+
+        Args:
+            skip_special: leave special tokens out; otherwise each is a span of its own.
+
+        Returns:
+            One span for each, in the order of the text; together they have every character of the text that
+            is neither white space nor part of a special token.
+        """
+        return self._segmented(segments.sentences, skip_special)
+
+    def spans(
+        self,
+        spans: Iterable[tuple[int, int]] | Mapping[str, tuple[int, int]],
+        *,
+        skip_special: bool = True,
+    ) -> list[Span]:
+        """Scores summed over given ranges of the text, which may overlap and leave parts out.
+
+        Args:
+            spans: first and one-past-last character of each range, or such ranges by name.
+            skip_special: leave special tokens out of the sums.
+
+        Returns:
+            One span for each range, in the order given.
+
+        Raises:
+            ValueError: a range that is empty or outside the text.
+        """
+        if isinstance(spans, Mapping):
+            names = [str(name) for name in spans]
+            ranges = list(spans.values())
+        else:
+            ranges = list(spans)
+            names = [""] * len(ranges)
+        for index, (start, end) in enumerate(ranges):
+            self._check_range(f"spans[{names[index] or index!r}]", start, end)
+        return [
+            Span(self.text[start:end], start, end, score, tokens, name)
+            for name, (start, end), (score, tokens) in zip(names, ranges, self._sums(ranges, skip_special), strict=True)
+        ]
+
+    def _check_range(self, name: str, start: int, end: int) -> None:
+        if not 0 <= start < end <= len(self.text):
+            raise ValueError(
+                f"{name} must satisfy 0 <= start < end <= {len(self.text)} (the length of the text), "
+                f"got ({start}, {end})"
+            )
+
+    def _segmented(self, cut: Callable[[str], Sequence[tuple[int, int]]], skip_special: bool) -> list[Span]:
+        """One span for each range that `cut` finds between special tokens, and for each special token."""
+        specials = [
+            Span(
+                self.text[start:end] if end > start else self.tokens[position],
+                start,
+                end,
+                float(self.scores[position]),
+                (position, position + 1),
+            )
+            for position, (start, end) in enumerate(self.offsets)
+            if self.special[position]
+        ]
+        ranges: list[tuple[int, int]] = []
+        start = 0
+        for stop, after in [*((s.start, s.end) for s in specials if s.end > s.start), (len(self.text),) * 2]:
+            ranges += [(start + a, start + b) for a, b in cut(self.text[start:stop])]
+            start = max(start, after)
+        if not ranges and not all(self.special):
+            ranges = [(0, len(self.text))]
+
+        # Each range also takes in what lies between it and the one before, and the last what follows it:
+        # these cells leave out nothing, so no token's share is lost.
+        cells = list(pairwise([0, *(end for _, end in ranges[:-1]), len(self.text)])) if ranges else []
+        spans = [
+            Span(self.text[start:end], start, end, score, tokens)
+            for (start, end), (score, tokens) in zip(ranges, self._sums(cells, True), strict=True)
+        ]
+        if skip_special:
+            return spans
+        return sorted([*specials, *spans], key=lambda span: (span.start, span.end, span.tokens))
+
+    def _sums(self, ranges: Sequence[tuple[int, int]], skip_special: bool) -> list[tuple[float, tuple[int, int]]]:
+        """For each range the sum of the tokens' shares, and first and one-past-last token with a share."""
+        visible = [0, *accumulate(not character.isspace() for character in self.text)]
+        scores: list[float] = self.scores.tolist()
+        positions = [p for p in range(len(self)) if not (skip_special and self.special[p])]
+        positions.sort(key=lambda position: self.offsets[position])
+        starts = [self.offsets[position][0] for position in positions]
+        # The furthest end up to each token: where it is before a range, so is every token up to there.
+        ends = list(accumulate((self.offsets[position][1] for position in positions), max))
+
+        sums = []
+        for start, end in ranges:
+            shares = []
+            contributing = []
+            # A token without characters at `start` has its end there, and one at the end of the text has its
+            # start there; hence both bounds are taken in, and _share decides.
+            for position in positions[bisect_left(ends, start) : bisect_right(starts, end)]:
+                share = _share(visible, self.offsets[position], start, end)
+                if share > 0:
+                    shares.append(share * scores[position])
+                    contributing.append(position)
+            if contributing:
+                tokens = (min(contributing), max(contributing) + 1)
+            else:
+                before = sum(offset[0] < start for offset in self.offsets)
+                tokens = (before, before)
+            sums.append((math.fsum(shares), tokens))
+        return sums
+
+    # -- save, load
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The attribution as JSON, from which :meth:`from_json` makes an equal one; scores to the last bit.
+
+        Args:
+            path: a file to write it to as well, in one step: a reader never sees half a file.
+
+        Returns:
+            The JSON text.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        fields = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "target": self.target.to_dict(),
+            "rules": self.rules.to_dict(),
+            "rules_name": self.rules.name,
+            "engine": self.engine,
+            "baseline": list(self.baseline),
+            "memory": self.memory,
+            "versions": dict(self.versions),
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "token_ids": list(self.token_ids),
+            "offsets": [list(offset) for offset in self.offsets],
+            "special": list(self.special),
+            "scores": self.scores.tolist(),
+            "report": self.report.to_dict(),
+        }
+        # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
+        lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items())
+        document = "{\n" + ",\n".join(lines) + "\n}\n"
+        if path is not None:
+            write_atomically(path, document.encode("ascii"))
+        return document
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Attribution:
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            source: a path, or the JSON text itself, which starts with a brace.
+
+        Returns:
+            The attribution.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: not JSON, not an attribution, or one of another schema version.
+        """
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            name, document = "the text", source
+        else:
+            name, document = str(source), Path(source).read_text(encoding="utf-8")
+        try:
+            fields = json.loads(document)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            raise ValueError(f"{name} is not an attribution: it has no field schema = {SCHEMA!r}")
+        if fields.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{name} has schema version {fields.get('schema_version')!r}; this version of gim-kernels "
+                f"reads version {SCHEMA_VERSION}"
+            )
+        try:
+            return cls(
+                text=fields["text"],
+                tokens=tuple(fields["tokens"]),
+                token_ids=tuple(fields["token_ids"]),
+                offsets=tuple((start, end) for start, end in fields["offsets"]),
+                scores=torch.tensor(fields["scores"], dtype=torch.float32),
+                special=tuple(fields["special"]),
+                target=Explained.from_dict(fields["target"]),
+                rules=Rules.from_dict(fields["rules"]),
+                engine=fields["engine"],
+                report=AppliedReport.from_dict(fields["report"]),
+                model=fields["model"],
+                baseline=tuple(fields["baseline"]),
+                versions=dict(fields["versions"]),
+                memory=fields["memory"],
+            )
+        except KeyError as error:
+            raise ValueError(f"{name} is not a complete attribution: field {error} is missing") from error
+
+    # -- to look
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, top: int = 20) -> str:
+        """The attribution as one self-contained HTML page that loads nothing.
+
+        Args:
+            path: a file to write it to as well, in one step.
+            top: rows of the table of the strongest tokens.
+
+        Returns:
+            The page.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from gim import render
+
+        page = render.html(self, top=top)
+        if path is not None:
+            write_atomically(path, page.encode("utf-8"))
+        return page
+
+    def to_png(self, path: str | os.PathLike[str], *, top: int = 15) -> None:
+        """Draw the attribution as a picture.
+
+        Args:
+            path: the PNG file to write, in one step.
+            top: bars of the strongest tokens.
+
+        Raises:
+            ImportError: matplotlib, which the extra ``report`` installs, is missing.
+            OSError: the file cannot be written.
+        """
+        from gim import render
+
+        write_atomically(path, render.png(self, top=top))
+
+    def _repr_html_(self) -> str:
+        from gim import render
+
+        return render.notebook(self)
+
+    def __rich__(self) -> RenderableType:
+        from gim import render
+
+        return render.terminal(self)
+
+    def __repr__(self) -> str:
+        strongest = ", ".join(f"{token.token!r} {token.score:+.3g}" for token in self.top(3))
+        return (
+            f"Attribution({len(self)} tokens, model={self.model!r}, target={self.target.label!r}, "
+            f"rules={self.rules.name}, engine={self.engine!r}, strongest: {strongest or 'none'})"
+        )
+
+
+def _share(visible: Sequence[int], offset: tuple[int, int], start: int, end: int) -> float:
+    """The part of a token that lies in a range, from 0 to 1; see :class:`Attribution` for the rule.
+
+    Args:
+        visible: for each place in the text the number of characters before it that are not white space.
+        offset: first and one-past-last character of the token.
+        start: first character of the range.
+        end: one past its last character.
+    """
+    first, last = offset
+    if first == last:
+        # The last range of a text also holds what stands behind its last character.
+        return 1.0 if start <= first < end or first == end == len(visible) - 1 else 0.0
+    low, high = max(first, start), min(last, end)
+    if low >= high:
+        return 0.0
+    if visible[last] == visible[first]:
+        return (high - low) / (last - first)
+    return (visible[high] - visible[low]) / (visible[last] - visible[first])

@@ -1,0 +1,430 @@
+"""The command line on a tiny random model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import gim
+from gim import cli, demo, rules, targets
+from gim.attribution import Attribution
+
+PROMPT = "The password of Irene is lantern. The password of Otto is camel. The password of Irene is"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and a byte-level tokenizer trained on one sentence."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROMPT] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(path)
+    wrapped.save_pretrained(path)
+    return path
+
+
+class Result:
+    """Exit code and what was written, with white space as one space."""
+
+    def __init__(self, arguments: list[str], stdin: bytes | None = None) -> None:
+        outcome = CliRunner().invoke(cli.app, arguments, input=stdin, env={"COLUMNS": "100"})
+        if outcome.exception is not None and not isinstance(outcome.exception, SystemExit):
+            raise outcome.exception
+        self.code = outcome.exit_code
+        self.out = outcome.stdout
+        self.err = outcome.stderr
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> Result:
+    return Result([str(argument) for argument in arguments], stdin)
+
+
+@pytest.fixture(scope="session")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def expected(loaded: tuple[Any, Any]) -> Any:
+    """The same attribution from Python."""
+    return lambda **arguments: gim.attribute(*loaded, PROMPT, **arguments)
+
+
+# --------------------------------------------------- explain
+
+
+def test_explain_writes_what_python_computes(folder: Path, tmp_path: Path, expected: Any) -> None:
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("html", "json", "png")}
+    options = [argument for kind, path in files.items() for argument in (f"--{kind}", path)]
+    result = run("explain", "--model", folder, "--prompt", PROMPT, "--top", 3, *options)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    found = Attribution.from_json(files["json"])
+    same = expected()
+    assert torch.equal(found.scores, same.scores)
+    assert (found.text, found.rules, found.target) == (PROMPT, rules.GIM, same.target)
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert files["html"].read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert len(list(tmp_path.iterdir())) == 3
+    ranked = re.findall(r"^ +(\d+) +([+-][\d.]+) +█* +(\d+) ", result.out, re.MULTILINE)
+    assert [(int(rank), int(at)) for rank, _, at in ranked] == [(t.rank, t.position) for t in same.top(3)]
+    for path in files.values():
+        assert f"wrote {path}" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--target", " lantern"], {"target": targets.Token(" lantern")}),
+        (["-t", " lantern", "-c", " camel"], {"target": targets.Contrast(" lantern", " camel")}),
+        (["--contrast", " camel"], {"target": targets.Contrast(None, " camel")}),
+        (["--target", " lantern. The"], {"target": targets.Continuation(" lantern. The")}),
+        (["--target", " camel", "--measure", "logprob"], {"target": targets.Token(" camel", "logprob")}),
+        (["--measure", "logprob"], {"target": targets.Token(None, "logprob")}),
+        (["--baseline", " of"], {"baseline": " of"}),
+        (["--rules", "gim-constant"], {"rules": rules.GIM_CONSTANT}),
+        (["--temperature", "3"], {"rules": rules.Rules(temperature=3.0)}),
+        (["--memory", "layer"], {"memory": "layer"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_explain_options(
+    folder: Path, tmp_path: Path, expected: Any, options: list[str], arguments: dict[str, Any]
+) -> None:
+    result = run("explain", "-m", folder, "-p", PROMPT, "--json", tmp_path / "a", *options)
+    assert result.code == 0, result.err
+    found, same = Attribution.from_json(tmp_path / "a"), expected(**arguments)
+    assert torch.equal(found.scores, same.scores)
+    assert (found.target, found.rules, found.baseline, found.memory) == (
+        same.target,
+        same.rules,
+        same.baseline,
+        same.memory,
+    )
+    plain = expected()
+    # Each option changes something, or the comparison above would say nothing about it.
+    assert found.memory != plain.memory or not torch.equal(found.scores, plain.scores)
+
+
+def test_dtype_of_the_weights(folder: Path, tmp_path: Path, expected: Any) -> None:
+    for dtype in ("float64", "float32"):
+        assert run("explain", "-m", folder, "-p", PROMPT, "--dtype", dtype, "--json", tmp_path / dtype).code == 0
+    wide, narrow = (Attribution.from_json(tmp_path / dtype) for dtype in ("float64", "float32"))
+    assert torch.equal(narrow.scores, expected().scores)
+    assert torch.allclose(wide.scores, narrow.scores, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(wide.scores, narrow.scores)
+
+
+def test_prompt_from_a_file_and_from_standard_input(folder: Path, tmp_path: Path) -> None:
+    text = "Zwei Zeilen\nmit ü und 日本\n"
+    for name, content, stdin, arguments in (
+        ("file", b"\xef\xbb\xbf" + text.encode() + b"\n", None, ["--prompt-file", tmp_path / "prompt"]),
+        ("dash", None, text.encode() + b"\r\n", ["-"]),
+        ("dash file", None, text.encode() + b"\n", ["-f", "-"]),
+    ):
+        if content is not None:
+            (tmp_path / "prompt").write_bytes(content)
+        result = run("explain", "-m", folder, *arguments, "--json", tmp_path / name, stdin=stdin)
+        assert result.code == 0, result.err
+        assert Attribution.from_json(tmp_path / name).text == text
+
+
+def test_no_bar_unless_the_error_stream_is_a_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[bool] = []
+    original = gim.attribute
+
+    def attribute(*positional: Any, progress: Any = None, **named: Any) -> Attribution:
+        heard.append(progress is not None)
+        return original(*positional, progress=progress, **named)
+
+    monkeypatch.setattr(gim, "attribute", attribute)
+    quiet = run("explain", "-m", folder, "-p", "a")
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setattr(Console, "is_dumb_terminal", False)
+    drawn = run("explain", "-m", folder, "-p", "a")
+    assert heard == [False, True]
+    assert quiet.err == ""
+    assert "backward" in drawn.err
+    assert "backward" not in drawn.out
+
+
+def test_warnings_of_libraries_are_single_lines_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gim.attribute
+
+    def attribute(*positional: Any, **named: Any) -> Attribution:
+        for _ in range(3):
+            warnings.warn("something\n is  odd\x1b[2J", stacklevel=1)
+        return original(*positional, **named)
+
+    monkeypatch.setattr(gim, "attribute", attribute)
+    result = run("explain", "-m", folder, "-p", "a")
+    assert result.code == 0
+    assert result.err == "warning: something is odd␛[2J\n"
+
+
+# --------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "--prompt: the prompt must not be empty"),
+        ([], "the prompt must come from one of --prompt, --prompt-file and -; got none of them"),
+        (["-p", "a", "-f", "b"], "got --prompt and --prompt-file"),
+        (["-p", "a", "-"], "got --prompt and -"),
+        (["text"], "the only argument there can be is -, for standard input; got 'text'"),
+        (["-f", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
+        (["-f", "{tmp}/binary"], "--prompt-file {tmp}/binary: not text in UTF-8: byte 0xff at offset 2"),
+        (["-f", "{tmp}/empty"], "--prompt-file {tmp}/empty: the prompt must not be empty"),
+        (["-p", "a", "--rules", "LRP"], "--rules must be Rules or one of GIM, GIM_CONSTANT, "),
+        (["-p", "a", "--temperature", "0"], "--temperature must be > 0, got 0.0"),
+        (["-p", "a", "--temperature", "nan"], "--temperature must be a finite number, got nan"),
+        (["-p", "a", "--temperature", "3", "-r", "GRADIENT"], "the rules GRADIENT have no softmax temperature"),
+        (["-p", "a", "--html", "{tmp}/no/a"], "--html: cannot write {tmp}/no/a: folder {tmp}/no does not exist"),
+        (["-p", "a", "--json", "{tmp}"], "--json: cannot write {tmp}: it is a folder"),
+        (["-p", "a", "--json", "{tmp}/x", "--png", "{tmp}/x"], "--png: {tmp}/x is the file of --json too"),
+        (["-p", "a", "--target", ""], "--target must not be empty"),
+        (["-p", "a", "--contrast", ""], "--contrast must not be empty"),
+        (["-p", "a", "--device", "abacus"], "--device: 'abacus' is not a device that is there"),
+        (["-p", "a", "--contrast", "two words"], "must be one token, but 'two words' is"),
+        (["-p", "a", "--baseline", "two words"], "baseline must be one token, but 'two words' is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "binary").write_bytes(b"ab\xff\xfe")
+    (tmp_path / "empty").write_bytes(b"\n")
+    before = sorted(tmp_path.iterdir())
+    result = run("explain", "-m", folder, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert message.replace("{tmp}", str(tmp_path)) in result.err
+    assert result.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_outputs_are_checked_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded too early")
+
+    monkeypatch.setattr(cli, "_load", refuse)
+    assert run("explain", "-m", "x", "-p", "a", "--html", tmp_path / "no" / "a").code == 2
+    assert run("explain", "-m", "x", "-f", tmp_path / "none").code == 2
+    with pytest.raises(AssertionError, match="loaded too early"):
+        run("explain", "-m", "x", "-p", "a", "--html", tmp_path / "a")
+
+
+def test_picture_without_matplotlib_is_refused_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else original(name))
+    result = run("explain", "-m", "x", "-p", "a", "--png", tmp_path / "a.png")
+    assert (result.code, "pip install gim-kernels[report]" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "model: there is no folder './nowhere'"),
+        ("/a/b/c", "model: there is no folder '/a/b/c'"),
+        ("", "model: there is no folder ''"),
+        ("surely-no-such-model", "model: cannot load 'surely-no-such-model': "),
+    ],
+)
+def test_unknown_models(name: str, message: str) -> None:
+    for command in (["explain", "-p", "a", "-m", name], ["check", name]):
+        result = run(*command)
+        assert result.code == 2
+        assert result.err.startswith(f"error: {message}")
+        assert result.err.count("\n") == 1
+
+
+def test_only_safetensors_with_all_weights(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    result = run("check", tmp_path)
+    assert result.code == 2
+    assert "safetensors" in result.err
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = run("check", tmp_path)
+    assert result.code == 2
+    assert "lack 1 weights, such as model.layers.1.mlp.up_proj.weight" in result.err
+
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    assert run("check", tmp_path).code == 2
+
+
+def test_code_of_a_model_is_not_run_unless_asked_for(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    result = run("check", tmp_path)
+    assert result.code == 2
+    assert "trust_remote_code" in result.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unexpected_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(gim, "attribute", break_down)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("explain", "-m", folder, "-p", "a")
+
+
+def test_debug_shows_the_traceback_of_a_refusal() -> None:
+    result = run("explain", "-m", "./nowhere", "-p", "a", "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert result.err.endswith("error: model: there is no folder './nowhere'\n")
+
+
+# --------------------------------------------------- check
+
+
+def test_check_lists_every_part_once(folder: Path) -> None:
+    result = run("check", folder)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    counted = {match[1]: int(match[2]) for line in lines if (match := re.match(r"^ (model\S+) +(\d+) ", line))}
+    assert counted == {
+        "model.layers.{0-1}.self_attn": 2,
+        "model.layers.{0-1}.input_layernorm": 2,
+        "model.layers.{0-1}.post_attention_layernorm": 2,
+        "model.norm": 1,
+        "model.layers.{0-1}.mlp": 2,
+    }
+    assert "LlamaRMSNorm" in result.out
+    assert lines[-1] == "every rule can be applied"
+    assert rules.GRADIENT.describe() in run("check", folder, "--rules", "GRADIENT").out
+
+
+def test_check_fails_where_a_part_is_not_covered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gim import context
+    from gim.applied import AppliedReport
+
+    monkeypatch.setattr(
+        context, "inspect", lambda *_: AppliedReport("GIM", [], [("layers.0.norm", "odd")], ["no gates"])
+    )
+    result = run("check", folder)
+    assert result.code == 1
+    assert "not covered: layers.0.norm: odd" in result.out
+    assert "note: no gates" in result.out
+    assert result.out.splitlines()[-1] == "NOT every rule can be applied"
+
+
+@pytest.mark.parametrize(
+    ("modules", "name"),
+    [
+        (["norm"], "norm"),
+        (["layers.4.mlp"], "layers.4.mlp"),
+        (["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"], "layers.{0-2}.mlp"),
+        (["layers.0.mlp", "layers.2.mlp"], "layers.{0,2}.mlp"),
+        (["b.1.e.0", "b.1.e.1", "b.2.e.0", "b.2.e.1"], "b.{1-2}.e.{0-1}"),
+    ],
+)
+def test_names_in_one(modules: list[str], name: str) -> None:
+    assert cli._numbered(modules) == name
+
+
+# --------------------------------------------------- demo
+
+
+def test_demo_shows_the_answer_and_both_statements(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = demo.make_prompt(1, facts=4, statements=2)
+    monkeypatch.setattr(demo, "load", lambda: loaded)
+    monkeypatch.setattr(demo, "prompt", lambda: prompt)
+    result = run("demo", "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
+    assert result.code == 0, result.err
+    same = gim.attribute(*loaded, prompt.text)
+    assert torch.equal(Attribution.from_json(tmp_path / "a.json").scores, same.scores)
+    assert (tmp_path / "a.html").stat().st_size > 10_000
+    assert f"Question: What is the password of {prompt.name}?" in result.out
+    # Random weights do not answer right.
+    assert f"(wrong, it is '{prompt.answer.strip()}')" in result.out
+
+    shown = " ".join(result.out[result.out.index("2 statements of the asked fact") :].split())
+    sizes = same.scores.abs().tolist()
+    sizes[0] = -1.0  # the begin-of-text token is not ranked
+    for statement in prompt.statements:
+        start, end = statement.sentence
+        within = [size for size, (a, b) in zip(sizes, same.offsets, strict=True) if a < end and b > start]
+        rank = sum(size > max(within) for size in sizes) + 1
+        assert f" {rank} of {len(sizes) - 1} " in shown
+
+
+def test_demo_says_right_when_it_is(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = demo.make_prompt(1, facts=4, statements=2)
+    answer = gim.attribute(*loaded, prompt.text).target.tokens[0]
+    monkeypatch.setattr(demo, "load", lambda: loaded)
+    monkeypatch.setattr(demo, "prompt", lambda: replace(prompt, answer=f" {answer.strip()}"))
+    assert "(right)" in run("demo").out
+
+
+def test_demo_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("no demo model in x")
+
+    monkeypatch.setattr(demo, "load", missing)
+    result = run("demo")
+    assert (result.code, result.err) == (2, "error: no demo model in x\n")
+
+
+# --------------------------------------------------- version
+
+
+def test_version_and_help() -> None:
+    assert re.match(r"gim-kernels \S+", run("--version").out)
+    helped = run("--help")
+    assert helped.code == 0
+    for command in ("explain", "check", "demo"):
+        assert command in helped.out
