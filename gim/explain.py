@@ -178,10 +178,11 @@ def attribute(
         text += added
         signs, positions = [1] * len(targets), list(range(last, last + len(targets)))
     elif isinstance(wanted, Contrast):
-        pair = (wanted.token, wanted.against)
-        targets, signs, positions = [_target_id(model, one, tokenizer) for one in pair], [1, -1], [last, last]
+        first = _target_id(model, "target", wanted.token, tokenizer)
+        second = _target_id(model, "against", wanted.against, tokenizer)
+        targets, signs, positions = [first, second], [1, -1], [last, last]
     else:
-        targets, signs, positions = [_target_id(model, wanted.token, tokenizer)], [1], [last]
+        targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
 
     ids_tensor, mask = check_ids(model, torch.tensor(token_ids), None)
     scored = Terms(
@@ -215,12 +216,12 @@ def attribute(
     )
 
 
-def _target_id(model: nn.Module, token: TokenLike | None, tokenizer: Any) -> int:
+def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokenizer: Any) -> int:
     """The checked id of a target token; :data:`PREDICTION` for None."""
     if token is None:
         return PREDICTION
-    found = target_kinds.token_id(token, tokenizer, "target")
-    check_token_id(model, "target", found)
+    found = target_kinds.token_id(token, tokenizer, argument)
+    check_token_id(model, argument, found)
     return found
 
 

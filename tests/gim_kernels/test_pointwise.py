@@ -84,7 +84,7 @@ def test_live_norms_equal_torch() -> None:
     pairs = [
         (lambda *t: gim_kernels.rms_norm(*t, 1e-6), lambda *t: F.rms_norm(t[0], (40,), t[1], 1e-6), [x, w]),
         (lambda *t: gim_kernels.rms_norm(t[0], None, 1e-6), lambda *t: F.rms_norm(t[0], (40,), None, 1e-6), [x]),
-        (lambda *t: gim_kernels.layer_norm(*t, 1e-5), lambda *t: F.layer_norm(t[0], (40,), *t[1:], 1e-5), [x, w, b]),
+        (lambda *t: gim_kernels.layer_norm(*t, 1e-5), lambda x, w, b: F.layer_norm(x, (40,), w, b, 1e-5), [x, w, b]),
         (
             lambda *t: gim_kernels.layer_norm(t[0], None, None, 1e-5),
             lambda *t: F.layer_norm(t[0], (40,), None, None, 1e-5),
