@@ -91,7 +91,7 @@ def statements_table() -> str:
         for row in results["rows"]
     ]
     first = results["rows"][0]
-    header = ["rules", f"both statements among the top {first['top']} tokens", "answered rightly"]
+    header = ["rules", f"both words among the top {first['top']} tokens", "answered rightly"]
     return _table(header, rows) + _measured(results)
 
 

@@ -42,9 +42,7 @@ class Times:
 
 
 def interleaved(systems: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
-    """Time systems in turn, A B C A B C ..., after one warm-up of each, so that drift of the machine hits all alike."""
-    for run in systems.values():
-        run()
+    """Time systems that have run before in turn, A B C A B C ..., so that drift of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(repeats):
         for name, run in systems.items():

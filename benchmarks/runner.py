@@ -77,7 +77,7 @@ def _rows(case: DecoderCase, repeats: int) -> list[dict[str, Any]]:
         del systems["eager GIM"]
         needed = f"needs at least {case.eager_bytes() / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
         rows.append({"system": "eager GIM", "note": needed})
-    peaks = {name: peak_bytes(run) for name, run in systems.items()}
+    peaks = {name: peak_bytes(run) for name, run in systems.items()}  # each one's warm-up, too
     times: dict[str, Times] = interleaved(systems, repeats)
     for name, measured in times.items():
         rate = case.flops() / measured.median / 1e9
@@ -115,7 +115,7 @@ def write(folder: Path, suite: str, rows: list[dict[str, Any]]) -> Path:
 def explain(
     json_folder: Annotated[Path | None, typer.Option("--json", help="Folder for the results.")] = None,
     tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = ",".join(map(str, EXPLAIN_TOKENS)),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each system.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each system.")] = 3,
 ) -> None:
     """One attribution end to end, against correct eager GIM, interleaved."""
     lengths = [int(length) for length in tokens.split(",")]

@@ -8,17 +8,17 @@ import gim
 import gim.demo
 from gim.demo import make_prompt
 
-#: Both statements must have a token among this many, special tokens not counted.
+#: The words of both statements must be among this many tokens, special tokens not counted.
 TOP = 5
 PROMPTS = 50
 TOKENS = 512
 
 
 def both_statements_found(result: gim.Attribution, prompt: gim.demo.Prompt, top: int = TOP) -> bool:
-    """Whether each statement of the asked fact has one of the ``top`` tokens with the largest absolute scores."""
+    """Whether the word that each statement gives is among the ``top`` tokens with the largest absolute scores."""
     places = [(one.start, one.end) for one in result.top(top)]
     return all(
-        any(statement.sentence[0] <= start and end <= statement.sentence[1] for start, end in places)
+        any(start < statement.word[1] and end > statement.word[0] for start, end in places)
         for statement in prompt.statements
     )
 

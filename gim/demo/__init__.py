@@ -53,6 +53,7 @@ def load(
 
     folder = model_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    model.config.name_or_path = "gim demo model"  # what reports show, in place of the folder's name
     return model.to(device).eval(), _tokenizer(folder)
 
 

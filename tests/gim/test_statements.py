@@ -26,9 +26,9 @@ def test_a_statement_that_is_not_among_the_top_tokens_is_not_found() -> None:
     result = gim.attribute(model, tokenizer, prompt.text)
     assert statements.both_statements_found(result, prompt)
     hidden = dataclasses.replace(result, scores=result.scores.clone())
-    start, end = prompt.statements[0].sentence
+    start, end = prompt.statements[0].word
     for position, (first, last) in enumerate(result.offsets):
-        if start <= first and last <= end:
+        if first < end and last > start:
             hidden.scores[position] = 0.0
     assert not statements.both_statements_found(hidden, prompt)
 
