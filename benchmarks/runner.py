@@ -102,11 +102,18 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def write(folder: Path, suite: str, rows: list[dict[str, Any]]) -> Path:
-    """Write what has been measured so far, so that a cut run leaves its results."""
+    """Write what has been measured so far, so that a cut run leaves its results.
+
+    Rows that the same machine measured on the same day at other lengths stay in the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = {"schema": SCHEMA, "suite": suite, **environment(), "rows": rows}
     slug = "".join(c if c.isalnum() else "-" for c in found["device"].split(",")[0].lower()).strip("-")
     path = folder / f"{suite}-{slug}-{found['date']}.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        measured = {row.get("tokens") for row in rows}
+        found["rows"] = [row for row in before if row.get("tokens") not in measured] + rows
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 
