@@ -1,0 +1,850 @@
+"""Attention backward on a GPU under one of three softmax rules: one kernel over query tiles, one over key tiles.
+
+The query kernel finds what the gradient of the scores needs to know about each row, and the gradients of query and
+sinks. The key kernel finds the gradients of key and value. Either does only what was asked for; there is no
+preprocessing pass, and there are no atomics: every sum has one order.
+
+Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from gim_kernels.engines import Options
+from gim_kernels.triton import tiles
+from gim_kernels.triton.device import guard
+from gim_kernels.triton.launch import check_attention, hiding_window, score_factors, strides, unit_stride
+from gim_kernels.triton.primitives import (
+    LOG2E,
+    key_bounds,
+    load_rows,
+    load_vector,
+    raw_scores,
+    sees,
+    store_rows,
+    tile_start,
+    tiles_in,
+    visible_keys,
+    visible_queries,
+)
+
+#: How a kernel finds the softmax at temperature T. ``exact``: T = 1, delta from the output. ``square``: T = 2, whose
+#: square is the softmax at T = 1. ``warm``: any T >= 1. ``sharp``: T < 1, where exp((S' - LSE) / T) would underflow.
+Rule = Literal["constant", "exact", "square", "warm", "sharp"]
+
+
+def rule_of(softmax_backward: str, temperature: float, dtype: torch.dtype) -> tuple[Rule, float]:
+    """The kernels' rule and temperature for the public arguments."""
+    if softmax_backward == "constant":
+        return "constant", 1.0
+    if softmax_backward == "exact" or temperature == 1.0:
+        # rowsum(dO * O) is delta up to the rounding of O. In two bytes that is below the rounding of everything else;
+        # float32 takes the sum over the keys, as for any other temperature.
+        return ("warm" if dtype == torch.float32 else "exact"), 1.0
+    if temperature == 2.0:
+        return "square", 2.0
+    return ("warm" if temperature > 1.0 else "sharp"), temperature
+
+
+@triton.jit
+def _largest_score(
+    top,
+    query,
+    matrix,
+    scoring,
+    seen,
+    span,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Maximum of ``top`` and the scores over the key tiles of ``span``, full or with ``MASKED`` the others."""
+    key_ptr, key_stride_s = matrix
+    factor, inner = scoring
+    position, first, end, window = seen
+    for i in range(tiles_in(span, MASKED, BLOCK_S)):
+        start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
+        # [BLOCK_S, BLOCK_D]
+        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        # [BLOCK_T, BLOCK_S]
+        score = raw_scores(query, tl.trans(key), inner, PRECISE) * factor
+        if MASKED:
+            column = start_s + tl.arange(0, BLOCK_S)
+            score = tl.where(sees(position[:, None], column[None, :], first, end, window, CAUSAL), score, float("-inf"))
+        top = tl.maximum(top, tl.max(score, 1))
+    return top
+
+
+@triton.jit
+def _sum_over_keys(
+    sums,
+    query,
+    grad_out,
+    shift,
+    near,
+    matrices,
+    scoring,
+    seen,
+    span,
+    TOTALS: tl.constexpr,
+    GRAD_QUERY: tl.constexpr,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The key tiles of ``span``, full or with ``MASKED`` the others, into ``A, B, r, Z`` of :func:`grad_query_kernel`.
+
+    ``near`` takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
+    """
+    shifted_sum, weight_sum, grad_total, weight_total = sums
+    key_ptr, key_stride_s, value_ptr, value_stride_s = matrices
+    factor, inner = scoring
+    position, first, end, window = seen
+    for i in range(tiles_in(span, MASKED, BLOCK_S)):
+        start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
+        # [BLOCK_S, BLOCK_D]
+        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        # [BLOCK_T, BLOCK_S]
+        raw = raw_scores(query, tl.trans(key), inner, PRECISE)
+        e = tl.exp2(raw * factor - shift[:, None])
+        if MASKED:
+            column = start_s + tl.arange(0, BLOCK_S)
+            e = tl.where(sees(position[:, None], column[None, :], first, end, window, CAUSAL), e, 0.0)
+        # [BLOCK_S, BLOCK_D]
+        value = load_rows(value_ptr, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        # [BLOCK_T, BLOCK_S]
+        grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+        shifted = e * (grad_p - near[:, None])
+        if TOTALS:
+            # [BLOCK_T]
+            grad_total += tl.sum(shifted, 1)
+            weight_total += tl.sum(e, 1)
+        if GRAD_QUERY:
+            if inner is not None:
+                slope = 1.0 - raw * raw  # derivative of the cap
+                shifted *= slope
+                e *= slope
+            # [BLOCK_T, BLOCK_D]
+            shifted_sum = tl.dot(shifted.to(key.dtype), key, shifted_sum, input_precision="ieee")
+            if TOTALS:
+                weight_sum = tl.dot(e.to(key.dtype), key, weight_sum, input_precision="ieee")
+    return shifted_sum, weight_sum, grad_total, weight_total
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+def grad_query_kernel(
+    grad_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    sinks_ptr,
+    key_range_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_query_ptr,
+    grad_sink_ptr,
+    shift_ptr,
+    norm_ptr,
+    delta_ptr,
+    grad_out_stride_b: tl.int64,
+    grad_out_stride_h: tl.int64,
+    grad_out_stride_t: tl.int64,
+    query_stride_b: tl.int64,
+    query_stride_h: tl.int64,
+    query_stride_t: tl.int64,
+    key_stride_b: tl.int64,
+    key_stride_h: tl.int64,
+    key_stride_s: tl.int64,
+    value_stride_b: tl.int64,
+    value_stride_h: tl.int64,
+    value_stride_s: tl.int64,
+    out_stride_b: tl.int64,
+    out_stride_h: tl.int64,
+    out_stride_t: tl.int64,
+    grad_query_stride_b: tl.int64,
+    grad_query_stride_h: tl.int64,
+    grad_query_stride_t: tl.int64,
+    heads,
+    group,
+    queries,
+    keys,
+    window,
+    factor,
+    inner,
+    inverse_temperature,
+    grad_factor,
+    RULE: tl.constexpr,
+    TWO_PASSES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Gradient of the query, and what the key kernel must know of each row, in one pass over the keys.
+
+    With ``e_ij = exp((S'_ij - LSE_i) / T)`` and ``dP = dO V^T`` the rule asks for ``delta_i = sum_j P_T,ij dP_ij``,
+    which is known only at the end. Shifted by ``d0 = rowsum(dO * O)``, which is close to it::
+
+        A = sum_j e (dP - d0) t K_j    B = sum_j e t K_j    r = sum_j e (dP - d0)    Z = sum_j e
+        grad_q = grad_factor (A - (r / Z) B) / Z            delta = d0 + r / Z
+
+    ``t`` is 1, or ``1 - (S' / c)^2`` with a softcap; ``grad_factor = scale * q_scale``. A sink is a column with
+    ``dP = 0`` and no key; its gradient is ``-P_T,sink delta``. With T = 1 the shift is delta itself: no B, r or Z.
+    With ``TWO_PASSES`` delta is found first and takes the place of d0 in a second pass: one product more, but no B, and
+    half the registers. With T < 1 ``e`` could underflow, so the row's maximum takes the place of LSE, found in a pass
+    of its own.
+
+    Writes for the key kernel, where ``shift_ptr`` is given, ``[B, HQ, T]`` in base 2::
+
+        rule      shift     norm                        delta
+        exact     LSE       -                           delta
+        square    LSE / 2   1 / Z                       delta / Z
+        others    LSE       LSE of S' / T               delta
+
+    Rows that see nothing give 0 everywhere. Without ``grad_query_ptr`` A and B are not computed; with ``exact``,
+    nothing is: d0 is all there is to know. Program order as in the forward.
+    """
+    tiles_t = tl.cdiv(queries, BLOCK_T)
+    tile = tl.program_id(0) % tiles_t
+    batch_head = tl.program_id(0) // tiles_t
+    if CAUSAL:
+        tile = tiles_t - 1 - tile
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    key_head = head // group
+    start_t = tile * BLOCK_T
+
+    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
+    query_ptr += batch * query_stride_b + head * query_stride_h
+    key_ptr += batch * key_stride_b + key_head * key_stride_h
+    value_ptr += batch * value_stride_b + key_head * value_stride_h
+    out_ptr += batch * out_stride_b + head * out_stride_h
+
+    # [BLOCK_T]
+    row = start_t + tl.arange(0, BLOCK_T)
+    row_offset = batch_head.to(tl.int64) * queries + row
+    in_rows = row < queries
+    lse2 = tl.load(lse_ptr + row_offset, mask=in_rows, other=float("inf")) * LOG2E
+    # [BLOCK_T, BLOCK_D]
+    grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    # [BLOCK_T]
+    d0 = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+
+    grad_total = tl.zeros([BLOCK_T], tl.float32)
+    weight_total = tl.zeros([BLOCK_T], tl.float32)
+    shift = lse2 * inverse_temperature
+    if RULE != "exact" or grad_query_ptr is not None:
+        # [BLOCK_T, BLOCK_D]
+        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+        matrices = (key_ptr, key_stride_s, value_ptr, value_stride_s)
+        scoring = (factor * inverse_temperature, inner)
+        first, end = key_bounds(key_range_ptr, batch, keys)
+        seen = (row + (keys - queries), first, end, window)
+        span = visible_keys(start_t, queries, keys, first, end, window, CAUSAL, BLOCK_T, BLOCK_S)
+        if RULE == "sharp":
+            top = tl.full([BLOCK_T], float("-inf"), tl.float32)
+            if sinks_ptr is not None:
+                top = tl.zeros([BLOCK_T], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * (
+                    LOG2E * inverse_temperature
+                )
+            for MASKED in tl.static_range(0, 2):
+                top = _largest_score(
+                    top,
+                    query,
+                    (key_ptr, key_stride_s),
+                    scoring,
+                    seen,
+                    span,
+                    MASKED,
+                    window is not None or key_range_ptr is not None,
+                    CAUSAL,
+                    HEAD_SIZE,
+                    BLOCK_D,
+                    BLOCK_S,
+                    PRECISE,
+                )
+            shift = tl.where(top == float("-inf"), float("inf"), top)
+        # [BLOCK_T, BLOCK_D]
+        zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        sums = (zeros, zeros, grad_total, weight_total)
+        for MASKED in tl.static_range(0, 2):
+            sums = _sum_over_keys(
+                sums,
+                query,
+                grad_out,
+                shift,
+                d0,
+                matrices,
+                scoring,
+                seen,
+                span,
+                RULE != "exact",
+                grad_query_ptr is not None and not TWO_PASSES,
+                MASKED,
+                window is not None or key_range_ptr is not None,
+                CAUSAL,
+                HEAD_SIZE,
+                BLOCK_D,
+                BLOCK_S,
+                PRECISE,
+            )
+        shifted_sum, weight_sum, grad_total, weight_total = sums
+
+    # [BLOCK_T]
+    delta = d0
+    if sinks_ptr is not None:
+        sink2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        sink_weight = tl.exp2(sink2 * inverse_temperature - shift)
+    if RULE != "exact":
+        if sinks_ptr is not None:
+            weight_total += sink_weight
+            grad_total -= sink_weight * d0
+        empty = weight_total == 0.0
+        weight_total = tl.where(empty, 1.0, weight_total)
+        inverse_total = tl.where(empty, 0.0, 1.0 / weight_total)
+        mean = grad_total * inverse_total
+        delta = d0 + mean
+    if grad_sink_ptr is not None:
+        if RULE != "exact":
+            sink_weight *= inverse_total
+        tl.store(grad_sink_ptr + row_offset, -sink_weight * delta, mask=in_rows)
+    if shift_ptr is not None:
+        if RULE == "square":
+            tl.store(shift_ptr + row_offset, shift, mask=in_rows)
+            tl.store(norm_ptr + row_offset, inverse_total, mask=in_rows)
+            tl.store(delta_ptr + row_offset, delta * inverse_total, mask=in_rows)
+        else:
+            tl.store(shift_ptr + row_offset, lse2, mask=in_rows)
+            tl.store(delta_ptr + row_offset, delta, mask=in_rows)
+            if RULE != "exact":
+                norm = tl.where(empty, float("inf"), shift + tl.log2(weight_total))
+                tl.store(norm_ptr + row_offset, norm, mask=in_rows)
+
+    if grad_query_ptr is not None:
+        # [BLOCK_T, BLOCK_D]
+        if TWO_PASSES:
+            sums = (zeros, zeros, grad_total, weight_total)
+            for MASKED in tl.static_range(0, 2):
+                sums = _sum_over_keys(
+                    sums,
+                    query,
+                    grad_out,
+                    shift,
+                    delta,
+                    matrices,
+                    scoring,
+                    seen,
+                    span,
+                    False,
+                    True,
+                    MASKED,
+                    window is not None or key_range_ptr is not None,
+                    CAUSAL,
+                    HEAD_SIZE,
+                    BLOCK_D,
+                    BLOCK_S,
+                    PRECISE,
+                )
+            shifted_sum, weight_sum, grad_total, weight_total = sums
+        if RULE == "exact":
+            grad_query = shifted_sum * grad_factor
+        elif TWO_PASSES:
+            grad_query = shifted_sum * (inverse_total * grad_factor)[:, None]
+        else:
+            grad_query = (shifted_sum - mean[:, None] * weight_sum) * (inverse_total * grad_factor)[:, None]
+        grad_query_ptr += batch * grad_query_stride_b + head * grad_query_stride_h
+        store_rows(grad_query_ptr, grad_query, start_t, grad_query_stride_t, queries, BLOCK_T, HEAD_SIZE, BLOCK_D)
+
+
+@triton.jit
+def _sum_over_queries(
+    sums,
+    key,
+    value,
+    matrices,
+    rows,
+    scoring,
+    seen,
+    span,
+    group,
+    RULE: tl.constexpr,
+    GRAD_KEY: tl.constexpr,
+    GRAD_VALUE: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """The query tiles of ``span``, full or with ``MASKED`` the others, into the gradients of key and value.
+
+    All query heads of the group run in one loop, so that the loads of the next head are under way when one ends.
+    """
+    grad_key, grad_value = sums
+    first_query_ptr, query_stride_h, query_stride_t, first_grad_out_ptr, grad_out_stride_h, grad_out_stride_t = matrices
+    first_shift_ptr, first_norm_ptr, first_delta_ptr = rows
+    factor, inner, inverse_temperature = scoring
+    column, offset, queries, window = seen
+    tiles_of_head = tiles_in(span, MASKED, BLOCK_T)
+    for i in range(group * tiles_of_head):
+        member = i // tl.maximum(tiles_of_head, 1)
+        start_t = tile_start(i - member * tiles_of_head, span, MASKED, True, BLOCK_T)
+        query_ptr = first_query_ptr + member * query_stride_h
+        grad_out_ptr = first_grad_out_ptr + member * grad_out_stride_h
+        head_row = member.to(tl.int64) * queries
+        # [BLOCK_T]
+        row = start_t + tl.arange(0, BLOCK_T)
+        # [BLOCK_T, BLOCK_D]
+        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        shift = load_vector(first_shift_ptr + head_row, row, queries, float("inf"), MASKED)
+        if RULE == "constant":  # straight from the forward, to base e
+            shift *= LOG2E
+        # [BLOCK_S, BLOCK_T]
+        raw = raw_scores(key, tl.trans(query), inner, PRECISE)
+        if RULE == "square":
+            p_t = tl.exp2(raw * (factor * 0.5) - shift[None, :])  # P_T * Z
+            p = p_t * p_t
+        else:
+            p = tl.exp2(raw * factor - shift[None, :])
+            p_t = p
+        if MASKED:
+            mask = sees((row + offset)[None, :], column[:, None], 0, queries + offset, window, CAUSAL)
+        # [BLOCK_T, BLOCK_D]
+        grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        if GRAD_VALUE:
+            if MASKED:
+                p = tl.where(mask, p, 0.0)
+            # [BLOCK_S, BLOCK_D]
+            grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
+        if GRAD_KEY:
+            # [BLOCK_T]
+            delta = load_vector(first_delta_ptr + head_row, row, queries, 0.0, MASKED)
+            # [BLOCK_S, BLOCK_T]
+            grad_p = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+            if RULE == "square":
+                norm = load_vector(first_norm_ptr + head_row, row, queries, 0.0, MASKED)
+                grad_p = grad_p * norm[None, :]
+            elif RULE != "exact":
+                norm = load_vector(first_norm_ptr + head_row, row, queries, float("inf"), MASKED)
+                p_t = tl.exp2(raw * (factor * inverse_temperature) - norm[None, :])
+            grad_s = p_t * (grad_p - delta[None, :])
+            if inner is not None:
+                grad_s *= 1.0 - raw * raw
+            if MASKED:
+                grad_s = tl.where(mask, grad_s, 0.0)
+            # [BLOCK_S, BLOCK_D]
+            grad_key = tl.dot(grad_s.to(query.dtype), query, grad_key, input_precision="ieee")
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+def grad_key_value_kernel(
+    grad_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_range_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    shift_ptr,
+    norm_ptr,
+    delta_ptr,
+    grad_out_stride_b: tl.int64,
+    grad_out_stride_h: tl.int64,
+    grad_out_stride_t: tl.int64,
+    query_stride_b: tl.int64,
+    query_stride_h: tl.int64,
+    query_stride_t: tl.int64,
+    key_stride_b: tl.int64,
+    key_stride_h: tl.int64,
+    key_stride_s: tl.int64,
+    value_stride_b: tl.int64,
+    value_stride_h: tl.int64,
+    value_stride_s: tl.int64,
+    grad_key_stride_b: tl.int64,
+    grad_key_stride_h: tl.int64,
+    grad_key_stride_s: tl.int64,
+    grad_value_stride_b: tl.int64,
+    grad_value_stride_h: tl.int64,
+    grad_value_stride_s: tl.int64,
+    heads,
+    group,
+    queries,
+    keys,
+    window,
+    factor,
+    inner,
+    inverse_temperature,
+    key_factor,
+    value_factor,
+    RULE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Gradients of key and value, summed over the query heads that share them in a fixed order::
+
+        grad_v = value_factor P^T dO                         P = exp(S' - LSE): the value path keeps T = 1
+        grad_k = key_factor (P_T * (dP - delta) t)^T Q       dP = dO V^T,  key_factor = scale * k_scale
+
+    ``t`` as in :func:`grad_query_kernel`, which wrote ``shift``, ``norm`` and ``delta``. With T = 2, ``P_T = e / Z``
+    and ``P = e e`` come from one exponential. With the rule ``constant`` ``shift`` is the forward's natural LSE and
+    only grad_v exists. A gradient without a pointer is not computed. Everything is transposed, ``[BLOCK_S, BLOCK_T]``,
+    so that both sums over queries take their left side from registers.
+
+    One program per key tile and key head, in ascending order: with a causal mask the first keys, which most queries
+    see, take longest.
+    """
+    tiles_s = tl.cdiv(keys, BLOCK_S)
+    start_s = tl.program_id(0) % tiles_s * BLOCK_S
+    batch_head = tl.program_id(0) // tiles_s
+    key_heads = heads // group
+    batch = (batch_head // key_heads).to(tl.int64)
+    key_head = (batch_head % key_heads).to(tl.int64)
+    key_ptr += batch * key_stride_b + key_head * key_stride_h
+
+    # [BLOCK_S, BLOCK_D]
+    key = load_rows(key_ptr, start_s, key_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+    value = key
+    if grad_key_ptr is not None:
+        value_ptr += batch * value_stride_b + key_head * value_stride_h
+        value = load_rows(value_ptr, start_s, value_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+    grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+
+    first, end = key_bounds(key_range_ptr, batch, keys)
+    span = visible_queries(start_s, queries, keys, first, end, window, CAUSAL, BLOCK_T, BLOCK_S)
+    # [BLOCK_S]
+    column = start_s + tl.arange(0, BLOCK_S)
+    sums = (grad_key, grad_value)
+    head = key_head * group
+    rows = (batch * heads + head) * queries
+    for MASKED in tl.static_range(0, 2):
+        sums = _sum_over_queries(
+            sums,
+            key,
+            value,
+            (
+                query_ptr + batch * query_stride_b + head * query_stride_h,
+                query_stride_h,
+                query_stride_t,
+                grad_out_ptr + batch * grad_out_stride_b + head * grad_out_stride_h,
+                grad_out_stride_h,
+                grad_out_stride_t,
+            ),
+            (
+                shift_ptr + rows,
+                None if norm_ptr is None else norm_ptr + rows,
+                None if delta_ptr is None else delta_ptr + rows,
+            ),
+            (factor, inner, inverse_temperature),
+            (column, keys - queries, queries, window),
+            span,
+            group,
+            RULE,
+            grad_key_ptr is not None,
+            grad_value_ptr is not None,
+            MASKED,
+            CAUSAL,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_T,
+            PRECISE,
+        )
+    grad_key, grad_value = sums
+
+    # [BLOCK_S, 1]
+    exists = ((column >= first) & (column < end))[:, None]
+    if grad_key_ptr is not None:
+        grad_key_ptr += batch * grad_key_stride_b + key_head * grad_key_stride_h
+        grad_key = tl.where(exists, grad_key * key_factor, 0.0)
+        store_rows(grad_key_ptr, grad_key, start_s, grad_key_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+    if grad_value_ptr is not None:
+        grad_value_ptr += batch * grad_value_stride_b + key_head * grad_value_stride_h
+        grad_value = tl.where(exists, grad_value * value_factor, 0.0)
+        store_rows(grad_value_ptr, grad_value, start_s, grad_value_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+
+
+@functools.cache
+def grad_query_variant(
+    architecture: str,
+    dtype: torch.dtype,
+    head_size: int,
+    rule: Rule,
+    causal: bool,
+    window: bool = False,
+    softcap: bool = False,
+    sinks: torch.dtype | None = None,
+    key_range: bool = False,
+    grad_query: bool = True,
+    grad_sinks: bool = False,
+    hand_over: bool = True,
+    tile: tiles.Tile | None = None,
+) -> tiles.Variant:
+    """The kernel over query tiles for these options; see :class:`gim_kernels.triton.tiles.Variant`.
+
+    Args:
+        architecture: as :func:`gim_kernels.triton.tiles.architecture_of` gives it, e.g. ``"cuda:90"``.
+        dtype: of query, key, value, output and gradients.
+        head_size: D, 1 to 256.
+        rule: ``"exact"``, ``"square"``, ``"warm"`` or ``"sharp"``.
+        causal, window, softcap, key_range: whether the kernel has them.
+        sinks: dtype of the sinks, None without.
+        grad_query, grad_sinks: whether it writes these gradients.
+        hand_over: whether it writes what the key kernel needs.
+        tile: in place of the table's.
+    """
+    work: tiles.Work = "grad_query_exact" if rule == "exact" else "grad_query"
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    return tiles.attention_variant(
+        grad_query_kernel,
+        tile,
+        dtype,
+        head_size,
+        {"CAUSAL": causal, "RULE": rule, "TWO_PASSES": tile.split and grad_query and rule != "exact"},
+        {
+            "window": window,
+            "inner": softcap,
+            "key_range_ptr": key_range,
+            "sinks_ptr": sinks is not None,
+            "grad_query_ptr": grad_query,
+            "grad_sink_ptr": grad_sinks,
+            "shift_ptr": hand_over,
+            "norm_ptr": hand_over and rule != "exact",
+            "delta_ptr": hand_over,
+        },
+        sinks,
+    )
+
+
+@functools.cache
+def grad_key_value_variant(
+    architecture: str,
+    dtype: torch.dtype,
+    head_size: int,
+    rule: Rule,
+    causal: bool,
+    window: bool = False,
+    softcap: bool = False,
+    key_range: bool = False,
+    grad_key: bool = True,
+    grad_value: bool = True,
+    tile: tiles.Tile | None = None,
+) -> tiles.Variant:
+    """The kernel over key tiles for these options; arguments as in :func:`grad_query_variant`.
+
+    ``"warm"`` and ``"sharp"`` are the same here. Without ``grad_key`` the rule must be ``"constant"``, and with it not.
+    """
+    if (rule == "constant") == grad_key:
+        raise ValueError(f"rule {rule!r} does not fit grad_key={grad_key}")
+    rule = "warm" if rule == "sharp" else rule
+    work: tiles.Work = "grad_key_value" if grad_key and grad_value else "grad_key" if grad_key else "grad_value"
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    return tiles.attention_variant(
+        grad_key_value_kernel,
+        tile,
+        dtype,
+        head_size,
+        {"CAUSAL": causal, "RULE": rule},
+        {
+            "window": window,
+            "inner": softcap,
+            "key_range_ptr": key_range,
+            "grad_key_ptr": grad_key,
+            "grad_value_ptr": grad_value,
+            "norm_ptr": grad_key and rule != "exact",
+            "delta_ptr": grad_key,
+        },
+    )
+
+
+def attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    *,
+    softmax_backward: str,
+    temperature: float,
+    grad_scale: tuple[float, float, float],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of attention under one of the three softmax rules; nothing is read back to the host.
+
+    Args:
+        grad_out: ``[B, HQ, T, D]``.
+        query, key, value, sinks, key_range, options: as in the forward.
+        out, lse: what the forward returned.
+        softmax_backward: ``"temperature"``, ``"constant"`` or ``"exact"``.
+        temperature: T of ``"temperature"``, > 0.
+        grad_scale: factors of the gradients of query, key and value.
+        needs: which of the gradients of query, key, value and sinks to compute.
+
+    Returns:
+        Those gradients, each in its input's shape and dtype, None where not needed. With ``"constant"`` those of
+        query, key and sinks are 0 without any work.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`gim_kernels.triton.launch.check_attention`.
+
+    Numerics: scores, row sums and gradients accumulate in float32; both score matrices are rounded to query's dtype
+        for their products; deterministic, bit for bit.
+    """
+    check_attention(query, key, value)
+    batch, heads, queries, size = query.shape
+    keys = key.shape[2]
+    rule, temperature = rule_of(softmax_backward, temperature, query.dtype)
+    need_query, need_key, need_value, need_sinks = needs
+    need_sinks = need_sinks and sinks is not None
+    grad_query = torch.empty_like(query) if need_query else None
+    grad_key = torch.empty_like(key) if need_key else None
+    grad_value = torch.empty_like(value) if need_value else None
+    grad_sinks = torch.zeros_like(sinks) if need_sinks and sinks is not None else None
+
+    # A gradient that nothing reaches is 0 without any work; one that a kernel shall write has a place to write it to.
+    through_scores = rule != "constant" and query.numel() > 0
+    to_query = _place(grad_query, through_scores)
+    to_key = _place(grad_key, through_scores)
+    to_value = _place(grad_value, query.numel() > 0)
+    to_sinks = None
+    if need_sinks and through_scores:
+        to_sinks = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
+
+    grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
+    factor, inner = score_factors(options)
+    window = hiding_window(options, keys)
+    architecture = tiles.architecture_of(query)
+    common: dict[str, Any] = dict(
+        grad_out_ptr=grad_out,
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        key_range_ptr=None if key_range is None else key_range.contiguous(),
+        **strides("grad_out", grad_out, "t"),
+        **strides("query", query, "t"),
+        **strides("key", key, "s"),
+        **strides("value", value, "s"),
+        heads=heads,
+        group=heads // key.shape[1],
+        queries=queries,
+        keys=keys,
+        window=window,
+        factor=factor,
+        inner=inner,
+        inverse_temperature=1.0 / temperature,
+    )
+    mask = (options.causal, window is not None, inner is not None)
+    shift: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+    with guard(query):
+        if to_query is not None or to_key is not None or to_sinks is not None:
+            if to_key is not None:
+                shift, delta = torch.empty_like(lse), torch.empty_like(lse)
+                norm = None if rule == "exact" else torch.empty_like(lse)
+            variant = grad_query_variant(
+                architecture,
+                query.dtype,
+                size,
+                rule,
+                *mask,
+                None if sinks is None else sinks.dtype,
+                key_range is not None,
+                to_query is not None,
+                to_sinks is not None,
+                to_key is not None,
+            )
+            variant.launch(
+                triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
+                **common,
+                sinks_ptr=None if sinks is None else sinks.contiguous(),
+                out_ptr=out,
+                lse_ptr=lse,
+                grad_query_ptr=to_query,
+                grad_sink_ptr=to_sinks,
+                shift_ptr=shift,
+                norm_ptr=norm,
+                delta_ptr=delta,
+                **strides("out", out, "t"),
+                **strides("grad_query", query if to_query is None else to_query, "t"),
+                grad_factor=options.scale * grad_scale[0],
+            )
+        together = tiles.attention_tile("grad_key_value", architecture, size, query.dtype, inner is not None)
+        launches = [(to_key, to_value)]
+        if to_key is not None and to_value is not None and together.split:
+            launches = [(None, to_value), (to_key, None)]
+        for place_key, place_value in launches:
+            if place_key is None and place_value is None:
+                continue
+            variant = grad_key_value_variant(
+                architecture,
+                query.dtype,
+                size,
+                "constant" if place_key is None else rule,
+                *mask,
+                key_range is not None,
+                place_key is not None,
+                place_value is not None,
+            )
+            variant.launch(
+                triton.cdiv(keys, variant.constants["BLOCK_S"]) * batch * key.shape[1],
+                **common,
+                grad_key_ptr=place_key,
+                grad_value_ptr=place_value,
+                shift_ptr=lse if place_key is None else shift,
+                norm_ptr=None if place_key is None else norm,
+                delta_ptr=None if place_key is None else delta,
+                **strides("grad_key", key if place_key is None else place_key, "s"),
+                **strides("grad_value", value if place_value is None else place_value, "s"),
+                key_factor=options.scale * grad_scale[1],
+                value_factor=grad_scale[2],
+            )
+    for grad, written in ((grad_query, to_query), (grad_key, to_key), (grad_value, to_value)):
+        if grad is not None and written is not None and written is not grad:
+            grad.copy_(written)
+    if grad_sinks is not None and to_sinks is not None:
+        grad_sinks.copy_(to_sinks.sum((0, 2)))
+    return grad_query, grad_key, grad_value, grad_sinks
+
+
+def _place(grad: torch.Tensor | None, reached: bool) -> torch.Tensor | None:
+    """Where a kernel writes ``grad``: itself, or memory whose rows have unit stride; None where it writes nothing.
+
+    A gradient that is wanted and not reached becomes 0.
+    """
+    if grad is None or grad.numel() == 0:
+        return None
+    if not reached:
+        grad.zero_()
+        return None
+    return (
+        grad
+        if grad.stride(-1) == 1 or grad.shape[-1] == 1
+        else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    )

@@ -1,0 +1,63 @@
+"""What the attention launchers share: checks, strides, and the numbers a kernel wants."""
+
+from __future__ import annotations
+
+import torch
+
+from gim_kernels.engines import Options
+from gim_kernels.triton.device import check
+from gim_kernels.triton.primitives import LOG2E
+
+#: Largest head size; wider rows do not fit on the chip.
+LARGEST_HEAD = 256
+#: Elements from one row to the next, below which a tile of 256 rows spans less than int32 can number.
+LARGEST_STRIDE = 2**22
+#: A scale of 0 becomes this, so that -inf times it stays -inf: scores of 1e20 still vanish.
+SMALLEST_FACTOR = 1e-30
+
+
+def check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise, before anything is launched, where the kernels cannot take these tensors.
+
+    Raises:
+        TypeError, RuntimeError: as :func:`gim_kernels.triton.device.check`.
+        ValueError: a head size above :data:`LARGEST_HEAD`, or more programs or positions than int32 can number.
+    """
+    check(query=query, key=key, value=value)
+    if query.shape[-1] > LARGEST_HEAD:
+        raise ValueError(
+            f"query must have a head size of at most {LARGEST_HEAD} for the triton engine, got {query.shape[-1]}: "
+            'choose engine="blockwise" or "reference"'
+        )
+    for name, x in (("query", query), ("key", key)):
+        # Every program does at least 16 rows; positions of queries and keys are int32.
+        if x.shape[0] * x.shape[1] * (x.shape[2] // 16 + 1) >= 2**31 or x.shape[2] >= 2**30:
+            raise ValueError(f"{name} is too large for the triton engine: {tuple(x.shape)}")
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether the kernels can walk ``x`` ``[B, H, T, D]``: unit stride in a row, int32 offsets in a tile of rows."""
+    return (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < LARGEST_STRIDE
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself where the kernels can walk it, a contiguous copy elsewhere."""
+    return x if readable(x) else x.contiguous()
+
+
+def strides(name: str, x: torch.Tensor, row: str) -> dict[str, int]:
+    """The arguments ``<name>_stride_b``, ``_h`` and ``_<row>`` of a tensor ``[B, H, T or S, D]``, in elements."""
+    batch, head, step, _ = x.stride()
+    return {f"{name}_stride_b": batch, f"{name}_stride_h": head, f"{name}_stride_{row}": step}
+
+
+def score_factors(options: Options) -> tuple[float, float | None]:
+    """``factor`` and ``inner`` of :func:`gim_kernels.triton.primitives.raw_scores`; ``inner`` is None without a cap."""
+    if options.softcap is None:
+        return options.scale * LOG2E.value, None
+    return options.softcap * LOG2E.value, options.scale / options.softcap
+
+
+def hiding_window(options: Options, keys: int) -> int | None:
+    """The window, or None where it is wide enough to hide no key."""
+    return None if options.window is None or options.window >= keys else options.window

@@ -1,0 +1,624 @@
+"""RMS norm and layer norm on a GPU: forward, and a backward whose statistic may be a constant."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from gim_kernels.triton.device import check, guard
+from gim_kernels.triton.pointwise_tiles import (
+    FOLD,
+    WEIGHT_GRADIENT,
+    Tile,
+    norm_tile,
+    pointwise_variant,
+    rows_per_chunk,
+)
+from gim_kernels.triton.rows import as_rows, row_offset
+from gim_kernels.triton.tiles import Variant
+
+
+@triton.jit
+def _times_weight(value, weight_ptr, weight_offset, column, mask):
+    """``value * (weight + weight_offset)`` for the columns of a tile, in float32; ``value`` without a weight."""
+    if weight_ptr is not None:
+        value = value * (tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32) + weight_offset)
+    return value
+
+
+@triton.jit
+def _plus_bias(value, bias_ptr, column, mask):
+    """``value + bias`` for the columns of a tile, in float32; ``value`` without a bias."""
+    if bias_ptr is not None:
+        value = value + tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["size1", "size2"])
+def norm_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    inverse_ptr,
+    rows: tl.int32,
+    columns: tl.int32,
+    size1,
+    size2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    eps: tl.float32,
+    weight_offset: tl.float32,
+    ONE_PASS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """``y = (x - mean) * inverse * (weight + weight_offset) + bias``, ``inverse = 1 / sqrt(var + eps)``.
+
+    Without ``mean_ptr`` the mean is 0, and ``var = mean(x^2)``. Sums run over ``x - shift``, the shift being the mean
+    of the first block of columns, and ``var = mean((x - shift)^2) - (mean - shift)^2``: as that block is a part of the
+    row, the difference is smaller than its terms by no more than the number of blocks.
+    """
+    # [BLOCK_ROWS, 1]
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row_mask = row < rows
+    x_row_ptr = x_ptr + row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
+    y_row_ptr = y_ptr + row.to(tl.int64) * columns
+
+    # [1, BLOCK_COLUMNS]
+    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    mask = row_mask & (column < columns)
+    x = tl.load(x_row_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_ROWS, 1]
+    shift = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    if mean_ptr is not None:
+        shift = tl.sum(x, axis=1, keep_dims=True) / tl.minimum(columns * 1.0, BLOCK_COLUMNS * 1.0)
+        x = tl.where(mask, x - shift, 0.0)
+    squares = tl.sum(x * x, axis=1, keep_dims=True)
+    away = tl.zeros([BLOCK_ROWS, 1], tl.float32)  # mean - shift
+    if not ONE_PASS:
+        if mean_ptr is not None:
+            away = tl.sum(x, axis=1, keep_dims=True)
+        for start in range(BLOCK_COLUMNS, columns, BLOCK_COLUMNS):
+            here = start + column
+            mask = row_mask & (here < columns)
+            block = tl.load(x_row_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            if mean_ptr is not None:
+                block = tl.where(mask, block - shift, 0.0)
+                away += tl.sum(block, axis=1, keep_dims=True)
+            squares += tl.sum(block * block, axis=1, keep_dims=True)
+        away = away / columns
+        squares = tl.maximum(squares - away * away * columns, 0.0)
+
+    inverse = tl.rsqrt(squares / columns + eps)
+    tl.store(inverse_ptr + row, inverse, mask=row_mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, shift + away, mask=row_mask)
+
+    if ONE_PASS:
+        column_mask = column < columns
+        y = _times_weight(x * inverse, weight_ptr, weight_offset, column, column_mask)
+        y = _plus_bias(y, bias_ptr, column, column_mask)
+        tl.store(y_row_ptr + column, y.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
+    else:
+        for start in range(0, columns, BLOCK_COLUMNS):
+            here = start + column
+            column_mask = here < columns
+            mask = row_mask & column_mask
+            block = tl.load(x_row_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            y = _times_weight((block - shift - away) * inverse, weight_ptr, weight_offset, here, column_mask)
+            y = _plus_bias(y, bias_ptr, here, column_mask)
+            tl.store(y_row_ptr + here, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_and_input(
+    grad_row_ptr,
+    x_row_ptr,
+    weight_ptr,
+    weight_offset,
+    mean,
+    inverse,
+    column,
+    columns,
+    row_mask,
+):
+    """``g = grad_y * (weight + weight_offset)`` and ``n = (x - mean) * inverse`` of a tile; n = 0 without ``x``."""
+    column_mask = column < columns
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    mask = row_mask & column_mask
+    grad = tl.load(grad_row_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    grad = _times_weight(grad, weight_ptr, weight_offset, column, column_mask)
+    normalised = tl.zeros_like(grad)
+    if x_row_ptr is not None:
+        x = tl.load(x_row_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        # Columns past the end hold -mean here; their g is 0, and so is their part of every sum.
+        normalised = (x - mean) * inverse
+    return grad, normalised
+
+
+@triton.jit(do_not_specialize=["size1", "size2"])
+def norm_backward_kernel(
+    grad_y_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    inverse_ptr,
+    grad_x_ptr,
+    rows: tl.int32,
+    columns: tl.int32,
+    size1,
+    size2,
+    grad_y_stride0,
+    grad_y_stride1,
+    grad_y_stride2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    weight_offset: tl.float32,
+    CENTRE: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """``grad_x = inverse * (g - rowmean(g) - n * rowmean(g * n))``, ``g = grad_y * (weight + weight_offset)``.
+
+    ``n = (x - mean) * inverse``. Without ``x_ptr`` the statistic is a constant and the last term is dropped; without
+    ``CENTRE`` there is no mean and no second term.
+    """
+    # [BLOCK_ROWS, 1]
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    row_mask = row < rows
+    grad_row_ptr = grad_y_ptr + row_offset(row, size1, size2, grad_y_stride0, grad_y_stride1, grad_y_stride2)
+    x_row_ptr = None
+    if x_ptr is not None:
+        x_row_ptr = x_ptr + row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
+    grad_x_row_ptr = grad_x_ptr + row.to(tl.int64) * columns
+    inverse = tl.load(inverse_ptr + row, mask=row_mask, other=0.0)
+    mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    if mean_ptr is not None:
+        mean += tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+
+    # [1, BLOCK_COLUMNS]
+    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    grad, normalised = _gradient_and_input(
+        grad_row_ptr,
+        x_row_ptr,
+        weight_ptr,
+        weight_offset,
+        mean,
+        inverse,
+        column,
+        columns,
+        row_mask,
+    )
+    # [BLOCK_ROWS, 1]
+    mean_grad = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    mean_product = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    if CENTRE:
+        mean_grad += tl.sum(grad, axis=1, keep_dims=True)
+    if x_ptr is not None:
+        mean_product += tl.sum(grad * normalised, axis=1, keep_dims=True)
+    if not ONE_PASS and (CENTRE or x_ptr is not None):
+        for start in range(BLOCK_COLUMNS, columns, BLOCK_COLUMNS):
+            block, block_normalised = _gradient_and_input(
+                grad_row_ptr,
+                x_row_ptr,
+                weight_ptr,
+                weight_offset,
+                mean,
+                inverse,
+                start + column,
+                columns,
+                row_mask,
+            )
+            if CENTRE:
+                mean_grad += tl.sum(block, axis=1, keep_dims=True)
+            if x_ptr is not None:
+                mean_product += tl.sum(block * block_normalised, axis=1, keep_dims=True)
+    mean_grad = mean_grad / columns
+    mean_product = mean_product / columns
+
+    if ONE_PASS:
+        grad_x = (grad - mean_grad - normalised * mean_product) * inverse
+        tl.store(
+            grad_x_row_ptr + column,
+            grad_x.to(grad_x_ptr.dtype.element_ty),
+            mask=row_mask & (column < columns),
+        )
+    else:
+        for start in range(0, columns, BLOCK_COLUMNS):
+            here = start + column
+            block, block_normalised = _gradient_and_input(
+                grad_row_ptr,
+                x_row_ptr,
+                weight_ptr,
+                weight_offset,
+                mean,
+                inverse,
+                here,
+                columns,
+                row_mask,
+            )
+            grad_x = (block - mean_grad - block_normalised * mean_product) * inverse
+            tl.store(
+                grad_x_row_ptr + here,
+                grad_x.to(grad_x_ptr.dtype.element_ty),
+                mask=row_mask & (here < columns),
+            )
+
+
+@triton.jit(do_not_specialize=["size1", "size2"])
+def norm_backward_weight_kernel(
+    grad_y_ptr,
+    x_ptr,
+    mean_ptr,
+    inverse_ptr,
+    partial_weight_ptr,
+    partial_bias_ptr,
+    rows: tl.int32,
+    columns: tl.int32,
+    size1,
+    size2,
+    grad_y_stride0,
+    grad_y_stride1,
+    grad_y_stride2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    rows_per_chunk: tl.int32,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Sums over one chunk of rows: ``partial_weight = sum(grad_y * n)``, ``partial_bias = sum(grad_y)``.
+
+    A sum whose pointer is None is left out. The chunks depend on the shape alone and are folded in order by
+    :func:`fold_kernel`: no atomics, and the same bits every time.
+    """
+    column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    chunk = tl.program_id(0) // column_blocks
+    # [1, BLOCK_COLUMNS]
+    column = (tl.program_id(0) % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    column_mask = column < columns
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    sum_product = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    sum_grad = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    first = chunk * rows_per_chunk
+    for start in range(first, tl.minimum(first + rows_per_chunk, rows), BLOCK_ROWS):
+        # [BLOCK_ROWS, 1]
+        row = (start + tl.arange(0, BLOCK_ROWS))[:, None]
+        row_mask = row < rows
+        mask = row_mask & column_mask
+        grad_offset = row_offset(row, size1, size2, grad_y_stride0, grad_y_stride1, grad_y_stride2)
+        grad = tl.load(grad_y_ptr + grad_offset + column, mask=mask, other=0.0).to(tl.float32)
+        if partial_weight_ptr is not None:
+            x_offset = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
+            x = tl.load(x_ptr + x_offset + column, mask=mask, other=0.0).to(tl.float32)
+            if mean_ptr is not None:
+                x = x - tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+            sum_product += grad * (x * tl.load(inverse_ptr + row, mask=row_mask, other=0.0))
+        if partial_bias_ptr is not None:
+            sum_grad += grad
+    offset = chunk.to(tl.int64) * columns + column
+    if partial_weight_ptr is not None:
+        tl.store(partial_weight_ptr + offset, tl.sum(sum_product, axis=0, keep_dims=True), mask=column_mask)
+    if partial_bias_ptr is not None:
+        tl.store(partial_bias_ptr + offset, tl.sum(sum_grad, axis=0, keep_dims=True), mask=column_mask)
+
+
+@triton.jit
+def fold_kernel(
+    partial_ptr,
+    out_ptr,
+    chunks: tl.int32,
+    columns: tl.int32,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """``out[j] = sum over chunks c of partial[c, j]``, float32, in one fixed order."""
+    # [1, BLOCK_COLUMNS]
+    column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    column_mask = column < columns
+    # [BLOCK_ROWS, BLOCK_COLUMNS]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, chunks, BLOCK_ROWS):
+        # [BLOCK_ROWS, 1]
+        chunk = (start + tl.arange(0, BLOCK_ROWS))[:, None]
+        mask = (chunk < chunks) & column_mask
+        total += tl.load(partial_ptr + chunk.to(tl.int64) * columns + column, mask=mask, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0, keep_dims=True), mask=column_mask)
+
+
+@functools.cache
+def forward_variant(
+    tile: Tile,
+    dtype: torch.dtype,
+    weight: torch.dtype | None,
+    bias: torch.dtype | None,
+    centre: bool,
+    merged: bool,
+) -> Variant:
+    """The kernel of a norm's forward.
+
+    Args:
+        tile: from :func:`gim_kernels.triton.pointwise_tiles.norm_tile`.
+        dtype: of the input and the output.
+        weight, bias: their dtypes, None where absent.
+        centre: whether the mean is subtracted: a layer norm.
+        merged: whether the input's rows need one stride only.
+    """
+    return pointwise_variant(
+        "layer_norm_forward" if centre else "rms_norm_forward",
+        norm_forward_kernel,
+        tile,
+        {
+            "x_ptr": dtype,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "y_ptr": dtype,
+            "mean_ptr": torch.float32 if centre else None,
+            "inverse_ptr": torch.float32,
+        },
+        merged,
+        {"ONE_PASS": tile.one_pass},
+    )
+
+
+@functools.cache
+def backward_variant(
+    tile: Tile,
+    grad: torch.dtype,
+    x: torch.dtype | None,
+    weight: torch.dtype | None,
+    centre: bool,
+    merged: bool,
+) -> Variant:
+    """The kernel of the input's gradient, with a constant statistic where ``x`` is None; else as the forward."""
+    return pointwise_variant(
+        f"{'layer' if centre else 'rms'}_norm_backward_{'frozen' if x is None else 'live'}",
+        norm_backward_kernel,
+        tile,
+        {
+            "grad_y_ptr": grad,
+            "x_ptr": x,
+            "weight_ptr": weight,
+            "mean_ptr": torch.float32 if centre and x is not None else None,
+            "inverse_ptr": torch.float32,
+            "grad_x_ptr": grad,
+        },
+        merged,
+        {"CENTRE": centre, "ONE_PASS": tile.one_pass},
+    )
+
+
+@functools.cache
+def backward_weight_variant(
+    grad: torch.dtype, x: torch.dtype | None, need_bias: bool, centre: bool, merged: bool
+) -> Variant:
+    """The kernel of the weight's and the bias's partial sums; of the bias's alone where ``x`` is None."""
+    return pointwise_variant(
+        f"{'layer' if centre else 'rms'}_norm_backward_weight",
+        norm_backward_weight_kernel,
+        WEIGHT_GRADIENT,
+        {
+            "grad_y_ptr": grad,
+            "x_ptr": x,
+            "mean_ptr": torch.float32 if centre and x is not None else None,
+            "inverse_ptr": None if x is None else torch.float32,
+            "partial_weight_ptr": None if x is None else torch.float32,
+            "partial_bias_ptr": torch.float32 if need_bias else None,
+        },
+        merged,
+        {},
+    )
+
+
+@functools.cache
+def fold_variant() -> Variant:
+    """The kernel that adds the partial sums."""
+    return pointwise_variant(
+        "fold", fold_kernel, FOLD, {"partial_ptr": torch.float32, "out_ptr": torch.float32}, True, {}
+    )
+
+
+def _dtype(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    centre: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``y``, the inverse statistics and, with ``centre``, the means."""
+    check(x=x, weight=weight, bias=bias)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    mean = torch.empty_like(inverse) if centre else None
+    if x.numel() > 0:
+        rows, (walked,) = as_rows(x)
+        tile = norm_tile(rows.columns)
+        variant = forward_variant(tile, x.dtype, _dtype(weight), _dtype(bias), centre, rows.merged)
+        with guard(x):
+            variant.launch(
+                triton.cdiv(rows.count, tile.rows),
+                x_ptr=walked,
+                weight_ptr=_contiguous(weight),
+                bias_ptr=_contiguous(bias),
+                y_ptr=y,
+                mean_ptr=mean,
+                inverse_ptr=inverse,
+                **rows.arguments("x"),
+                eps=eps,
+                weight_offset=weight_offset,
+            )
+    return y, inverse, mean
+
+
+def rms_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x / rms(x) * (weight + weight_offset)`` and ``1 / rms`` of each row.
+
+    Args:
+        x: ``[..., D]``, float32, float16 or bfloat16; read by its strides where its last dimension has stride 1.
+        weight: ``[D]`` or None for 1.
+        eps: added to the mean square.
+        weight_offset: added to ``weight``; 1 for models that store ``weight - 1``.
+
+    Returns:
+        ``[..., D]`` in x's dtype, contiguous, and ``[..., 1]`` in float32.
+
+    Raises:
+        TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
+
+    Numerics: float32, rounded once; deterministic.
+    """
+    y, inverse, _ = _forward(x, weight, None, eps, weight_offset, centre=False)
+    return y, inverse
+
+
+def layer_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(x - mean) / std * weight + bias``, and ``mean`` and ``1 / std`` of each row.
+
+    Args:
+        x: ``[..., D]``, float32, float16 or bfloat16; read by its strides where its last dimension has stride 1.
+        weight: ``[D]`` or None for 1.
+        bias: ``[D]`` or None for 0.
+        eps: added to the variance.
+
+    Returns:
+        ``[..., D]`` in x's dtype, contiguous, and twice ``[..., 1]`` in float32.
+
+    Raises:
+        TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
+
+    Numerics: float32, the variance of centred values, rounded once; deterministic.
+    """
+    y, inverse, mean = _forward(x, weight, bias, eps, 0.0, centre=True)
+    assert mean is not None
+    return y, mean, inverse
+
+
+def _weight_gradients(
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    inverse: torch.Tensor,
+    need_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``sum(grad_y * n)`` over the rows, None without ``x``, and ``sum(grad_y)``; float32 ``[D]``."""
+    columns = grad_y.shape[-1]
+    grads = [inverse.new_zeros(columns) if need else None for need in (x is not None, need_bias)]
+    if grad_y.numel() == 0:
+        return grads[0], grads[1]
+    rows, (grad, x) = as_rows(grad_y, x)
+    each = rows_per_chunk(rows.count, columns)
+    chunks = triton.cdiv(rows.count, each)
+    partials = [None if total is None else inverse.new_empty(chunks, columns) for total in grads]
+    variant = backward_weight_variant(grad_y.dtype, _dtype(x), need_bias, mean is not None, rows.merged)
+    with guard(grad_y):
+        variant.launch(
+            chunks * triton.cdiv(columns, WEIGHT_GRADIENT.columns),
+            grad_y_ptr=grad,
+            x_ptr=x,
+            mean_ptr=None if x is None else mean,
+            inverse_ptr=None if x is None else inverse,
+            partial_weight_ptr=partials[0],
+            partial_bias_ptr=partials[1],
+            **rows.arguments("grad_y", "x"),
+            rows_per_chunk=each,
+        )
+        for partial, total in zip(partials, grads, strict=True):
+            if total is not None:
+                fold_variant().launch(
+                    triton.cdiv(columns, FOLD.columns),
+                    partial_ptr=partial,
+                    out_ptr=total,
+                    chunks=chunks,
+                    columns=columns,
+                )
+    return grads[0], grads[1]
+
+
+def norm_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    inverse: torch.Tensor,
+    weight_offset: float,
+    *,
+    frozen: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of both norms, with ``n = (x - mean) * inverse`` and ``g = grad_y * (weight + weight_offset)``::
+
+        live     dx = inverse * (g - rowmean(g)  - n * rowmean(g * n))
+        frozen   dx = inverse * (g - rowmean(g))
+        dweight = sum(grad_y * n),  dbias = sum(grad_y)
+
+    without the term ``rowmean(g)`` for the RMS norm, which has no mean.
+
+    Args:
+        grad_y: ``[..., D]``.
+        x: the input; None where ``frozen`` and the weight needs no gradient.
+        weight: ``[D]`` or None.
+        mean: ``[..., 1]`` of a layer norm, None for an RMS norm. Only its presence matters where x is not read.
+        inverse: ``[..., 1]``, one over the statistic.
+        weight_offset: as in the forward.
+        frozen: whether the statistic is a constant.
+        needs: which of the gradients of x, weight and bias to compute.
+
+    Returns:
+        The gradient of x in grad_y's dtype, contiguous, and those of the weight and the bias in float32; None where
+        not needed.
+
+    Raises:
+        TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
+
+    Numerics: float32, rounded once. The weight's sums run over chunks of rows that depend on the shape alone, and the
+    chunks are added in order: deterministic.
+    """
+    check(grad_y=grad_y, x=x, weight=weight)
+    need_x, need_weight, need_bias = needs
+    inverse, mean = inverse.contiguous(), _contiguous(mean)
+    grad_x = grad_weight = grad_bias = None
+    if need_bias or (need_weight and x is not None):
+        grad_weight, grad_bias = _weight_gradients(grad_y, x if need_weight else None, mean, inverse, need_bias)
+    if need_x:
+        grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
+    if grad_x is not None and grad_x.numel() > 0:
+        # A constant statistic leaves nothing in the backward that depends on x.
+        rows, (grad, x) = as_rows(grad_y, None if frozen else x)
+        tile = norm_tile(rows.columns)
+        variant = backward_variant(tile, grad_y.dtype, _dtype(x), _dtype(weight), mean is not None, rows.merged)
+        with guard(grad_y):
+            variant.launch(
+                triton.cdiv(rows.count, tile.rows),
+                grad_y_ptr=grad,
+                x_ptr=x,
+                weight_ptr=_contiguous(weight),
+                mean_ptr=None if x is None else mean,
+                inverse_ptr=inverse,
+                grad_x_ptr=grad_x,
+                **rows.arguments("grad_y", "x"),
+                weight_offset=weight_offset,
+            )
+    return grad_x, grad_weight, grad_bias

@@ -1,0 +1,324 @@
+"""Tile sizes of the attention kernels, one table, and what a compiled kernel consists of.
+
+Nothing is tuned at run time: :func:`attention_tile` is a pure function of the kernel, the architecture, the head size,
+the width of the dtype and the rule. The rows were chosen with ``benchmarks/search_tiles.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+
+#: What a program accumulates decides its tile: the output; A and B or, with T = 1, A alone; two gradients or one.
+Work = Literal["forward", "grad_query", "grad_query_exact", "grad_key_value", "grad_key", "grad_value"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with every compile-time choice made: what the launchers run and what is built ahead of time.
+
+    Args:
+        name: unique, a C identifier.
+        kernel: the ``@triton.jit`` function.
+        signature: triton type of every argument in order: ``"*bf16"``, ``"*fp32"``, ``"i32"``, ``"i64"``, ``"fp32"``,
+            and ``"constexpr"`` for those in ``constants``.
+        constants: value of every constexpr argument; an absent pointer is a constant None.
+        divisible: arguments that must be multiples of 16 (pointers: 16-byte aligned) when this binary is launched.
+            The launchers do not need it, triton looks at the values itself.
+        num_warps, num_stages: launch options.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+    def source(self) -> Any:
+        """The ``ASTSource`` that ``triton.compile`` takes. Impossible in a process that runs triton's interpreter."""
+        from triton.compiler import ASTSource
+
+        if not isinstance(self.kernel, triton.JITFunction):
+            raise RuntimeError(f"{self.name} cannot be compiled while triton's interpreter is on (TRITON_INTERPRET)")
+        order = list(self.signature)
+        attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in self.divisible}
+        return ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
+
+    def options(self) -> dict[str, int]:
+        """The options that ``triton.compile`` and a launch take."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def compile(self, target: Any) -> Any:
+        """Compile for a ``GPUTarget``, with or without a GPU here; ``.asm["cubin"]`` and the like hold the result."""
+        return triton.compile(self.source(), target=target, options=self.options())
+
+    def launch(self, programs: int, **arguments: Any) -> None:
+        """Run ``programs`` programs with the kernel's arguments that are not upper case, absent pointers as None."""
+        switches = {name: value for name, value in self.constants.items() if name.isupper()}
+        self.kernel[(programs,)](**arguments, **switches, **self.options())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of the scores one program holds at once, and who works on it.
+
+    Args:
+        block_t: queries.
+        block_s: keys.
+        num_warps, num_stages: launch options of triton.
+        evidence: what the row rests on.
+        split: the work is done in two goes with half the accumulators and a product more: ``grad_query`` finds delta
+            in a pass of its own, ``grad_key_value`` launches ``grad_key`` and ``grad_value`` instead.
+    """
+
+    block_t: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    evidence: str = ""
+    split: bool = False
+
+
+def architecture_of(x: torch.Tensor) -> str:
+    """``"cuda:90"``, ``"hip:gfx942"`` and the like for a tensor on a GPU; ``"interpreter"`` for one on a CPU."""
+    return _architecture(x.get_device()) if x.is_cuda else "interpreter"
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties: Any = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return f"hip:{properties.gcnArchName.split(':')[0]}"
+    return f"cuda:{properties.major}{properties.minor}"
+
+
+#: Bytes of shared memory that one program may have.
+_SHARED_MEMORY = {
+    "cuda:80": 163 * 1024,
+    "cuda:86": 99 * 1024,
+    "cuda:87": 163 * 1024,
+    "cuda:89": 99 * 1024,
+    "cuda:90": 227 * 1024,
+    "cuda:100": 227 * 1024,
+    "cuda:103": 227 * 1024,
+    "hip:gfx950": 160 * 1024,
+}
+
+
+def shared_memory(architecture: str) -> int:
+    """Bytes of shared memory that one program may have on an architecture; the least known for those not listed."""
+    return _SHARED_MEMORY.get(architecture, 64 * 1024 if architecture.startswith("hip") else 99 * 1024)
+
+
+def _family(architecture: str) -> str:
+    """Which rows of the table an architecture takes.
+
+    sm_100 was compiled with those of sm_90, gfx942 with those of sm_80, neither run. Those of sm_80 fit into 99 KiB of
+    shared memory, which is what all others have at least.
+    """
+    return "cuda:90" if architecture in ("cuda:90", "cuda:100", "cuda:103") else "cuda:80"
+
+
+#: What every row of the table rests on until a GPU has timed it.
+COMPILED = "compiled without spills by benchmarks/search_tiles.py --check; never timed on a GPU"
+
+
+def _rows(**tiles: tuple[int, int, int, int] | None) -> dict[Work, Tile]:
+    """Rows from (block_t, block_s, warps, stages); without a tile, ``grad_key_value`` is split."""
+    rows: dict[Work, Tile] = {}
+    for name, numbers in tiles.items():
+        work, _, split = name.partition("__")
+        rows[work] = Tile(*(numbers or (0, 0, 0, 0)), COMPILED, split=split == "split")  # type: ignore[index]
+    return rows
+
+
+#: By family, bytes of the dtype and padded head size (16 and 32 take the rows of 64).
+_TABLE: dict[tuple[str, int, int], dict[Work, Tile]] = {
+    ("cuda:90", 2, 64): _rows(
+        forward=(128, 64, 8, 3),
+        grad_query=(128, 64, 8, 2),
+        grad_query_exact=(64, 64, 4, 2),
+        grad_key_value=(64, 128, 8, 2),
+        grad_key=(64, 128, 8, 2),
+        grad_value=(64, 128, 8, 3),
+    ),
+    ("cuda:90", 2, 128): _rows(
+        forward=(128, 64, 8, 3),
+        grad_query=(128, 32, 8, 3),
+        grad_query_exact=(128, 64, 8, 2),
+        grad_key_value=(32, 128, 8, 3),
+        grad_key=(32, 128, 8, 2),
+        grad_value=(64, 128, 8, 2),
+    ),
+    ("cuda:90", 2, 256): _rows(
+        forward=(128, 32, 8, 2),
+        grad_query__split=(128, 32, 8, 2),
+        grad_query_exact=(128, 32, 8, 2),
+        grad_key_value__split=None,
+        grad_key=(16, 128, 8, 2),
+        grad_value=(32, 128, 8, 2),
+    ),
+    ("cuda:80", 2, 64): _rows(
+        forward=(128, 64, 8, 3),
+        grad_query=(64, 32, 4, 3),
+        grad_query_exact=(64, 32, 4, 2),
+        grad_key_value=(32, 64, 4, 3),
+        grad_key=(32, 64, 4, 3),
+        grad_value=(64, 64, 4, 2),
+    ),
+    ("cuda:80", 2, 128): _rows(
+        forward=(128, 32, 8, 3),
+        grad_query__split=(64, 16, 4, 2),
+        grad_query_exact=(64, 32, 4, 2),
+        grad_key_value=(16, 64, 4, 2),
+        grad_key=(32, 64, 4, 2),
+        grad_value=(32, 64, 4, 2),
+    ),
+    ("cuda:80", 2, 256): _rows(
+        forward=(64, 16, 4, 2),
+        grad_query=(16, 32, 4, 2),
+        grad_query_exact=(16, 32, 4, 2),
+        grad_key_value__split=None,
+        grad_key=(32, 32, 4, 2),
+        grad_value=(16, 64, 4, 2),
+    ),
+    ("cuda:80", 4, 64): _rows(
+        forward=(32, 16, 4, 2),
+        grad_query=(32, 16, 4, 2),
+        grad_query_exact=(32, 16, 4, 2),
+        grad_key_value=(16, 32, 4, 2),
+        grad_key=(16, 32, 4, 2),
+        grad_value=(32, 32, 4, 2),
+    ),
+    ("cuda:80", 4, 128): _rows(
+        forward=(32, 16, 8, 2),
+        grad_query=(16, 16, 8, 2),
+        grad_query_exact=(32, 16, 8, 2),
+        grad_key_value__split=None,
+        grad_key=(16, 32, 8, 2),
+        grad_value=(16, 32, 8, 2),
+    ),
+    ("cuda:80", 4, 256): _rows(
+        forward=(32, 16, 8, 2),
+        grad_query__split=(16, 16, 8, 2),
+        grad_query_exact=(16, 32, 8, 2),
+        grad_key_value__split=None,
+        grad_key=(16, 16, 4, 2),
+        grad_value=(16, 16, 8, 2),
+    ),
+}
+
+
+#: What would spill in the tile above where the scores are capped.
+_WITH_SOFTCAP: dict[tuple[str, int, int], dict[Work, Tile]] = {
+    ("cuda:90", 2, 128): _rows(grad_key_value__split=None),
+}
+
+
+def attention_tile(work: Work, architecture: str, head_size: int, dtype: torch.dtype, softcap: bool = False) -> Tile:
+    """The tile of a kernel: a pure function of what is known before a launch.
+
+    Args:
+        work: what the program accumulates.
+        architecture: as :func:`architecture_of` gives it.
+        head_size: D.
+        dtype: of the matrices.
+        softcap: whether the scores are capped, which needs more registers.
+    """
+    if architecture == "interpreter":
+        split = head_size > 128 and work in ("grad_query", "grad_key_value")
+        return Tile(64, 32, 4, 2, "for the interpreter: any tile runs, large ones run faster", split)
+    width = dtype.itemsize
+    # float32 runs on the ordinary cores, which are alike everywhere.
+    rows = ("cuda:80" if width == 4 else _family(architecture), width, max(64, padded_head(head_size)))
+    tile = _TABLE[rows][work]
+    if softcap:
+        tile = _WITH_SOFTCAP.get(rows, {}).get(work, tile)
+    if architecture.startswith("hip"):  # 64 KiB of local memory
+        tile = dataclasses.replace(tile, num_stages=min(tile.num_stages, 2))
+    return tile
+
+
+def padded_head(head_size: int) -> int:
+    """The power of two, at least 16, that a tile gives to the head size."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+_TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+#: Pointers whose elements are not of the kernel's dtype.
+_POINTERS = {
+    "key_range_ptr": "*i32",
+    **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr"), "*fp32"),
+}
+_INTEGERS = ("heads", "group", "queries", "keys", "window")
+
+
+def attention_variant(
+    kernel: Any,
+    tile: Tile,
+    dtype: torch.dtype,
+    head_size: int,
+    switches: Mapping[str, Any],
+    present: Mapping[str, bool],
+    sinks: torch.dtype | None = None,
+) -> Variant:
+    """An attention kernel with its tile and its switches.
+
+    Args:
+        kernel: the ``@triton.jit`` function; its argument names say what they are.
+        tile: block sizes and launch options.
+        dtype: of the matrices.
+        head_size: D.
+        switches: values of constexpr arguments besides the block sizes.
+        present: of the arguments that may be None, which are given; those not named are.
+        sinks: dtype of the sinks.
+    """
+    short = _TRITON_TYPES[dtype]
+    constants: dict[str, Any] = {
+        **switches,
+        "HEAD_SIZE": head_size,
+        "BLOCK_D": padded_head(head_size),
+        "BLOCK_T": tile.block_t,
+        "BLOCK_S": tile.block_s,
+        "PRECISE": dtype == torch.float32,
+        **{name: None for name, given in present.items() if not given},
+    }
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "sinks_ptr":
+            signature[name] = "*" + _TRITON_TYPES[sinks or torch.float32]
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, f"*{short}")
+        elif "_stride_" in name:
+            signature[name] = "i64"
+        else:
+            signature[name] = "i32" if name in _INTEGERS else "fp32"
+    wide = head_size % 16 == 0
+    divisible = tuple(
+        name
+        for name, kind in signature.items()
+        if (kind == "i64" and wide) or (kind.startswith("*") and name not in ("key_range_ptr", "sinks_ptr"))
+    )
+    parts = [kernel.__name__.removesuffix("_kernel"), short, f"d{head_size}"]
+    parts += [
+        str(value).lower() if not isinstance(value, bool) else name.lower()
+        for name, value in switches.items()
+        if value is not False
+    ]
+    parts += [("" if given else "no_") + name.removesuffix("_ptr") for name, given in present.items()]
+    return Variant("_".join(["gim", *parts]), kernel, signature, constants, divisible, tile.num_warps, tile.num_stages)

@@ -1,0 +1,481 @@
+"""The attention kernels: in triton's interpreter without a GPU, on it where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import gim_kernels
+from gim_kernels import reference
+from tests.gim_kernels.test_attention import OPTIONS, RULE_IDS, RULES, by_loops, differentiate, make
+from tests.oracle import assert_within_budget, relative_error
+
+pytest.importorskip("triton")
+
+from gim_kernels.engines import Options
+from gim_kernels.triton import attention_forward, device, tiles
+from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
+from gim_kernels.triton.attention_forward import forward_variant
+from gim_kernels.triton.tiles import Tile
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
+#: The interpreter's matrix product of bfloat16 is wrong, so that dtype is tested on GPUs only.
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=GPU),
+]
+
+pytestmark = [
+    # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which the interpreter is, says so.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+nan_filled = pytest.mark.usefixtures("fresh_memory_is_nan")
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Query, key, value and upstream gradient as strided views on the device under test."""
+    # .to() keeps the strides of a dense view
+    return tuple(x.to(DEVICE) for x in make(*shape, dtype=dtype, seed=seed))
+
+
+def run(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Tensor]:
+    """Output and gradients of the kernels."""
+    return differentiate(gim_kernels.attention, *tensors, engine="triton", **options)
+
+
+def hold_against_reference(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Tensor]:
+    """The kernels' output and gradients, after they were held against the reference."""
+    sinks = options.pop("sinks", None)
+    got = run(tensors, sinks=sinks, **options)
+    yardstick = differentiate(reference.attention, *tensors, sinks=sinks, **options)
+    wide = None if sinks is None else sinks.double()
+    truth = differentiate(reference.attention, *(x.double() for x in tensors), sinks=wide, **options)
+    for name, x in got.items():
+        assert_within_budget(x, truth[name], yardstick[name], name)
+    return got
+
+
+# ---- every rule, option and shape
+
+
+@nan_filled
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_rule_is_its_definition(option: str, rule: str, temperature: float) -> None:
+    options = dict(OPTIONS[option])
+    # Every option and every rule meets sinks, not every pair of them.
+    sinks = (list(OPTIONS).index(option) + RULES.index((rule, temperature))) % 2 == 0
+    if "key_range" in options:
+        options["key_range"] = torch.tensor(options["key_range"], dtype=torch.int32)
+    tensors = make(2, 4, 2, 7, 9, 5)
+    sink = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if sinks else None
+    factors = (0.25, 0.3, 0.5)
+    truth = by_loops(
+        *tensors, rule=rule, temperature=temperature, scale=0.37, sinks=sink, grad_scale=factors, **options
+    )
+    narrow = tuple(x.float().to(DEVICE) for x in tensors)
+    named: dict[str, Any] = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    named |= {"sinks": None if sink is None else sink.float().to(DEVICE), "scale": 0.37, "grad_scale": factors}
+    named |= {"softmax_backward": rule, "temperature": temperature}
+    yardstick = differentiate(reference.attention, *narrow, **named)
+    for name, x in run(narrow, **named).items():
+        assert_within_budget(x.cpu(), truth[name], yardstick[name].cpu(), name)
+
+
+#: One query, tiles cut short, whole tiles, several tiles; more queries than keys and the other way round.
+LARGE = (2, 8, 2, 1000, 1500, 128)
+SHAPES = [
+    (1, 2, 2, 1, 1, 16),
+    (2, 4, 1, 63, 63, 24),
+    (1, 3, 1, 111, 111, 40),
+    (1, 2, 1, 128, 128, 64),
+    (2, 1, 1, 1, 129, 16),
+    (1, 2, 1, 64, 150, 16),
+    (1, 2, 2, 150, 64, 16),
+    (1, 1, 1, 300, 300, 8),
+    LARGE,
+]
+#: What the interpreter, which is slow, gets of all shapes, rules and dtypes; a GPU gets everything.
+EVERY_RULE = [(1, 3, 1, 111, 111, 40)]
+TWO_BYTES = [(1, 2, 1, 128, 128, 64), (2, 4, 1, 63, 63, 24)]
+
+
+def cases() -> Iterator[Any]:
+    for shape, (rule, temperature), name in itertools.product(SHAPES, RULES, ("float32", "float16", "bfloat16")):
+        square = (rule, temperature) == ("temperature", 2.0)
+        small = shape in EVERY_RULE or square if name == "float32" else name == "float16" and square
+        here = small and shape != LARGE and (name == "float32" or shape in TWO_BYTES)
+        case = f"{name}-{rule}-{temperature:g}-" + "B{}-H{}-K{}-T{}-S{}-D{}".format(*shape)
+        yield pytest.param(shape, rule, temperature, getattr(torch, name), id=case, marks=[] if here else GPU)
+
+
+@nan_filled
+@pytest.mark.parametrize(("shape", "rule", "temperature", "dtype"), list(cases()))
+def test_within_the_error_budget(shape: tuple[int, ...], rule: str, temperature: float, dtype: torch.dtype) -> None:
+    tensors = inputs(*shape, dtype=dtype)
+    hold_against_reference(tensors, causal=True, softmax_backward=rule, temperature=temperature)
+
+
+@nan_filled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 20, 33, 64, 80, 96, 128, 192, 256])
+def test_head_sizes(size: int, dtype: torch.dtype) -> None:
+    tensors = inputs(1, 2, 1, 40, 40, size, dtype=dtype)
+    hold_against_reference(tensors, causal=True, softmax_backward="temperature")
+
+
+@nan_filled
+@pytest.mark.parametrize(
+    ("tile", "temperature"),
+    [
+        (Tile(16, 64, 4, 2), 2.0),
+        (Tile(64, 16, 4, 2), 3.0),
+        (Tile(32, 32, 4, 2), 1.0),
+        (Tile(32, 32, 4, 2, split=True), 2.0),
+        (Tile(128, 64, 4, 1, split=True), 0.4),
+    ],
+    ids=["16x64-square", "64x16-warm", "32x32-exact", "32x32-split-square", "128x64-split-sharp"],
+)
+def test_any_tile_gives_the_same(tile: Tile, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only(work: str, *_: Any) -> Tile:
+        return dataclasses.replace(tile, split=tile.split and work in ("grad_query", "grad_key_value"))
+
+    variants = (forward_variant, grad_query_variant, grad_key_value_variant)
+    monkeypatch.setattr(tiles, "attention_tile", only)
+    for variant in variants:
+        variant.cache_clear()
+    key_range = torch.tensor([[10, 90]], dtype=torch.int32, device=DEVICE)
+    try:
+        hold_against_reference(
+            inputs(1, 2, 1, 70, 100, 16),
+            causal=True,
+            window=50,
+            softcap=2.0,
+            sinks=torch.tensor([0.3, -1.0], device=DEVICE),
+            key_range=key_range,
+            softmax_backward="temperature",
+            temperature=temperature,
+        )
+    finally:
+        for variant in variants:
+            variant.cache_clear()
+
+
+#: Shrinking a failure takes the interpreter minutes.
+PHASES = tuple(Phase) if ON_GPU else (Phase.explicit, Phase.generate)
+
+
+@nan_filled
+@settings(max_examples=200 if ON_GPU else 20, phases=PHASES)
+@given(data=st.data())
+def test_any_shape_and_option(data: st.DataObject) -> None:
+    draw = data.draw
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    batch, queries, keys = draw(st.integers(1, 2)), draw(st.integers(1, 110)), draw(st.integers(1, 110))
+    tensors = inputs(
+        batch,
+        kv_heads * group,
+        kv_heads,
+        queries,
+        keys,
+        draw(st.integers(1, 33)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else []))),
+        seed=draw(st.integers(0, 9)),
+    )
+    options: dict[str, Any] = {
+        "causal": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(1, 150)),
+        "softcap": draw(st.none() | st.floats(0.3, 30.0)),
+        "scale": draw(st.none() | st.floats(-1.0, 1.0)),
+        "softmax_backward": draw(st.sampled_from(["exact", "temperature", "constant"])),
+        "temperature": draw(st.sampled_from([2.0, 0.5, 1.0]) | st.floats(0.25, 8.0)),
+        "grad_scale": (0.25, 0.25, 0.5),
+    }
+    if draw(st.booleans()):
+        ends = [sorted((draw(st.integers(0, keys)), draw(st.integers(0, keys)))) for _ in range(batch)]
+        options["key_range"] = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    if draw(st.booleans()):
+        options["sinks"] = torch.linspace(-2, 2, kv_heads * group, device=DEVICE)
+    hold_against_reference(tensors, **options)
+
+
+# ---- numerics
+
+
+def grad_query_directly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad_out: torch.Tensor) -> Any:
+    """``scale P_T (dP - delta) K`` at T = 2 with delta known beforehand, rounded where a kernel rounds."""
+    q, k, v, g = (x.float() for x in (query, key, value, grad_out))
+    scale = 1 / math.sqrt(q.shape[-1])
+    p_t = torch.softmax(q @ k.mT * scale / 2.0, -1)
+    grad_p = g @ v.mT
+    grad_s = p_t * (grad_p - (p_t * grad_p).sum(-1, keepdim=True))
+    return scale * (grad_s.to(query.dtype).float() @ k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("mean", [0.0, 5.0, 10.0])
+def test_a_mean_of_the_values_costs_no_accuracy(mean: float, dtype: torch.dtype) -> None:
+    query, key, value, grad_out = inputs(1, 2, 2, 128, 128, 32, dtype=torch.float64)
+    tensors = tuple(x.to(dtype) for x in (query, key, value + mean, grad_out))
+    truth = differentiate(reference.attention, *(x.double() for x in tensors), softmax_backward="temperature")
+    ours = relative_error(run(tensors, softmax_backward="temperature")["query"], truth["query"])
+    direct = relative_error(grad_query_directly(*tensors).to(dtype), truth["query"])
+    assert ours <= 1.5 * direct
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 50.0, 1e4])
+def test_extreme_temperatures_neither_overflow_nor_vanish(temperature: float) -> None:
+    tensors = inputs(1, 2, 1, 40, 40, 16)
+    got = hold_against_reference(tensors, causal=True, softmax_backward="temperature", temperature=temperature)
+    assert got["query"].abs().max() > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0])
+def test_any_finite_scale(scale: float) -> None:
+    hold_against_reference(inputs(1, 2, 1, 40, 40, 16), causal=True, scale=scale, softmax_backward="temperature")
+
+
+@nan_filled
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+def test_rows_without_a_key_are_zero(rule: str, temperature: float) -> None:
+    tensors = inputs(2, 2, 1, 40, 20, 16)  # causal: queries 0..19 see nothing; row 1 of the batch sees nothing at all
+    key_range = torch.tensor([[5, 20], [7, 7]], dtype=torch.int32, device=DEVICE)
+    sinks = torch.full((2,), -math.inf, device=DEVICE)
+    for sink in (None, sinks):
+        got = run(tensors, causal=True, key_range=key_range, sinks=sink, softmax_backward=rule, temperature=temperature)
+        for name in ("out", "query"):
+            assert torch.equal(got[name][:, :, :20], torch.zeros_like(got[name][:, :, :20])), name
+            assert torch.equal(got[name][1], torch.zeros_like(got[name][1])), name
+        for name in ("key", "value"):
+            assert torch.equal(got[name][:, :, :5], torch.zeros_like(got[name][:, :, :5])), name
+            assert torch.equal(got[name][1], torch.zeros_like(got[name][1])), name
+        assert all(bool(x.isfinite().all()) for x in got.values())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_keys_that_do_not_exist_are_never_read() -> None:
+    query, key, value, grad_out = inputs(1, 2, 1, 50, 50, 16)
+    key_range = torch.tensor([[7, 33]], dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = {"key_range": key_range, "softmax_backward": "temperature"}
+    want = run((query, key, value, grad_out), **options)
+    key, value = key.clone(), value.clone()
+    for x in (key, value):
+        x[:, :, :7], x[:, :, 33:] = math.nan, math.inf
+    for name, x in run((query, key, value, grad_out), **options).items():
+        assert torch.equal(x, want[name]), name
+
+
+# ---- the forward, repetition, what is computed
+
+
+def test_the_forward_does_not_depend_on_the_rule() -> None:
+    query, key, value, _ = inputs(1, 2, 1, 70, 70, 16, dtype=torch.float16)
+    plain = gim_kernels.attention(query, key, value, causal=True, engine="triton")
+    for rule, temperature in RULES:
+        out = gim_kernels.attention(
+            query, key, value, causal=True, engine="triton", softmax_backward=rule, temperature=temperature
+        )
+        assert torch.equal(out, plain), rule
+
+
+def test_a_window_that_hides_nothing_is_none() -> None:
+    tensors = inputs(1, 2, 1, 50, 60, 16)
+    want = run(tensors, causal=True)
+    for name, x in run(tensors, causal=True, window=10**12).items():
+        assert torch.equal(x, want[name]), name
+
+
+@nan_filled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+def test_deterministic_and_a_second_backward_is_the_same(rule: str, temperature: float, dtype: torch.dtype) -> None:
+    query, key, value, grad_out = inputs(1, 2, 1, 70, 70, 16, dtype=dtype)
+    want: tuple[torch.Tensor, ...] = ()
+    for _ in range(1000 if ON_GPU else 2):
+        leaves = [x.detach().clone().requires_grad_(True) for x in (query, key, value)]
+        out = gim_kernels.attention(
+            *leaves, causal=True, softmax_backward=rule, temperature=temperature, engine="triton"
+        )
+        first = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+        second = torch.autograd.grad(out, leaves, grad_out)
+        got = (out.detach(), *first)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(got, want or got, strict=True))
+        want = got
+
+
+@nan_filled
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+def test_only_the_gradients_asked_for_are_computed(
+    rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append(self.kernel.__name__)
+        for name, value in arguments.items():  # an argument is None exactly where the variant says so
+            assert (value is None) == (name in self.constants), name
+        original(self, programs, **arguments)
+
+    query, key, value, grad_out = inputs(1, 2, 1, 20, 20, 16)
+    tensors = {"query": query, "key": key, "value": value, "sinks": torch.tensor([0.5, -0.5], device=DEVICE)}
+    options: dict[str, Any] = {"softmax_backward": rule, "temperature": temperature, "engine": "triton"}
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    complete: dict[str, torch.Tensor] = {}
+    every = list(tensors)
+    for names in (every, *([name] for name in every), ["query", "key"], ["key", "value"], ["query", "sinks"]):
+        leaves = {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
+        out = gim_kernels.attention(**leaves, causal=True, **options)
+        launched.clear()
+        grads = torch.autograd.grad(out, [leaves[name] for name in names], grad_out)
+        complete = complete or dict(zip(names, grads, strict=True))
+        for name, grad in zip(names, grads, strict=True):
+            assert_within_budget(grad, complete[name].double(), complete[name], f"{name} of {names}")
+        through_scores = rule != "constant" and names != ["value"]
+        want_launches = ["grad_query_kernel"] * through_scores
+        key_kernel = "value" in names or (rule != "constant" and "key" in names)
+        assert launched == want_launches + ["grad_key_value_kernel"] * key_kernel, names
+
+
+# ---- memory
+
+
+@nan_filled
+def test_views_of_any_stride() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    packed = normal(2, 50, 4 + 2 + 2, 16)  # fused projection: heads of q, k and v side by side
+    query, key, value = (
+        packed[:, :, :4].transpose(1, 2),
+        packed[:, :, 4:6].transpose(1, 2),
+        packed[:, :, 6:].transpose(1, 2),
+    )
+    grad_out = normal(2, 4, 50, 16)
+    want = hold_against_reference((query, key, value, grad_out), causal=True, softmax_backward="temperature")
+    columns = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value, grad_out))
+    assert all(x.stride(-1) != 1 for x in columns)
+    for name, x in run(columns, causal=True, softmax_backward="temperature").items():
+        assert torch.equal(x, want[name]), name
+    shared = normal(1, 1, 50, 16).expand(2, 2, 50, 16)  # stride 0 over batch and heads
+    ones = torch.ones((), device=DEVICE).expand(2, 4, 50, 16)  # what .sum().backward() hands over
+    hold_against_reference((query, shared, shared, ones), softmax_backward="temperature")
+
+
+@nan_filled
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 1, 4, 4, 16), (1, 2, 1, 0, 4, 16), (1, 2, 1, 4, 0, 16)], ids=["batch", "queries", "keys"]
+)
+@pytest.mark.parametrize("rule", ["exact", "temperature", "constant"])
+def test_nothing_at_all(shape: tuple[int, ...], rule: str) -> None:
+    tensors = inputs(*shape)
+    sinks = torch.zeros(2, device=DEVICE)
+    for name, x in run(tensors, sinks=sinks, softmax_backward=rule).items():
+        assert torch.equal(x, torch.zeros_like(x)), name
+
+
+def test_offsets_past_two_to_the_31st() -> None:
+    step = 2**31 + 8
+    memory = torch.empty(step + 64 * 1024, dtype=torch.float16, device=DEVICE)  # only what is written costs memory
+
+    def far(x: torch.Tensor, start: int) -> torch.Tensor:
+        view = memory.as_strided(x.shape, (step, *x.stride()[1:]), start)
+        view.copy_(x)
+        return view
+
+    near = inputs(2, 2, 1, 20, 20, 16, dtype=torch.float16)
+    spread = tuple(far(x, 8192 * i) for i, x in enumerate(near))
+    want = run(near, causal=True, softmax_backward="temperature")
+    for name, x in run(spread, causal=True, softmax_backward="temperature").items():
+        assert torch.equal(x, want[name]), name
+
+
+def test_rows_far_apart_are_copied_first() -> None:
+    near = inputs(1, 1, 1, 20, 20, 16, dtype=torch.float16)
+    memory = torch.zeros(20 * 2**23, dtype=torch.float16, device=DEVICE)
+    query = memory.as_strided(near[0].shape, (0, 0, 2**23, 1), 0)
+    query.copy_(near[0])
+    want = run(near, causal=True)
+    for name, x in run((query, *near[1:]), causal=True).items():
+        assert torch.equal(x, want[name]), name
+
+
+def test_results_lie_in_memory_as_the_compiler_was_told() -> None:
+    query, key, value, grad_out = inputs(2, 4, 2, 20, 30, 16)
+    common = (query, key, value, None, None, 0.25, True, None, None, "temperature", 2.0, [1.0, 1.0, 1.0], "triton")
+    real = torch.ops.gim_kernels.attention(*common)
+    real_grads = torch.ops.gim_kernels.attention_backward(grad_out, *common, *real, [True, True, True, False])
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_common = tuple(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in common)
+        fake = torch.ops.gim_kernels.attention(*fake_common)
+        fake_grads = torch.ops.gim_kernels.attention_backward(
+            mode.from_tensor(grad_out), *fake_common, *fake, [True, True, True, False]
+        )
+    for a, b in zip((*real, *real_grads), (*fake, *fake_grads), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_a_cuda_graph_replays_forward_and_backward() -> None:
+    tensors = inputs(2, 4, 2, 100, 100, 64, dtype=torch.bfloat16)
+    key_range = torch.tensor([[0, 100], [10, 90]], dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = {"causal": True, "key_range": key_range, "softmax_backward": "temperature"}
+    want = run(tensors, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(tensors, **options)
+    for x in got.values():
+        x.zero_()
+    graph.replay()
+    for name, x in got.items():
+        assert torch.equal(x, want[name]), name
+
+
+# ---- bad input
+
+GOOD = inputs(1, 2, 1, 6, 6, 8)
+
+
+def test_float64_is_refused_by_name() -> None:
+    with pytest.raises(
+        TypeError, match=r"query must be float32, float16 or bfloat16 for the triton engine.*float64.*engine="
+    ):
+        gim_kernels.attention(*(x.double() for x in GOOD[:3]), engine="triton")
+
+
+def test_heads_too_wide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"query must have a head size of at most 256 for the triton engine, got 257"):
+        gim_kernels.attention(*inputs(1, 2, 1, 6, 6, 257)[:3], engine="triton")
+
+
+def test_too_many_rows_are_refused() -> None:
+    huge = torch.empty(1, device=DEVICE, dtype=torch.float16).expand(1, 1, 2**30, 16)
+    with pytest.raises(ValueError, match=r"query is too large for the triton engine: \(1, 1, 1073741824, 16\)"):
+        attention_forward(huge, huge, huge, None, None, Options(1.0))
+
+
+def test_cpu_tensors_outside_the_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match=r'engine="triton" needs tensors on a GPU, got query on cpu: choose engine='):
+        gim_kernels.attention(*(x.cpu() for x in GOOD[:3]), engine="triton")
+
+
+def test_a_rule_that_does_not_fit_the_key_kernel_is_refused() -> None:
+    for rule, grad_key in (("constant", True), ("exact", False)):
+        with pytest.raises(ValueError, match=f"rule {rule!r} does not fit grad_key={grad_key}"):
+            grad_key_value_variant("cuda:90", torch.float16, 64, rule, True, grad_key=grad_key)
