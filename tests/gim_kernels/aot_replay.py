@@ -1,0 +1,108 @@
+"""The C library's own GPU test on a machine without a GPU: its launches are carried out by triton's interpreter.
+
+The build folder of ``CMakeLists.txt`` holds a CUDA driver whose memory is the host's and which hands every launch to a
+function. Here that function finds the kernel by its compiled file, reads the parameters the library passed, and runs
+the same kernel in the interpreter. So everything is tested but the compiled code: checks, choice of kernel, order and
+types of arguments, strides, grids, workspaces. In a process of its own, for the test may end it::
+
+    TRITON_INTERPRET=1 python -m tests.gim_kernels.aot_replay BUILD --head-sizes 16 --dtypes fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gim_kernels import aot
+
+_POINTED = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
+_NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+def _image_at(address: int) -> bytes:
+    """A whole ELF file: its section headers end it."""
+    header = ctypes.string_at(address, 64)
+    table = int.from_bytes(header[40:48], "little")
+    size, count = (int.from_bytes(header[at : at + 2], "little") for at in (58, 60))
+    program_table = int.from_bytes(header[32:40], "little")
+    program_size, program_count = (int.from_bytes(header[at : at + 2], "little") for at in (54, 56))
+    return ctypes.string_at(address, max(table + size * count, program_table + program_size * program_count))
+
+
+class Replay:
+    """Runs launches of a build folder's kernels; ``launched`` counts them by key."""
+
+    def __init__(self, folder: Path, target: str, head_sizes: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+        entries = {(entry.key, entry.limit): entry for entry in aot.shipped(target, head_sizes, dtypes)}
+        self.kernels: dict[bytes, tuple[aot.Entry, dict[str, Any]]] = {}
+        for path in sorted((folder / target.replace(":", "_")).glob("*.json")):
+            described = json.loads(path.read_text())
+            entry = entries[described["key"], described["limit"]]
+            self.kernels[path.with_suffix(".bin").read_bytes()] = (entry, described)
+        self.launched: dict[str, int] = {}
+
+    def launch(self, image: int, symbol: bytes, grid: int, block: int, shared: int, parameters: Any) -> int:
+        """What the driver calls; a CUresult."""
+        try:
+            entry, described = self.kernels[_image_at(image)]
+            assert symbol.decode() == described["symbol"]
+            assert (block, shared) == (32 * described["warps"], described["shared"])
+            self._run(entry, grid, parameters)
+            self.launched[entry.key] = self.launched.get(entry.key, 0) + 1
+        except Exception:
+            traceback.print_exc()
+            return 1
+        return 0
+
+    def _run(self, entry: aot.Entry, grid: int, parameters: Any) -> None:
+        variant = entry.variant
+        given: dict[str, Any] = dict(variant.constants)
+        kinds = [(name, kind) for name, kind in variant.signature.items() if kind != "constexpr"]
+        for index, (name, kind) in enumerate(kinds):
+            number = _NUMBERS.get(kind, ctypes.c_uint64).from_address(parameters[index]).value
+            assert name not in variant.divisible or number % 16 == 0, f"{name} is not aligned"
+            if kind in _POINTED:
+                assert number, f"{name} is NULL"
+                given[name] = torch.frombuffer((ctypes.c_byte * 16).from_address(number), dtype=_POINTED[kind])
+            else:
+                given[name] = number
+        variant.kernel[(grid,)](**given)
+
+
+def main() -> int:
+    """Run the test of the build folder; its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("build", type=Path)
+    parser.add_argument("--target", default="cuda:90:32")
+    parser.add_argument("--head-sizes", default="16")
+    parser.add_argument("--dtypes", default="fp16")
+    given = parser.parse_args()
+    sizes = tuple(int(size) for size in given.head_sizes.split(";"))
+    replay = Replay(given.build / "kernels", given.target, sizes, tuple(given.dtypes.split(";")))
+    driver = ctypes.CDLL(str(given.build / "cmake/tests/driver/libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    function = ctypes.CFUNCTYPE(
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.POINTER(ctypes.c_void_p),
+    )
+    on_launch = function(replay.launch)
+    driver.gim_test_driver(on_launch, int(given.target.split(":")[1]), 1)
+    status: int = ctypes.CDLL(str(given.build / "cmake/tests/libgim_launch_replay.so")).main()
+    ctypes.CDLL(None).fflush(None)
+    sys.stdout.write(json.dumps(replay.launched) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
