@@ -128,7 +128,7 @@ def _family(architecture: str) -> str:
 
 
 #: What every row of the table rests on until a GPU has timed it.
-COMPILED = "compiled without spills by benchmarks/search_tiles.py --check; never timed on a GPU"
+COMPILED = "compiled with benchmarks/search_tiles.py, where some variants spill a few registers; never timed on a GPU"
 
 
 def _rows(**tiles: tuple[int, int, int, int] | None) -> dict[Work, Tile]:
