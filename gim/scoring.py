@@ -83,7 +83,8 @@ def run(
         if not bool(torch.isfinite(logits).all()):
             module = first_nonfinite_output(model, arguments)
             raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A model that is spread over devices puts its logits out on the last.
+        wide = logits.to(ids.device, torch.promote_types(logits.dtype, torch.float32))
         rows = torch.arange(batch, device=ids.device)[:, None]
         chosen = wide[rows, where.view(positions.shape)]  # [B, P, V]
         wanted = scored.token_ids.to(ids.device).expand(batch, -1)

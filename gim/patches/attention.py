@@ -346,6 +346,8 @@ def _attend_one(
     query's own key is ``reach`` before the last.
     """
     causal, window, key_range = pattern.causal, pattern.window, pattern.key_range
+    if key_range is not None:
+        key_range = key_range.to(query.device)  # the layers of one model may be on several devices
     if pattern.reach is not None and pattern.reach < pattern.keys - 1:
         if key_range is None:
             key_range = torch.tensor([[0, pattern.keys]], dtype=torch.int32, device=query.device)

@@ -202,7 +202,8 @@ def _wrap(activation: Callable[[torch.Tensor], torch.Tensor], site: Site) -> Cal
     known = recognise_activation(activation)
 
     def wrapped(gate: torch.Tensor) -> torch.Tensor:
-        return site.activate(gate, activation, known)
+        hooked = isinstance(activation, nn.Module) and (activation._forward_hooks or activation._forward_pre_hooks)
+        return site.activate(gate, activation, known, activation(gate) if hooked else None)
 
     setattr(wrapped, _WRAPPED, activation)
     return wrapped

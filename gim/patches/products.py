@@ -9,6 +9,7 @@ with ``activation(gate)`` itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import gim_kernels
+from gim.applied import UnsupportedModelError
 from gim.rules import Rules
 from gim_kernels import engines
 from gim_kernels.gated import Activation
@@ -147,6 +149,20 @@ def product(
     return activated * scaled_gradient(up, rules.gate_up_scale[1])
 
 
+def hooked_product(activated: torch.Tensor, up: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """The same where a hook has seen, and maybe changed, the activation's output.
+
+    Raises:
+        UnsupportedModelError: the rules replace the activation's derivative, which the hook's output no longer has.
+    """
+    if rules.activation == "ratio":
+        raise UnsupportedModelError(
+            "a forward hook on an activation stands between it and its product, so act(x) / x cannot take the place of "
+            "its derivative: remove the hook, or use rules with the exact derivative"
+        )
+    return scaled_gradient(activated, rules.gate_up_scale[0]) * scaled_gradient(up, rules.gate_up_scale[1])
+
+
 class Site:
     """Where products are looked for: what one module's activations lead to.
 
@@ -168,17 +184,30 @@ class Site:
         gate: torch.Tensor,
         activation: Callable[[torch.Tensor], torch.Tensor],
         known: Activation | None,
+        value: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What stands for ``activation(gate)`` until the module's code says what it wants with it."""
-        stand_in = gate.as_subclass(Activated)
-        stand_in._gim = (self, gate, activation, known)
+        """What stands for ``activation(gate)`` until the module's code says what it wants with it.
+
+        ``value`` is what a hook on the activation made of it, where there is a hook.
+        """
+        stand_in = (gate if value is None else value).as_subclass(Activated)
+        stand_in._gim = _StandsFor(self, gate, activation, known, value)
         return stand_in
+
+
+@dataclass(frozen=True)
+class _StandsFor:
+    site: Site
+    gate: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    known: Activation | None
+    value: torch.Tensor | None
 
 
 class Activated(torch.Tensor):
     """Stands for ``activation(gate)``; has the gate's shape and dtype and holds no numbers of its own."""
 
-    _gim: tuple[Site, torch.Tensor, Callable[[torch.Tensor], torch.Tensor], Activation | None]
+    _gim: _StandsFor
 
     @classmethod
     def __torch_function__(
@@ -193,18 +222,22 @@ class Activated(torch.Tensor):
             first, second = args
             stand_in, other = (first, second) if isinstance(first, Activated) else (second, first)
             if isinstance(other, torch.Tensor) and other.shape == stand_in.shape:
-                site, gate, activation, known = stand_in._gim
-                y = product(gate, _value(other), activation, known, site.rules)
-                site.on_product(gate)
+                it, up = stand_in._gim, _value(other)
+                if it.value is None:
+                    y = product(it.gate, up, it.activation, it.known, it.site.rules)
+                else:
+                    y = hooked_product(it.value, up, it.site.rules)
+                it.site.on_product(it.gate)
                 return y
         if func is F.dropout and not _dropping(*args[1:], **kwargs):
             return args[0]
-        if name in ARRANGERS and isinstance(args[0], Activated) and _is_pointwise(args[0]._gim[2]):
-            site, gate, activation, known = args[0]._gim
-            return site.activate(func(gate, *args[1:], **kwargs), activation, known)
+        if name in ARRANGERS and isinstance(args[0], Activated) and _is_pointwise(args[0]._gim.activation):
+            it = args[0]._gim
+            value = None if it.value is None else func(it.value, *args[1:], **kwargs)
+            return it.site.activate(func(it.gate, *args[1:], **kwargs), it.activation, it.known, value)
         if name.split(".")[0] not in CONSUMERS:
             for stand_in in _stand_ins((args, kwargs)):
-                stand_in._gim[0].on_unknown(name)
+                stand_in._gim.site.on_unknown(name)
         return func(*_plain(args), **_plain(kwargs))
 
 
@@ -221,8 +254,7 @@ def _value(x: Any) -> Any:
     """``activation(gate)`` in place of what stands for it."""
     if not isinstance(x, Activated):
         return x
-    _, gate, activation, _ = x._gim
-    return activation(gate)
+    return x._gim.activation(x._gim.gate) if x._gim.value is None else x._gim.value
 
 
 def _plain(tree: Any) -> Any:

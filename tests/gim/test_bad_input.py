@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gim.applied import UnsupportedModelError
 from gim.context import inspect
 from gim.patches.attention import gim_attention, key_pattern
 from tests.families import SHARED, VOCABULARY, ids, make
+from tests.oracle import assert_within_budget
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +304,62 @@ def test_logits_that_do_not_depend_on_the_input_are_refused(model: Any) -> None:
             explain(model)
     finally:
         handle.remove()
+
+
+def test_a_compiled_model_is_refused_with_what_to_do() -> None:
+    model = make("llama", torch.float32)
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"is compiled.*give the module .*model\._orig_mod"):
+        explain(compiled)
+    assert explain(compiled._orig_mod).shape == (2, 37)
+    model.model.layers[1].compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1 is compiled"):
+        explain(model)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHARED)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"model\.embed_tokens\.weight is on the meta device: load the"):
+        inspect(model)
+
+
+def test_hooks_run_and_may_change_what_they_see(model: Any) -> None:
+    names = [
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp",
+        "model.layers.1.mlp.act_fn",
+        "model.layers.1.mlp.up_proj",
+    ]
+    seen: list[str] = []
+    want = explain(model)
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name)) for name in names
+    ]
+    assert_within_budget(explain(model), explain(copy.deepcopy(model).double()), want, "hooked")
+    assert set(seen) == set(names)
+    with pytest.raises(UnsupportedModelError, match=r"a forward hook on an activation stands between"):
+        explain(model, rules="ATTNLRP")
+    for handle in handles:
+        handle.remove()
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    changed = explain(model)
+    handle.remove()
+    assert not torch.allclose(changed, want)
+    assert torch.equal(explain(model), want)
+
+
+def test_an_implementation_set_by_the_user_is_put_back(model: Any) -> None:
+    for implementation in ("eager", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        explain(model)
+        assert model.config._attn_implementation == implementation
+
+
+def test_position_ids_that_do_not_fit_are_refused(model: Any) -> None:
+    for places, error, message in (
+        (torch.arange(5), ValueError, r"position_ids must have the shape of input_ids \(2, 37\), got \(1, 5\)"),
+        (torch.zeros(2, 37), TypeError, "position_ids must be a tensor of int64 or int32"),
+    ):
+        with pytest.raises(error, match=message):
+            explain(model, position_ids=places)
