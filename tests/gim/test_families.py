@@ -126,7 +126,7 @@ def test_the_forward_of_encoders_ignores_the_rules_and_is_their_own(family: str)
             with gim.GIM(model, rules=preset):
                 inside.append(model(tokens, attention_mask=mask).logits)
     assert all(torch.equal(inside[0], other) for other in inside[1:])
-    exists = slice(None) if own.dim() == 2 else mask.bool()  # type: ignore[union-attr]
+    exists = slice(None) if own.dim() == 2 else mask.bool()
     assert_within_budget(inside[0][exists], truth[exists], own[exists], family)
 
 
