@@ -238,9 +238,9 @@ def grad_query_kernel(
 
     # [BLOCK_T]
     row = start_t + tl.arange(0, BLOCK_T)
-    row_offset = batch_head.to(tl.int64) * queries + row
+    first_row = batch_head.to(tl.int64) * queries
     in_rows = row < queries
-    lse2 = tl.load(lse_ptr + row_offset, mask=in_rows, other=float("inf")) * LOG2E
+    lse2 = tl.load(lse_ptr + first_row + row, mask=in_rows, other=float("inf")) * LOG2E
     # [BLOCK_T, BLOCK_D]
     grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
@@ -324,18 +324,18 @@ def grad_query_kernel(
     if grad_sink_ptr is not None:
         if RULE != "exact":
             sink_weight *= inverse_total
-        tl.store(grad_sink_ptr + row_offset, -sink_weight * delta, mask=in_rows)
+        tl.store(grad_sink_ptr + first_row + row, -sink_weight * delta, mask=in_rows)
     if shift_ptr is not None:
         if RULE == "square":
-            tl.store(shift_ptr + row_offset, shift, mask=in_rows)
-            tl.store(norm_ptr + row_offset, inverse_total, mask=in_rows)
-            tl.store(delta_ptr + row_offset, delta * inverse_total, mask=in_rows)
+            tl.store(shift_ptr + first_row + row, shift, mask=in_rows)
+            tl.store(norm_ptr + first_row + row, inverse_total, mask=in_rows)
+            tl.store(delta_ptr + first_row + row, delta * inverse_total, mask=in_rows)
         else:
-            tl.store(shift_ptr + row_offset, lse2, mask=in_rows)
-            tl.store(delta_ptr + row_offset, delta, mask=in_rows)
+            tl.store(shift_ptr + first_row + row, lse2, mask=in_rows)
+            tl.store(delta_ptr + first_row + row, delta, mask=in_rows)
             if RULE != "exact":
                 norm = tl.where(empty, float("inf"), shift + tl.log2(weight_total))
-                tl.store(norm_ptr + row_offset, norm, mask=in_rows)
+                tl.store(norm_ptr + first_row + row, norm, mask=in_rows)
 
     if grad_query_ptr is not None:
         # [BLOCK_T, BLOCK_D]
