@@ -169,26 +169,26 @@ _TABLE: dict[tuple[str, int, int], dict[Work, Tile]] = {
     ("cuda:80", 2, 64): _rows(
         forward=(128, 64, 8, 3),
         grad_query=(64, 32, 4, 3),
-        grad_query_exact=(64, 32, 4, 2),
+        grad_query_exact=(64, 32, 4, 3),
         grad_key_value=(32, 64, 4, 3),
         grad_key=(32, 64, 4, 3),
         grad_value=(64, 64, 4, 2),
     ),
     ("cuda:80", 2, 128): _rows(
         forward=(128, 32, 8, 3),
-        grad_query__split=(64, 16, 4, 2),
-        grad_query_exact=(64, 32, 4, 2),
-        grad_key_value=(16, 64, 4, 2),
-        grad_key=(32, 64, 4, 2),
-        grad_value=(32, 64, 4, 2),
+        grad_query=(128, 16, 8, 3),
+        grad_query_exact=(128, 32, 8, 2),
+        grad_key_value=(16, 128, 8, 3),
+        grad_key=(32, 128, 8, 2),
+        grad_value=(64, 128, 8, 2),
     ),
     ("cuda:80", 2, 256): _rows(
-        forward=(64, 16, 4, 2),
+        forward=(32, 32, 4, 2),
         grad_query=(16, 32, 4, 2),
-        grad_query_exact=(16, 32, 4, 3),
+        grad_query_exact=(32, 32, 4, 2),
         grad_key_value__split=None,
         grad_key=(32, 32, 4, 2),
-        grad_value=(16, 64, 4, 2),
+        grad_value=(32, 32, 4, 2),
     ),
     ("cuda:80", 4, 64): _rows(
         forward=(32, 16, 4, 2),
@@ -208,12 +208,18 @@ _TABLE: dict[tuple[str, int, int], dict[Work, Tile]] = {
     ),
     ("cuda:80", 4, 256): _rows(
         forward=(16, 32, 8, 2),
-        grad_query__split=(16, 16, 8, 2),
+        grad_query=(16, 16, 8, 2),
         grad_query_exact=(16, 32, 8, 2),
         grad_key_value__split=None,
         grad_key=(16, 16, 4, 2),
-        grad_value=(16, 16, 8, 2),
+        grad_value=(16, 32, 8, 2),
     ),
+}
+
+
+#: Better tiles that need more than 99 KiB of shared memory.
+_WITH_ROOM: dict[tuple[str, int, int], dict[Work, Tile]] = {
+    ("cuda:80", 2, 256): _rows(forward=(64, 64, 8, 2), grad_value=(64, 64, 8, 2)),
 }
 
 
@@ -240,6 +246,8 @@ def attention_tile(work: Work, architecture: str, head_size: int, dtype: torch.d
     # float32 runs on the ordinary cores, which are alike everywhere.
     rows = ("cuda:80" if width == 4 else _family(architecture), width, max(64, padded_head(head_size)))
     tile = _TABLE[rows][work]
+    if shared_memory(architecture) > 160 * 1024:
+        tile = _WITH_ROOM.get(rows, {}).get(work, tile)
     if softcap:
         tile = _WITH_SOFTCAP.get(rows, {}).get(work, tile)
     if architecture.startswith("hip"):  # 64 KiB of local memory
