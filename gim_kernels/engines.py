@@ -69,8 +69,8 @@ def choose(engine: str, x: torch.Tensor) -> Engine:
 def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
     """Raise where torch would differentiate an operator in a way that its own backward does not serve.
 
-    Forward-mode derivatives would be 0 without a word, and ``torch.func.grad`` fails inside torch. ``torch.vmap`` works,
-    one call after the other.
+    Forward-mode derivatives would be 0 without a word, and ``torch.func.grad`` fails inside torch. ``torch.vmap``
+    works, one call after the other.
 
     Args:
         operator: name of the public function.

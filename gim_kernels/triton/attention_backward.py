@@ -108,7 +108,7 @@ def _sum_over_keys(
 ):
     """The key tiles of ``span``, full or with ``MASKED`` the others, into ``A, B, r, Z`` of :func:`grad_query_kernel`.
 
-    ``near`` ``[BLOCK_T, 1]`` takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
+    ``near``, a column, takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
     """
     shifted_sum, weight_sum, grad_total, weight_total = sums
     key_ptr, key_stride_s, value_ptr, value_stride_s = matrices

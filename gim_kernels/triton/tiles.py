@@ -141,6 +141,10 @@ def _rows(**tiles: tuple[int, int, int, int] | None) -> dict[Work, Tile]:
 
 
 #: By family, bytes of the dtype and padded head size (16 and 32 take the rows of 64).
+#:
+#: On sm_80 triton gives each warp rows of its own where the accumulators have as many rows as columns, or more.
+#: Elsewhere all warps hold the same rows and split the columns of the scores, in eights: with fewer than 8 columns for
+#: each warp they would repeat one another's products and exponentials, as the compile report would show.
 _TABLE: dict[tuple[str, int, int], dict[Work, Tile]] = {
     ("cuda:90", 2, 64): _rows(
         forward=(128, 64, 8, 3),
