@@ -310,6 +310,15 @@ def test_a_launcher_never_looks_at_values(name: str, monkeypatch: pytest.MonkeyP
 # ---- without a GPU, without triton
 
 
+def test_auto_is_triton_on_a_gpu_and_nothing_else() -> None:
+    with torch._subclasses.FakeTensorMode():  # a tensor on a GPU, without a GPU
+        on_gpu, on_cpu = torch.empty(4, device="cuda"), torch.empty(4)
+    assert engines.choose("auto", on_gpu) == "triton"
+    assert engines.choose("auto", on_cpu) == engines.choose("auto", torch.empty(4)) == "blockwise"
+    for named in ("triton", "blockwise", "reference"):  # what is asked for by name stays
+        assert engines.choose(named, on_gpu) == engines.choose(named, on_cpu) == named
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
