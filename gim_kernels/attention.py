@@ -260,7 +260,8 @@ def attention(
         TypeError: a tensor of another dtype; the message names it.
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
             wanted and what came.
-        RuntimeError: the engine cannot run here.
+        RuntimeError: the engine cannot run here, or it is asked for a derivative in forward mode or by
+            ``torch.func.grad``, which only ``"reference"`` has.
 
     Numerics: scores, sums and accumulators are float32 (float64 for float64); deterministic, bit for bit, on one
     device. Errors are within twice those of eager PyTorch in the same dtype.
@@ -286,6 +287,7 @@ def attention(
             temperature=temperature,
             grad_scale=factors,
         )
+    engines.check_transforms("attention", query, key, value, sinks)
     out, _ = _attention(
         query,
         key,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 Engine = Literal["auto", "triton", "blockwise", "reference"]
 ENGINES: tuple[Engine, ...] = ("auto", "triton", "blockwise", "reference")
@@ -63,6 +64,34 @@ def choose(engine: str, x: torch.Tensor) -> Engine:
     if engine == "auto":
         return "triton" if x.device.type == "cuda" else "blockwise"
     return engine
+
+
+def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
+    """Raise where torch would differentiate an operator in a way that its own backward does not serve.
+
+    Forward-mode derivatives would be 0 without a word, and ``torch.func.grad`` fails inside torch. ``torch.vmap``
+    works, one call after the other.
+
+    Args:
+        operator: name of the public function.
+        tensors: its inputs.
+
+    Raises:
+        RuntimeError: inside ``torch.func.grad``, ``vjp`` or the like, or with forward-mode tangents.
+    """
+    if torch.compiler.is_compiling():
+        return
+    kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+    found = None
+    if "Jvp" in kinds or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        found = "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)"
+    elif "Grad" in kinds:
+        found = "torch.func.grad, vjp and the like"
+    if found:
+        raise RuntimeError(
+            f"gim_kernels.{operator} has a backward of its own, which {found} cannot use: "
+            f"call torch.autograd.grad, or gim_kernels.reference.{operator}"
+        )
 
 
 def key_range_of(exists: torch.Tensor, argument: str) -> torch.Tensor:

@@ -120,6 +120,7 @@ def gated(
     Raises:
         TypeError: a dtype that is not floating point or differs between the two.
         ValueError: shapes or devices that differ, an unknown name, a factor that is not finite.
+        RuntimeError: as :func:`gim_kernels.engines.check_transforms`.
 
     Numerics: activation and product are each rounded to the inputs' dtype, as in eager PyTorch; deterministic.
 
@@ -144,4 +145,5 @@ def gated(
     if len(grad_scale) != 2 or not all(math.isfinite(factor) for factor in grad_scale):
         raise ValueError(f"grad_scale must be two finite factors for gate and up, got {grad_scale!r}")
     factors = [float(factor) for factor in grad_scale]
+    engines.check_transforms("gated", gate, up)
     return _gated(gate, up, activation, factors, activation_backward, engines.choose("auto", gate))

@@ -211,6 +211,7 @@ def rms_norm(
     Raises:
         TypeError: a dtype that is not floating point.
         ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: as :func:`gim_kernels.engines.check_transforms`.
 
     Numerics: computed in float32 (float64 for float64) and rounded once; deterministic. Frozen, and with a weight that
     needs no gradient, one number per row is kept for the backward and not x.
@@ -218,6 +219,7 @@ def rms_norm(
     Source: Zhang and Sennrich 2019, arXiv 1910.07467; frozen: Ali et al. 2022, arXiv 2202.07304.
     """
     _check(x, eps, weight=weight)
+    engines.check_transforms("rms_norm", x, weight)
     y, _ = _rms_norm(x, weight, float(eps), float(weight_offset), bool(frozen), engines.choose("auto", x))
     return y
 
@@ -254,6 +256,7 @@ def layer_norm(
     Raises:
         TypeError: a dtype that is not floating point.
         ValueError: shapes, devices or numbers that do not fit.
+        RuntimeError: as :func:`gim_kernels.engines.check_transforms`.
 
     Numerics: computed in float32 (float64 for float64) and rounded once; deterministic. Frozen, and with a weight that
     needs no gradient, one number per row is kept for the backward and not x.
@@ -261,5 +264,6 @@ def layer_norm(
     Source: Ba et al. 2016, arXiv 1607.06450; frozen: Ali et al. 2022, arXiv 2202.07304.
     """
     _check(x, eps, weight=weight, bias=bias)
+    engines.check_transforms("layer_norm", x, weight, bias)
     y, _, _ = _layer_norm(x, weight, bias, float(eps), bool(frozen), engines.choose("auto", x))
     return y

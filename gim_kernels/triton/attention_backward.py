@@ -108,7 +108,7 @@ def _sum_over_keys(
 ):
     """The key tiles of ``span``, full or with ``MASKED`` the others, into ``A, B, r, Z`` of :func:`grad_query_kernel`.
 
-    ``near`` takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
+    ``near``, a column, takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
     """
     shifted_sum, weight_sum, grad_total, weight_total = sums
     key_ptr, key_stride_s, value_ptr, value_stride_s = matrices
@@ -128,7 +128,7 @@ def _sum_over_keys(
         value = load_rows(value_ptr, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-        shifted = e * (grad_p - near[:, None])
+        shifted = e * (grad_p - near)
         if TOTALS:
             # [BLOCK_T]
             grad_total += tl.sum(shifted, 1)
@@ -238,15 +238,16 @@ def grad_query_kernel(
 
     # [BLOCK_T]
     row = start_t + tl.arange(0, BLOCK_T)
-    row_offset = batch_head.to(tl.int64) * queries + row
+    first_row = batch_head.to(tl.int64) * queries
     in_rows = row < queries
-    lse2 = tl.load(lse_ptr + row_offset, mask=in_rows, other=float("inf")) * LOG2E
+    lse2 = tl.load(lse_ptr + first_row + row, mask=in_rows, other=float("inf")) * LOG2E
     # [BLOCK_T, BLOCK_D]
     grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
-    # [BLOCK_T]
-    d0 = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    # [BLOCK_T, 1]: a reshaped column, or else every thread keeps d0 once for each of its scores through the loops below
+    d0 = tl.reshape(tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1), [BLOCK_T, 1])
 
+    # [BLOCK_T]
     grad_total = tl.zeros([BLOCK_T], tl.float32)
     weight_total = tl.zeros([BLOCK_T], tl.float32)
     shift = lse2 * inverse_temperature
@@ -281,6 +282,10 @@ def grad_query_kernel(
                     PRECISE,
                 )
             shift = tl.where(top == float("-inf"), float("inf"), top)
+        if sinks_ptr is not None and RULE != "exact":
+            sink2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            weight_total = tl.exp2(sink2 * inverse_temperature - shift)
+            grad_total = -weight_total * tl.reshape(d0, [BLOCK_T])
         # [BLOCK_T, BLOCK_D]
         zeros = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         sums = (zeros, zeros, grad_total, weight_total)
@@ -308,34 +313,31 @@ def grad_query_kernel(
         shifted_sum, weight_sum, grad_total, weight_total = sums
 
     # [BLOCK_T]
-    delta = d0
-    if sinks_ptr is not None:
-        sink2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        sink_weight = tl.exp2(sink2 * inverse_temperature - shift)
+    near = d0  # [BLOCK_T, 1]
     if RULE != "exact":
-        if sinks_ptr is not None:
-            weight_total += sink_weight
-            grad_total -= sink_weight * d0
         empty = weight_total == 0.0
         weight_total = tl.where(empty, 1.0, weight_total)
         inverse_total = tl.where(empty, 0.0, 1.0 / weight_total)
         mean = grad_total * inverse_total
-        delta = d0 + mean
+        near = d0 + mean[:, None]
+    delta = tl.reshape(near, [BLOCK_T])
     if grad_sink_ptr is not None:
+        sink2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        sink_weight = tl.exp2(sink2 * inverse_temperature - shift)
         if RULE != "exact":
             sink_weight *= inverse_total
-        tl.store(grad_sink_ptr + row_offset, -sink_weight * delta, mask=in_rows)
+        tl.store(grad_sink_ptr + first_row + row, -sink_weight * delta, mask=in_rows)
     if shift_ptr is not None:
         if RULE == "square":
-            tl.store(shift_ptr + row_offset, shift, mask=in_rows)
-            tl.store(norm_ptr + row_offset, inverse_total, mask=in_rows)
-            tl.store(delta_ptr + row_offset, delta * inverse_total, mask=in_rows)
+            tl.store(shift_ptr + first_row + row, shift, mask=in_rows)
+            tl.store(norm_ptr + first_row + row, inverse_total, mask=in_rows)
+            tl.store(delta_ptr + first_row + row, delta * inverse_total, mask=in_rows)
         else:
-            tl.store(shift_ptr + row_offset, lse2, mask=in_rows)
-            tl.store(delta_ptr + row_offset, delta, mask=in_rows)
+            tl.store(shift_ptr + first_row + row, lse2, mask=in_rows)
+            tl.store(delta_ptr + first_row + row, delta, mask=in_rows)
             if RULE != "exact":
                 norm = tl.where(empty, float("inf"), shift + tl.log2(weight_total))
-                tl.store(norm_ptr + row_offset, norm, mask=in_rows)
+                tl.store(norm_ptr + first_row + row, norm, mask=in_rows)
 
     if grad_query_ptr is not None:
         # [BLOCK_T, BLOCK_D]
@@ -347,7 +349,7 @@ def grad_query_kernel(
                     query,
                     grad_out,
                     shift,
-                    delta,
+                    near,
                     matrices,
                     scoring,
                     seen,

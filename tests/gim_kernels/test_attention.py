@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gim_kernels
 from gim_kernels import blockwise, reference
-from gim_kernels.engines import Options
+from gim_kernels.engines import ENGINES, Options
 from tests.oracle import assert_close64, assert_within_budget, relative_error
 
 RULES = [("exact", 2.0), ("temperature", 2.0), ("temperature", 3.3), ("temperature", 0.7), ("constant", 2.0)]
@@ -391,9 +391,11 @@ Q, K, V, _ = GOOD
     ],
 )  # fmt: skip
 def test_attention_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    given_arguments = {"query": Q, "key": K, "value": V, **arguments}
-    with pytest.raises(error, match=message):
-        gim_kernels.attention(**given_arguments)
+    # Every engine refuses in the same words: before it is even chosen, so nothing can have been launched.
+    for engine in ENGINES:
+        given_arguments = {"query": Q, "key": K, "value": V, "engine": engine, **arguments}
+        with pytest.raises(error, match=message):
+            gim_kernels.attention(**given_arguments)
 
 
 @pytest.mark.parametrize(

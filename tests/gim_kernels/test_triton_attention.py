@@ -21,7 +21,7 @@ from tests.oracle import assert_within_budget, relative_error
 pytest.importorskip("triton")
 
 from gim_kernels.engines import Options
-from gim_kernels.triton import attention_forward, device, tiles
+from gim_kernels.triton import attention_backward, attention_forward, device, tiles
 from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
 from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.tiles import Tile
@@ -402,6 +402,39 @@ def test_offsets_past_two_to_the_31st() -> None:
     want = run(near, causal=True, softmax_backward="temperature")
     for name, x in run(spread, causal=True, softmax_backward="temperature").items():
         assert torch.equal(x, want[name]), name
+
+
+def test_results_past_two_to_the_31st(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = 2**31 + 8
+    memory = torch.empty(step + 64 * 1024, dtype=torch.float16, device=DEVICE)
+    query, key, value, grad_out = inputs(2, 2, 1, 20, 20, 16, dtype=torch.float16)
+    options = Options(0.25, causal=True)
+    rule: dict[str, Any] = {"softmax_backward": "temperature", "temperature": 2.0, "grad_scale": (1.0, 1.0, 1.0)}
+    rule["needs"] = (True, True, True, False)
+
+    def both_ways() -> tuple[torch.Tensor, ...]:
+        out, lse = attention_forward(query, key, value, None, None, options)
+        grads = attention_backward(grad_out, query, key, value, None, None, out, lse, options, **rule)
+        return (out, *(x for x in grads if x is not None))
+
+    want = both_ways()
+    taken: list[torch.Tensor] = []
+
+    def far(like: torch.Tensor, *shape: int, **named: Any) -> torch.Tensor:
+        """The rows of the batch lie 2^31 elements apart in what the launchers allocate for results."""
+        shape = shape or tuple(like.shape)
+        dense = torch.empty(shape, device="meta").stride()
+        if len(shape) < 4:  # numbers of rows
+            return torch.zeros(shape, dtype=named.get("dtype", like.dtype), device=like.device)
+        taken.append(memory.as_strided(shape, (step, *dense[1:]), 8192 * len(taken)))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty_like", far)
+    monkeypatch.setattr(torch.Tensor, "new_empty", far)
+    got = both_ways()
+    assert len(taken) == 4 and all(x.stride(0) == step for x in got)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_rows_far_apart_are_copied_first() -> None:

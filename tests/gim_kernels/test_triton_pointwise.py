@@ -18,7 +18,7 @@ from tests.oracle import assert_within_budget
 pytest.importorskip("triton")
 
 from gim_kernels import triton as kernels
-from gim_kernels.triton import device, pointwise_tiles, rows
+from gim_kernels.triton import device, pointwise_tiles, rows, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The interpreter knows no bfloat16.
@@ -277,6 +277,36 @@ def test_only_the_norm_gradients_asked_for(needs: tuple[bool, bool, bool], froze
     everything = kernels.norm_backward(grad_y, x, weight, mean, inverse, 0.0, frozen=frozen, needs=(True, True, True))
     assert tuple(g is not None for g in grads) == needs
     assert same(grads, [g if need else None for g, need in zip(everything, needs, strict=True)])
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_gradients_nobody_asked_for_are_not_launched(
+    needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[str, set[str]]] = []
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append((self.kernel.__name__, {name for name, value in arguments.items() if value is not None}))
+        original(self, programs, **arguments)
+
+    x, weight, grad_y = (normal(*shape, seed=22, dtype=torch.float32) for shape in ((4, 33), (33,), (4, 33)))
+    _, mean, inverse = kernels.layer_norm_forward(x, weight, None, EPS)
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    kernels.norm_backward(grad_y, x, weight, mean, inverse, 0.0, frozen=False, needs=needs)
+    of_x, of_weight, of_bias = needs
+    sums = of_weight + of_bias
+    names = ["norm_backward_weight_kernel"] * (sums > 0) + ["fold_kernel"] * sums + ["norm_backward_kernel"] * of_x
+    assert [name for name, _ in launched] == names
+    if sums:
+        assert ("partial_weight_ptr" in launched[0][1], "partial_bias_ptr" in launched[0][1]) == needs[1:]
+
+    launched.clear()
+    choice: dict[str, Any] = {"grad_scale": (1.0, 1.0), "activation_backward": "exact"}
+    kernels.gated_backward(grad_y, x, x, "silu", **choice, needs=needs[:2])
+    assert len(launched) == any(needs[:2])
+    if launched:
+        assert ("grad_gate_ptr" in launched[0][1], "grad_up_ptr" in launched[0][1]) == needs[:2]
 
 
 def reference_gated(
