@@ -1,0 +1,99 @@
+"""Holds every system against float64 before it is timed: what is wrong is never timed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from benchmarks import decoder
+from benchmarks.cases import AttentionCase, Case, ExplainCase, PointwiseCase
+from benchmarks.systems import BASELINE, TARGET, System, inputs_of, rule_of
+from gim_kernels import reference
+from tests.oracle import assert_within_budget
+
+
+def _attention(case: AttentionCase, rule: str, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    leaves = tuple(x.detach().requires_grad_(True) for x in inputs[:3])
+    out = reference.attention(*leaves, causal=case.causal, softmax_backward=rule)
+    if case.part == "forward":
+        return (out,)
+    grads = torch.autograd.grad(out, leaves, inputs[3], allow_unused=True)
+    return (out, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)))
+
+
+def _pointwise(case: PointwiseCase, rule: str, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    first, second, grad = inputs
+    weight = second[0].abs() + 0.5
+    leaves: tuple[torch.Tensor, ...] = (first.detach().requires_grad_(True),)
+    if case.op == "gated":
+        leaves = (*leaves, second.detach().requires_grad_(True))
+        out = reference.gated(*leaves, "silu", grad_scale=(1.0, 1.0) if rule == "exact" else (0.5, 0.5))
+    elif case.op == "rms_norm":
+        out = reference.rms_norm(*leaves, weight, 1e-6, frozen=case.frozen and rule != "exact")
+    else:
+        out = reference.layer_norm(*leaves, weight, None, 1e-6, frozen=case.frozen and rule != "exact")
+    return (out, *torch.autograd.grad(out, leaves, grad))
+
+
+def expected(case: Case, rule: str, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What a system that computes ``rule`` must return, in eager PyTorch in ``dtype``."""
+    if isinstance(case, ExplainCase):
+        model, ids = inputs
+        model = copy.deepcopy(model).to(dtype)
+        return (decoder.attribution(model, ids, rule, target=TARGET, baseline=BASELINE),)
+    cast = tuple(x.to(dtype) for x in inputs)
+    if isinstance(case, AttentionCase):
+        return _attention(case, rule, cast)
+    return _pointwise(case, rule, cast)
+
+
+def wrong(case: Case, system: System, inputs: tuple[Any, ...], device: torch.device) -> str | None:
+    """What is wrong with a system at a small case, in a line; None where it agrees with float64.
+
+    Raises:
+        Exception: whatever the system raises where it cannot run.
+    """
+    rule = rule_of(system, case)
+    found = system.prepare(case, inputs, device)()
+    truth = expected(case, rule, inputs, torch.float64)
+    yardstick = expected(case, rule, inputs, found[0].dtype if isinstance(case, PointwiseCase) else _dtype(inputs))
+    try:
+        for index, (one, exact, plain) in enumerate(zip(found, truth, yardstick, strict=True)):
+            plain = plain.to(one.dtype)
+            assert_within_budget(one, exact, plain, f"result {index}")
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _dtype(inputs: tuple[Any, ...]) -> torch.dtype:
+    first = inputs[0]
+    return first.dtype if isinstance(first, torch.Tensor) else next(first.parameters()).dtype
+
+
+class Checks:
+    """What was found wrong, so that cases that differ in their length only are checked once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._found: dict[tuple[Case, str], str | None] = {}
+
+    def __call__(self, case: Case, systems: tuple[System, ...]) -> dict[str, str]:
+        """For each of the systems that must not be timed, the reason.
+
+        A system that cannot run at all is left to the caller, who finds out in the same way at the timed length.
+        """
+        small = case.small()
+        todo = [one for one in systems if one.runs_at(case.tokens) and (small, one.name) not in self._found]
+        if todo:
+            inputs = inputs_of(small, self.device)
+            for system in todo:
+                try:
+                    reason = wrong(small, system, inputs, self.device)
+                except Exception:  # whatever a rival raises, it will raise again where it becomes a row
+                    reason = None
+                self._found[small, system.name] = reason
+        found = {one.name: self._found.get((small, one.name)) for one in systems}
+        return {name: f"wrong, not timed: {reason}" for name, reason in found.items() if reason is not None}
