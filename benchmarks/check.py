@@ -49,6 +49,18 @@ def expected(case: Case, rule: str, inputs: tuple[Any, ...], dtype: torch.dtype)
     return _pointwise(case, rule, cast)
 
 
+#: One prompt's error in a whole model is nearly a single random number: several are judged together.
+PROMPTS = 6
+
+
+def _variations(case: Case, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The inputs, of a model with several prompts."""
+    if not isinstance(case, ExplainCase):
+        return [inputs]
+    model, ids = inputs
+    return [(model, (ids + shift) % case.sizes.vocabulary) for shift in range(PROMPTS)]
+
+
 def wrong(case: Case, system: System, inputs: tuple[Any, ...], device: torch.device) -> str | None:
     """What is wrong with a system at a small case, in a line; None where it agrees with float64.
 
@@ -56,13 +68,17 @@ def wrong(case: Case, system: System, inputs: tuple[Any, ...], device: torch.dev
         Exception: whatever the system raises where it cannot run.
     """
     rule = rule_of(system, case)
-    found = system.prepare(case, inputs, device)()
-    truth = expected(case, rule, inputs, torch.float64)
-    yardstick = expected(case, rule, inputs, found[0].dtype if isinstance(case, PointwiseCase) else _dtype(inputs))
+    variations = _variations(case, inputs)
+
+    def together(results: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+    found = together([system.prepare(case, one, device)() for one in variations])
+    truth = together([expected(case, rule, one, torch.float64) for one in variations])
+    yardstick = together([expected(case, rule, one, _dtype(one)) for one in variations])
     try:
         for index, (one, exact, plain) in enumerate(zip(found, truth, yardstick, strict=True)):
-            plain = plain.to(one.dtype)
-            assert_within_budget(one, exact, plain, f"result {index}")
+            assert_within_budget(one, exact, plain.to(one.dtype), f"result {index}")
     except AssertionError as error:
         return str(error).splitlines()[0]
     return None
@@ -86,7 +102,7 @@ class Checks:
         A system that cannot run at all is left to the caller, who finds out in the same way at the timed length.
         """
         small = case.small()
-        todo = [one for one in systems if one.runs_at(case.tokens) and (small, one.name) not in self._found]
+        todo = [one for one in systems if (small, one.name) not in self._found]
         if todo:
             inputs = inputs_of(small, self.device)
             for system in todo:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -33,30 +34,37 @@ def roofline_line(results: Results) -> str:
     return f"copy {machine['copy_gb_per_s']:,.1f} GB/s; matrix product {rates}"
 
 
-def case_table(rows: list[Row]) -> Table:
-    """One table for the rows of one case."""
+def case_table(rows: list[Row]) -> Group:
+    """The rows of one case: a table of what was measured, and lines with backends and with reasons why not."""
     table = Table(title=rows[0]["case"], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("system")
-    for column in ("median ms", "min .. max", "vs ours", "peak MiB", "GFLOP/s", "of roofline"):
-        table.add_column(column, justify="right")
-    table.add_column("backend or note", overflow="fold", style="dim")
+    table.add_column("system", no_wrap=True)
+    for column in ("ms", "spread", "vs ours", "MiB", "GFLOP/s", "roof"):
+        table.add_column(column, justify="right", no_wrap=True)
     ours = next((row["median_ms"] for row in rows if "median_ms" in row), None)
+    lines = []
     for row in rows:
         if "median_ms" not in row:
-            table.add_row(row["system"], *[""] * 6, Text(row["note"], style="yellow"))
+            lines.append(Text.assemble("  ", (row["system"], "bold"), " ", (row["note"], "yellow")))
             continue
         share = row.get("roofline_share")
         table.add_row(
             row["system"],
             milliseconds(row["median_ms"]),
-            f"{milliseconds(row['min_ms'])} .. {milliseconds(row['max_ms'])}",
+            spread(row),
             f"{row['median_ms'] / ours:.2f}x" if ours else "",
             f"{row['peak_mib']:,.1f}" if "peak_mib" in row else "",
             f"{row['gflops']:,.0f}" if "gflops" in row else "",
             "" if share is None else f"{share:.0%}",
-            row.get("backend", ""),
         )
-    return table
+        if "backend" in row:
+            lines.append(Text.assemble("  ", (row["system"], "bold"), " ", (row["backend"], "dim")))
+    return Group(table, *lines) if table.row_count else Group(Text(rows[0]["case"], style="bold"), *lines)
+
+
+def spread(row: Row) -> str:
+    """Half the distance of the quartiles, of the extremes where there are none, in percent of the median."""
+    low, high = ("q1_ms", "q3_ms") if "q1_ms" in row else ("min_ms", "max_ms")
+    return f"\u00b1{50 * (row[high] - row[low]) / row['median_ms']:.0f}%"
 
 
 def growth_table(rows: list[Row]) -> Table | None:

@@ -14,7 +14,7 @@ from benchmarks.cases import SUITES, Case
 from benchmarks.check import Checks
 from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environment, interleaved, machine, peak_bytes
 from benchmarks.results import SCHEMA, Results, Row
-from benchmarks.systems import SYSTEMS, Run, System, executed_flops, inputs_of, own_case, rule_of
+from benchmarks.systems import SYSTEMS, Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
 from tests.oracle import relative_error
 
 #: Share of the free memory that a system may be expected to take.
@@ -44,7 +44,7 @@ class Settings:
 
 #: What each suite is measured with where nothing else is asked for.
 SETTINGS = {
-    "quick": Settings(repeats=7, least=3, case_seconds=3.0),
+    "quick": Settings(repeats=7, least=3, case_seconds=2.0),
     "memory": Settings(repeats=1, least=1, case_seconds=0.0),
 }
 
@@ -118,8 +118,6 @@ def _prepare(
         if system.name in problems:
             found.notes[system.name] = {"note": problems[system.name]}
             continue
-        if not system.runs_at(case.tokens):
-            continue
         note = _too_small(system.bytes_needed(case), available_bytes(device))
         if note is not None:
             found.notes[system.name] = note
@@ -160,7 +158,7 @@ def run_case(
     systems: tuple[System, ...] | None = None,
 ) -> list[Row]:
     """Every system of a case, measured or with a note that says why not."""
-    chosen = systems or SYSTEMS[case.op]
+    chosen = systems or systems_of(case, device)
     base = {"case": case.name, "op": case.op, "config": case.config, "tokens": case.tokens}
     note = _too_small(case.tensor_bytes(), available_bytes(device))
     if note is not None:

@@ -45,6 +45,7 @@ class System:
         prepare: turns a case, its inputs and the device into a call; raises :class:`UnavailableError`.
         backend: which code it is pinned to.
         bytes_needed: memory that it needs beyond the inputs, from below.
+        devices: the kinds of device that it exists on.
         lengths: the only lengths at which it is run, or None for all: what compiles for minutes.
         executed: matrix products that attention executes in a step; None where unknown.
         whole: whether attention executes hidden scores too.
@@ -55,6 +56,7 @@ class System:
     prepare: Callable[[Any, tuple[Any, ...], torch.device], Run]
     backend: str = ""
     bytes_needed: Callable[[Any], int] = lambda case: 0
+    devices: tuple[str, ...] = ("cpu", "cuda")
     lengths: frozenset[int] | None = None
     executed: int | None = None
     whole: bool = False
@@ -145,15 +147,6 @@ def _sdpa(backend: SDPBackend, deterministic: bool = False) -> Callable[..., Run
     return prepare
 
 
-def _cuda_only(prepare: Callable[..., Run]) -> Callable[..., Run]:
-    def wrapped(case: Any, inputs: tuple[Any, ...], device: torch.device) -> Run:
-        if device.type != "cuda":
-            raise UnavailableError("exists on CUDA devices only")
-        return prepare(case, inputs, device)
-
-    return wrapped
-
-
 def _flex(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -222,22 +215,25 @@ ATTENTION: tuple[System, ...] = (
     System(
         "torch SDPA, exact, deterministic",
         "exact",
-        _cuda_only(_sdpa(SDPBackend.FLASH_ATTENTION, deterministic=True)),
+        _sdpa(SDPBackend.FLASH_ATTENTION, deterministic=True),
         backend="FLASH_ATTENTION, deterministic",
+        devices=("cuda",),
         executed=7,
     ),
     System(
         "cuDNN SDPA, exact",
         "exact",
-        _cuda_only(_sdpa(SDPBackend.CUDNN_ATTENTION)),
+        _sdpa(SDPBackend.CUDNN_ATTENTION),
         backend="CUDNN_ATTENTION",
+        devices=("cuda",),
         executed=7,
     ),
     System(
         "FlexAttention, exact",
         "exact",
-        _cuda_only(_flex),
+        _flex,
         backend="compiled",
+        devices=("cuda",),
         lengths=_FLEX_LENGTHS,
         executed=9,
     ),
@@ -357,6 +353,11 @@ SYSTEMS: dict[str, tuple[System, ...]] = {
     "gated": POINTWISE,
     "explain": EXPLAIN,
 }
+
+
+def systems_of(case: Case, device: torch.device) -> tuple[System, ...]:
+    """The systems of a case that exist on a kind of device and run at its length; ours first."""
+    return tuple(one for one in SYSTEMS[case.op] if device.type in one.devices and one.runs_at(case.tokens))
 
 
 def inputs_of(case: Case, device: torch.device) -> tuple[Any, ...]:
