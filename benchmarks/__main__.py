@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import results as files
+from benchmarks.outside import Outside
 from benchmarks.results import ResultsError
 from benchmarks.runner import SETTINGS, BenchmarkError, Settings, Suite, cases_of, device_of
 
@@ -87,8 +88,12 @@ def run_suite(suite: Suite, json: Path | None, plot: Path | None, console: Conso
     Returns:
         The exit code: 0; 1 where a system of ours was wrong; 130 where the run was interrupted.
     """
+    import transformers
+
     from benchmarks import report
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     target = _json_file(json, suite)
     interrupted = False
@@ -148,7 +153,8 @@ def run(
         settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
         settings = dataclasses.replace(settings, least=min(settings.least, settings.repeats))
         _check_plot(plot)
-        code = run_suite(Suite(suite, where, chosen, settings), json, plot, Console())
+        rivals = None if outside is None else Outside(outside)
+        code = run_suite(Suite(suite, where, chosen, settings, rivals), json, plot, Console())
     raise typer.Exit(code)
 
 

@@ -170,14 +170,17 @@ def forward(model: Any, x: torch.Tensor, rules: EagerRules, chunk: int | None = 
 def attribution(
     model: Any,
     ids: torch.Tensor,
-    preset: str,
+    rules: EagerRules | str,
     *,
     target: int,
     baseline: int,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Attributions ``[T]`` of the ids ``[1, T]`` to the logit of ``target``; ``dtype`` None is the model's own."""
+    """Attributions ``[T]`` of the ids ``[1, T]`` to the logit of ``target``; ``dtype`` None is the model's own.
+
+    ``rules`` may be the name of a preset of the tests' independent implementation.
+    """
     table = model.get_input_embeddings().weight.detach()
     dtype = dtype or table.dtype
     multiplier = 1.0
@@ -185,7 +188,7 @@ def attribution(
         # Hugging Face rounds the factor to the type of the weights.
         multiplier = torch.tensor(model.config.hidden_size**0.5).to(dtype).item()
     embedded = (table[ids].to(dtype) * multiplier).requires_grad_(True)
-    logits = forward(model, embedded, PRESETS[preset], chunk)
+    logits = forward(model, embedded, PRESETS[rules] if isinstance(rules, str) else rules, chunk)
     (grad,) = torch.autograd.grad(logits[0, target], embedded)
     wide = torch.promote_types(dtype, torch.float32)
     difference = embedded.detach().to(wide) - table[baseline].to(wide) * multiplier

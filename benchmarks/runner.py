@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import SUITES, Case
+from benchmarks.cases import SUITES, Case, ExplainCase
 from benchmarks.check import Checks
 from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environment, interleaved, machine, peak_bytes
+from benchmarks.outside import Outside, OutsideRun
 from benchmarks.results import SCHEMA, Results, Row
 from benchmarks.systems import SYSTEMS, Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
 from tests.oracle import relative_error
@@ -163,20 +164,23 @@ def run_case(
     note = _too_small(case.tensor_bytes(), available_bytes(device))
     if note is not None:
         return [{**base, "system": system.name, **note} for system in chosen]
-    problems = checks(case, chosen)
+    problems = checks(case, tuple(system for system in chosen if system.rule != "outside"))
     inputs = inputs_of(case, device)
     prepared = _prepare(case, chosen, problems, inputs, device)
     watch = Stopwatch(device)
     peaks, failed = {}, {}
     for name, run in prepared.runs.items():
         try:
-            peaks[name] = peak_bytes(run, device)
+            peaks[name] = run.peak_bytes() if isinstance(run, OutsideRun) else peak_bytes(run, device)
         except torch.OutOfMemoryError:
             failed[name] = {"note": "out of memory"}
     timed = {name: (lambda run=run: watch(run)) for name, run in prepared.runs.items() if name in peaks}
     before = clocks(device)
     times = interleaved(timed, settings.repeats, settings.least, settings.case_seconds)
     after = clocks(device)
+    for run in prepared.runs.values():
+        if isinstance(run, OutsideRun):
+            run.close()
     ours = chosen[0]
     rows: list[Row] = []
     for system in chosen:
@@ -217,12 +221,14 @@ class Suite:
         device: where.
         cases: in order.
         settings: how long.
+        outside: rivals in another environment, for cases of ``explain``.
     """
 
     name: str
     device: torch.device
     cases: tuple[Case, ...]
     settings: Settings
+    outside: Outside | None = None
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
@@ -248,7 +254,10 @@ class Suite:
                 base = {"case": case.name, "op": case.op, "config": case.config, "tokens": case.tokens}
                 rows: list[Row] = [{**base, "system": SYSTEMS[case.op][0].name, "note": note}]
             else:
-                rows = run_case(case, self.device, self.results["machine"], checks, self.settings)
+                systems = systems_of(case, self.device)
+                if self.outside is not None and isinstance(case, ExplainCase):
+                    systems = (*systems, *self.outside.systems(case, self.device))
+                rows = run_case(case, self.device, self.results["machine"], checks, self.settings, systems)
             self.results["rows"] += rows
             yield case, rows
         self.results["complete"] = True
