@@ -1,13 +1,18 @@
-"""The program behind ``gim bench``: ``python -m benchmarks SUITE``."""
+"""The program behind ``gim bench``: ``python -m benchmarks SUITE``.
+
+It is no part of the package ``gim``: nothing is timed before it agrees with the tests' oracle, and a package does not
+ship its tests. ``gim bench`` starts it from the source tree.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -19,7 +24,7 @@ from rich.table import Table
 from benchmarks import results as files
 from benchmarks.outside import Outside
 from benchmarks.results import ResultsError
-from benchmarks.runner import SETTINGS, BenchmarkError, Settings, Suite, cases_of, device_of
+from benchmarks.runner import SETTINGS, BenchmarkError, Settings, Suite, cases_of, device_of, new_results
 
 app = typer.Typer(
     name="gim bench",
@@ -46,7 +51,7 @@ def _handled() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _json_file(path: Path | None, suite: Suite) -> Path | None:
+def _json_file(path: Path | None, results: files.Results) -> Path | None:
     """The file to write, known to be writable before anything is measured."""
     from gim.files import check_writable
 
@@ -54,7 +59,7 @@ def _json_file(path: Path | None, suite: Suite) -> Path | None:
         return None
     if path.is_dir() or path.suffix != ".json":
         path.mkdir(parents=True, exist_ok=True)
-        path = path / files.default_name(suite.results)
+        path = path / files.default_name(results)
     try:
         check_writable(path, "--json")
     except OSError as error:
@@ -95,7 +100,7 @@ def run_suite(suite: Suite, json: Path | None, plot: Path | None, console: Conso
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    target = _json_file(json, suite)
+    target = _json_file(json, suite.results)
     interrupted = False
     console.print(f"[dim]{escape(report.headline(suite.results))}[/]", soft_wrap=True)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
@@ -124,6 +129,9 @@ def run_suite(suite: Suite, json: Path | None, plot: Path | None, console: Conso
         measured = len({row["case"] for row in rows})
         console.print(f"[yellow]interrupted:[/] {measured} of {len(suite.cases)} cases were measured and are kept")
         return 130
+    missed = suite.results.get("not_reached", [])
+    if missed:
+        console.print(f"[yellow]not reached[/] in {suite.settings.budget_seconds:.0f} s: {len(missed)} cases")
     wrong = [row for row in rows if row["system"].startswith("gim-kernels") and row.get("note", "").startswith("wrong")]
     return 1 if wrong else 0
 
@@ -149,7 +157,7 @@ def run(
         where = device_of(device)
         chosen = cases_of(suite, where, only, _lengths(tokens))
         settings = SETTINGS.get(suite, Settings())
-        given = {"repeats": repeats, "case_seconds": seconds, "budget_seconds": budget}
+        given: dict[str, Any] = {"repeats": repeats, "case_seconds": seconds, "budget_seconds": budget}
         settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
         settings = dataclasses.replace(settings, least=min(settings.least, settings.repeats))
         _check_plot(plot)
@@ -235,5 +243,40 @@ def show(
             report.plot(found, plot)
 
 
+@app.command()
+def statements(
+    json: _Json = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for each preset.")] = 50,
+) -> None:
+    """Count how often each preset finds both statements of the asked fact in the demo model's prompts."""
+    import torch
+
+    import gim.demo
+    from benchmarks import statements as counted
+    from gim.rules import PRESETS
+
+    found = new_results("statements", torch.device("cpu"))
+    with _handled():
+        target = _json_file(json, found)
+    model, tokenizer = gim.demo.load()
+    for rules in PRESETS:
+        row = {"rules": rules, **counted.count(model, tokenizer, rules, prompts)}
+        found["rows"].append(row)
+        Console().print(f"{rules}: {row['found']} of {row['prompts']}, answered {row['answered']}")
+        if target is not None:
+            files.save(target, found)
+    found["complete"] = True
+    if target is not None:
+        files.save(target, found)
+
+
+def main(arguments: list[str]) -> None:
+    """Run a command; the name of a suite alone runs that suite."""
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        arguments = ["run", *arguments]
+    app(arguments, prog_name="gim bench")
+
+
 if __name__ == "__main__":
-    app()
+    main(sys.argv[1:])

@@ -7,6 +7,7 @@ each row's share of the roofline is measured against them. A new configuration i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -165,9 +166,7 @@ class PointwiseCase:
         """Two inputs ``[T, WIDTH]`` and the gradient of the result; always the same."""
         generator = torch.Generator(device).manual_seed(0)
         shape = (self.tokens, self.width)
-        return tuple(
-            torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype]) for _ in range(3)
-        )
+        return tuple(torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype]) for _ in range(3))
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,8 @@ class Decoder:
         tied = self.options.get("tie_word_embeddings", False)
         return self.parameters_in_layers + (1 if tied else 2) * self.vocabulary * self.hidden
 
-    def config(self, tokens: int) -> Any:
-        """The Hugging Face config for prompts of that length."""
+    def config(self) -> Any:
+        """The Hugging Face config, for prompts of any length here."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(
@@ -209,7 +208,7 @@ class Decoder:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_size,
             vocab_size=self.vocabulary,
-            max_position_embeddings=max(8192, tokens),
+            max_position_embeddings=1 << 18,
             **self.options,
         )
 
@@ -225,6 +224,27 @@ DECODERS: dict[str, Decoder] = {
     "Qwen2.5-3B": Decoder("qwen2", 36, 2048, 11008, 16, 2, 128, 151936, _TIED),
     "Gemma-2-2B": Decoder("gemma2", 26, 2304, 9216, 8, 4, 256, 256000, _TIED),
 }
+
+
+@functools.lru_cache(maxsize=1)
+def _model(sizes: Decoder, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights, the same every time, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = AutoModelForCausalLM.from_config(sizes.config())
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def forget_models() -> None:
+    """Free the model that is kept for the next length."""
+    _model.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -295,17 +315,9 @@ class ExplainCase:
 
     def build(self, device: torch.device) -> tuple[Any, torch.Tensor]:
         """The model in evaluation mode and the ids ``[1, T]`` on the device; the same every time."""
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[self.dtype])
-        try:
-            with device:
-                model = AutoModelForCausalLM.from_config(self.sizes.config(self.tokens))
-        finally:
-            torch.set_default_dtype(before)
-        return model.eval().requires_grad_(False), self.ids(device)
+        # Of the large models one is kept for the next length; the small ones of the checks are made anew.
+        make = _model.__wrapped__ if self.decoder else _model
+        return make(self.sizes, DTYPES[self.dtype], device), self.ids(device)
 
     def ids(self, device: torch.device) -> torch.Tensor:
         """Random ids ``[1, T]``."""

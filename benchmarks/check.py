@@ -26,15 +26,16 @@ def _attention(case: AttentionCase, rule: str, inputs: tuple[torch.Tensor, ...])
 def _pointwise(case: PointwiseCase, rule: str, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     first, second, grad = inputs
     weight = second[0].abs() + 0.5
-    leaves: tuple[torch.Tensor, ...] = (first.detach().requires_grad_(True),)
+    x, up = first.detach().requires_grad_(True), second.detach().requires_grad_(True)
+    frozen = case.frozen and rule != "exact"
     if case.op == "gated":
-        leaves = (*leaves, second.detach().requires_grad_(True))
-        out = reference.gated(*leaves, "silu", grad_scale=(1.0, 1.0) if rule == "exact" else (0.5, 0.5))
-    elif case.op == "rms_norm":
-        out = reference.rms_norm(*leaves, weight, 1e-6, frozen=case.frozen and rule != "exact")
+        out = reference.gated(x, up, "silu", grad_scale=(1.0, 1.0) if rule == "exact" else (0.5, 0.5))
+        return (out, *torch.autograd.grad(out, (x, up), grad))
+    if case.op == "rms_norm":
+        out = reference.rms_norm(x, weight, 1e-6, frozen=frozen)
     else:
-        out = reference.layer_norm(*leaves, weight, None, 1e-6, frozen=case.frozen and rule != "exact")
-    return (out, *torch.autograd.grad(out, leaves, grad))
+        out = reference.layer_norm(x, weight, None, 1e-6, frozen=frozen)
+    return (out, *torch.autograd.grad(out, x, grad))
 
 
 def expected(case: Case, rule: str, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

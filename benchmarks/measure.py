@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -38,8 +38,8 @@ class Times:
 
     def to_dict(self) -> dict[str, float | int]:
         """Median, quartiles, extremes and count, in milliseconds."""
-        first, _, third = statistics.quantiles(self.seconds, method="inclusive") if len(self.seconds) > 1 else (
-            self.seconds * 3
+        first, _, third = (
+            statistics.quantiles(self.seconds, method="inclusive") if len(self.seconds) > 1 else (self.seconds * 3)
         )
         numbers = {
             "median_ms": self.median,
@@ -78,12 +78,17 @@ class Stopwatch:
 
 
 def interleaved(
-    systems: dict[str, Callable[[], float]], repeats: int, least: int = 3, seconds: float = float("inf")
+    systems: Mapping[str, Callable[[], Any]],
+    watch: Callable[[Callable[[], Any]], float],
+    repeats: int,
+    least: int = 3,
+    seconds: float = float("inf"),
 ) -> dict[str, Times]:
     """Time systems that have run before in turn, A B C A B C ..., so that drift of the machine hits all alike.
 
     Args:
-        systems: each a call that runs the system once and returns how many seconds that took.
+        systems: each a call that runs the system once.
+        watch: how many seconds a call takes.
         repeats: rounds at most.
         least: rounds at least.
         seconds: no round after ``least`` begins when this many have passed.
@@ -94,7 +99,7 @@ def interleaved(
         if turn >= least and time.perf_counter() - start > seconds:
             break
         for name, run in systems.items():
-            measured[name].append(run())
+            measured[name].append(watch(run))
     return {name: Times(tuple(values)) for name, values in measured.items() if values}
 
 
@@ -200,7 +205,13 @@ def clocks(device: torch.device) -> dict[str, Any]:
     if shutil.which("nvidia-smi") is None:
         return {}
     found = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", str(device.index or 0)],
+        [
+            "nvidia-smi",
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader,nounits",
+            "-i",
+            str(device.index or 0),
+        ],
         capture_output=True,
         text=True,
         check=False,

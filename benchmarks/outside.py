@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -37,9 +38,7 @@ def combinations() -> dict[str, EagerRules]:
     parts = {"temperature": "softmax", "freeze_norm": "norm", "qkv": "q/k/v", "gate_up": "gate/up"}
     found = {}
     for switches in itertools.product((True, False), repeat=len(parts)):
-        values = {
-            field: getattr(_PAPER if on else _PLAIN, field) for field, on in zip(parts, switches, strict=True)
-        }
+        values = {field: getattr(_PAPER if on else _PLAIN, field) for field, on in zip(parts, switches, strict=True)}
         names = [word for word, on in zip(parts.values(), switches, strict=True) if on]
         found[", ".join(names) or "none"] = dataclasses.replace(_PLAIN, **values)
     return found
@@ -174,15 +173,16 @@ class Outside:
                 System(
                     name,
                     "outside",
-                    lambda case, inputs, device, rival=rival: self._prepare(rival, inputs, device),
+                    functools.partial(self._prepare, rival),
                     backend=self._labels[key],
-                    bytes_needed=lambda case: case.eager_bytes() if rival == "transformer_lens" else 0,
+                    bytes_needed=ExplainCase.eager_bytes if rival == "transformer_lens" else lambda case: 0,
                 )
             )
         return tuple(found)
 
-    def _prepare(self, rival: str, inputs: tuple[Any, ...], device: torch.device) -> Run:
-        pipe, _ = _start(self.python, rival, *inputs, device)
+    def _prepare(self, rival: str, case: ExplainCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
+        model, ids = inputs
+        pipe, _ = _start(self.python, rival, model, ids, device)
         return OutsideRun(pipe)
 
     def _identify(self, rival: str, case: ExplainCase, device: torch.device) -> str:

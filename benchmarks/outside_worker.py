@@ -1,13 +1,14 @@
 """Runs in another environment, where the package ``gim`` is gim-explain's: one rival, driven over a pipe.
 
-Each line of standard input is a command in JSON, each line of the answer too. It imports nothing of this project. Started
-by :mod:`benchmarks.outside`.
+Each line of standard input is a command in JSON, each line of the answer too. It imports nothing of this project.
+Started by :mod:`benchmarks.outside`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import sys
@@ -38,9 +39,10 @@ class Worker:
 
     def load(self, system: str, folder: str, device: str, threads: int) -> dict[str, Any]:
         """Load the model, wrap it in TransformerLens where that is wanted, and say which versions run."""
-        import gim
         import torch
         import transformers
+
+        import gim
 
         wanted = Path(str(distribution("gim-explain").locate_file("gim/__init__.py")))
         if not wanted.samefile(gim.__file__):
@@ -51,11 +53,10 @@ class Worker:
         model = model.to(self.device).eval()
         names = ["gim-explain", "transformers", "torch"]
         if system == "transformer_lens":
-            from transformer_lens.model_bridge import TransformerBridge
-
+            bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
             names.append("transformer-lens")
             tokenizer().save_pretrained(folder)  # it reads one from there, and prompts come as ids
-            model = TransformerBridge.boot_transformers(folder, hf_model=model, device=device)
+            model = bridge.boot_transformers(folder, hf_model=model, device=device)
             # The names of hooks that gim-explain looks for; weights stay as they are.
             model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
         self.model = model

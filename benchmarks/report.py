@@ -73,7 +73,10 @@ def growth_table(rows: list[Row]) -> Table | None:
     if not fitted:
         return None
     table = Table(
-        title="How cost grows: exponents over T", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        title="How cost grows: exponents over T",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     for column in ("case", "system"):

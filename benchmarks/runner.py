@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import SUITES, Case, ExplainCase
+from benchmarks.cases import SUITES, Case, ExplainCase, forget_models
 from benchmarks.check import Checks
 from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environment, interleaved, machine, peak_bytes
 from benchmarks.outside import Outside, OutsideRun
 from benchmarks.results import SCHEMA, Results, Row
-from benchmarks.systems import SYSTEMS, Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
+from benchmarks.systems import Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
 from tests.oracle import relative_error
 
 #: Share of the free memory that a system may be expected to take.
@@ -34,7 +34,7 @@ class Settings:
         repeats: rounds at most.
         least: rounds at least.
         case_seconds: after this no further round of a case begins.
-        budget_seconds: after this no further case begins; its rows say so.
+        budget_seconds: after this no further case begins; the results name those not reached.
     """
 
     repeats: int = 15
@@ -174,9 +174,9 @@ def run_case(
             peaks[name] = run.peak_bytes() if isinstance(run, OutsideRun) else peak_bytes(run, device)
         except torch.OutOfMemoryError:
             failed[name] = {"note": "out of memory"}
-    timed = {name: (lambda run=run: watch(run)) for name, run in prepared.runs.items() if name in peaks}
+    timed = {name: run for name, run in prepared.runs.items() if name in peaks}
     before = clocks(device)
-    times = interleaved(timed, settings.repeats, settings.least, settings.case_seconds)
+    times = interleaved(timed, watch, settings.repeats, settings.least, settings.case_seconds)
     after = clocks(device)
     for run in prepared.runs.values():
         if isinstance(run, OutsideRun):
@@ -212,6 +212,18 @@ def run_case(
     return rows
 
 
+def new_results(suite: str, device: torch.device) -> Results:
+    """Results of a suite without any row yet."""
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        **environment(device),
+        "machine": None,
+        "complete": False,
+        "rows": [],
+    }
+
+
 @dataclass
 class Suite:
     """A run of a suite; :meth:`run` fills ``results`` case by case.
@@ -232,14 +244,7 @@ class Suite:
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
-        self.results = {
-            "schema": SCHEMA,
-            "suite": self.name,
-            **environment(self.device),
-            "machine": None,
-            "complete": False,
-            "rows": [],
-        }
+        self.results = new_results(self.name, self.device)
 
     def run(self, started: Callable[[Case], None] = lambda case: None) -> Iterator[tuple[Case, list[Row]]]:
         """Measure the machine, then every case; each case's rows are in ``results`` before they are handed over."""
@@ -247,17 +252,17 @@ class Suite:
         dtypes = list(dict.fromkeys(case.dtype for case in self.cases))
         self.results["machine"] = machine(self.device, dtypes)
         checks = Checks(self.device)
-        for case in self.cases:
-            started(case)
+        for index, case in enumerate(self.cases):
             if time.perf_counter() - begin > self.settings.budget_seconds:
-                note = f"not measured: the budget of {self.settings.budget_seconds:.0f} s was spent"
-                base = {"case": case.name, "op": case.op, "config": case.config, "tokens": case.tokens}
-                rows: list[Row] = [{**base, "system": SYSTEMS[case.op][0].name, "note": note}]
-            else:
-                systems = systems_of(case, self.device)
-                if self.outside is not None and isinstance(case, ExplainCase):
-                    systems = (*systems, *self.outside.systems(case, self.device))
-                rows = run_case(case, self.device, self.results["machine"], checks, self.settings, systems)
+                self.results["not_reached"] = [one.name for one in self.cases[index:]]
+                return
+            started(case)
+            if index and self.cases[index - 1].config != case.config:
+                forget_models()
+            systems = systems_of(case, self.device)
+            if self.outside is not None and isinstance(case, ExplainCase):
+                systems = (*systems, *self.outside.systems(case, self.device))
+            rows = run_case(case, self.device, self.results["machine"], checks, self.settings, systems)
             self.results["rows"] += rows
             yield case, rows
         self.results["complete"] = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,17 +119,16 @@ def _eager(chunk: int | None) -> Callable[[AttentionCase, tuple[Any, ...], torch
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Inside, torch picks deterministic kernels; it does not fill new memory, which would be timed."""
-    import torch.utils.deterministic as options
-
+    options: Any = importlib.import_module("torch.utils.deterministic")
     before, fill = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
     if wanted:
-        options.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        options.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        options.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        options.fill_uninitialized_memory = fill
 
 
 def _sdpa(backend: SDPBackend, deterministic: bool = False) -> Callable[..., Run]:
