@@ -2,9 +2,10 @@
 
 A file holds one suite on one device: ``schema``, ``suite``, ``device``, ``system``, ``versions``, ``commit``, ``date``,
 ``machine`` (what the machine reached, or null where it was not measured), ``complete``, ``rows`` and, where a budget
-was spent, ``not_reached``, names of cases. A row has ``case``, ``op``, ``config``, ``tokens`` and ``system``; where it was
-measured, times in milliseconds, ``peak_mib``, ``gflops`` as FlashAttention counts them, and the share of the roofline;
-elsewhere a ``note`` that says why not.
+was spent, ``not_reached``, names of cases.
+
+A row has ``case``, ``op``, ``config``, ``tokens`` and ``system``; where it was measured, times in milliseconds,
+``peak_mib``, ``gflops`` as FlashAttention counts them and the share of the roofline; elsewhere a ``note`` that says why.
 """
 
 from __future__ import annotations
