@@ -91,6 +91,15 @@ def growth_table(rows: list[Row]) -> Table | None:
 
 
 def plot(results: Results, path: Path) -> None:
+    """Write :func:`figure` as a PNG.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as :func:`figure`.
+    """
+    figure(results).savefig(path, format="png", dpi=130)
+
+
+def figure(results: Results) -> Any:
     """Time and memory over length, both axes logarithmic: a row of two panels for each config, a line for each system.
 
     The dashed line is the roofline: the least time that the machine's own copy bandwidth and matrix rate allow. A cross
@@ -109,8 +118,8 @@ def plot(results: Results, path: Path) -> None:
     # One colour for each system in all panels.
     systems = list(dict.fromkeys(row["system"] for row in rows))
     colours = dict(zip(systems, itertools.cycle(f"C{i}" for i in range(10)), strict=False))
-    figure = Figure(figsize=(12, 3.6 * len(panels) + 0.8), layout="constrained")
-    axes = figure.subplots(len(panels), 2, squeeze=False)
+    drawn = Figure(figsize=(12, 3.6 * len(panels) + 0.8), layout="constrained")
+    axes = drawn.subplots(len(panels), 2, squeeze=False)
     for (op, config), (time_axis, memory_axis) in zip(panels, axes, strict=True):
         own = [row for row in rows if (row["op"], row["config"]) == (op, config)]
         for axis, key, label in ((time_axis, "median_ms", "time, ms"), (memory_axis, "peak_mib", "peak memory, MiB")):
@@ -125,8 +134,8 @@ def plot(results: Results, path: Path) -> None:
                 lowest[tokens] = min(value, lowest.get(tokens, value))
             time_axis.plot(list(lowest), list(lowest.values()), "k--", linewidth=1, label="roofline")
         time_axis.legend(fontsize=7)
-    figure.suptitle(headline(results), fontsize=8, x=0.01, ha="left")
-    figure.savefig(path, format="png", dpi=130)
+    drawn.suptitle(headline(results), fontsize=8, x=0.01, ha="left")
+    return drawn
 
 
 def _panel(axis: Any, rows: list[Row], key: str, colours: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ A file holds one suite on one device: ``schema``, ``suite``, ``device``, ``syste
 was spent, ``not_reached``, names of cases.
 
 A row has ``case``, ``op``, ``config``, ``tokens`` and ``system``; where it was measured, times in milliseconds,
-``peak_mib``, ``gflops`` as FlashAttention counts them and the share of the roofline; elsewhere a ``note`` that says why.
+``peak_mib``, ``gflops`` as FlashAttention counts them and the share of the roofline; elsewhere a ``note``: why not.
 """
 
 from __future__ import annotations
