@@ -57,7 +57,7 @@ def device_of(name: str) -> torch.device:
         BenchmarkError: it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -66,6 +66,8 @@ def device_of(name: str) -> torch.device:
         raise BenchmarkError(f"--device: suites exist for cpu and cuda, not for {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError(f"--device: {name!r} is asked for, and torch finds no GPU here")
+    if device.type == "cuda" and ":" not in name:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

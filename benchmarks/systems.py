@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class System:
         backend: which code it is pinned to.
         bytes_needed: memory that it needs beyond the inputs, from below.
         devices: the kinds of device that it exists on.
-        lengths: the only lengths at which it is run, or None for all: what compiles for minutes.
+        where: whether it runs a case at all.
         executed: matrix products that attention executes in a step; None where unknown.
         whole: whether attention executes hidden scores too.
     """
@@ -58,13 +59,9 @@ class System:
     backend: str = ""
     bytes_needed: Callable[[Any], int] = lambda case: 0
     devices: tuple[str, ...] = ("cpu", "cuda")
-    lengths: frozenset[int] | None = None
+    where: Callable[[Any], bool] = lambda case: True
     executed: int | None = None
     whole: bool = False
-
-    def runs_at(self, tokens: int) -> bool:
-        """Whether it is run at that length."""
-        return self.lengths is None or tokens in self.lengths
 
 
 def rule_of(system: System, case: Case) -> str:
@@ -134,7 +131,8 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 def _sdpa(backend: SDPBackend, deterministic: bool = False) -> Callable[..., Run]:
     def prepare(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
+            gqa = case.heads != case.kv_heads
+            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
 
         step = _step(case, inputs, attend)
 
@@ -147,20 +145,36 @@ def _sdpa(backend: SDPBackend, deterministic: bool = False) -> Callable[..., Run
     return prepare
 
 
-def _flex(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return query >= key
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+
+@functools.cache
+def _compiled_flex() -> Any:
+    """One for all cases; with fullgraph it raises where it would fall back to whole score matrices."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled = _compiled_flex()
     block_mask = None
     if case.causal:
-        block_mask = create_block_mask(
-            lambda b, h, q, k: q >= k, None, None, case.tokens, case.tokens, device=device.type
-        )
+        block_mask = create_block_mask(_seen, None, None, case.tokens, case.tokens, device=device.type)
+    gqa = case.heads != case.kv_heads
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
 
     return _step(case, inputs, attend)
+
+
+def _compiles_in_time(case: AttentionCase) -> bool:
+    """FlexAttention compiles for up to a minute for each shape: it runs beside the exact step of one length."""
+    return case.rule == "exact" and case.part == "step" and case.tokens == 8192
 
 
 def _attention_eager_bytes(case: AttentionCase) -> int:
@@ -200,8 +214,6 @@ def executed_flops(case: Case, system: System, device: torch.device) -> float | 
 
 
 OURS = "gim-kernels"
-#: Compiling FlexAttention takes up to a minute for each shape.
-_FLEX_LENGTHS = frozenset({8192})
 
 ATTENTION: tuple[System, ...] = (
     System(OURS, "case", _ours),
@@ -234,7 +246,7 @@ ATTENTION: tuple[System, ...] = (
         _flex,
         backend="compiled",
         devices=("cuda",),
-        lengths=_FLEX_LENGTHS,
+        where=_compiles_in_time,
         executed=9,
     ),
     System(
@@ -356,8 +368,8 @@ SYSTEMS: dict[str, tuple[System, ...]] = {
 
 
 def systems_of(case: Case, device: torch.device) -> tuple[System, ...]:
-    """The systems of a case that exist on a kind of device and run at its length; ours first."""
-    return tuple(one for one in SYSTEMS[case.op] if device.type in one.devices and one.runs_at(case.tokens))
+    """The systems of a case that exist on a kind of device; ours first."""
+    return tuple(one for one in SYSTEMS[case.op] if device.type in one.devices and one.where(case))
 
 
 def inputs_of(case: Case, device: torch.device) -> tuple[Any, ...]:

@@ -74,7 +74,7 @@ def test_cases_have_names_of_their_own_and_systems_with_ours_first(suite: str, d
 
 
 def test_rivals_that_need_a_gpu_are_listed_on_gpus_only() -> None:
-    case = AttentionCase("temperature", 128, 8192, 32, 8, True, "bfloat16")
+    case = AttentionCase("exact", 128, 8192, 32, 8, True, "bfloat16")
     on_gpu = {system.name for system in systems_of(case, torch.device("cuda"))}
     on_cpu = {system.name for system in systems_of(case, CPU)}
     only = {"torch SDPA, exact, deterministic", "cuDNN SDPA, exact", "FlexAttention, exact"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -118,6 +119,26 @@ def test_near_tiles_come_first() -> None:
     assert time_tiles.near(own, others) == [others[3], others[1], others[2], others[0]]
 
 
+def test_jobs_take_every_kind_of_work_in_turn_the_tables_own_tile_first() -> None:
+    found = time_tiles.jobs("cuda:90", [128, 64], "bfloat16")
+    columns = 2 * len(time_tiles.WORKS)
+    assert all(job.is_own for job in found[:columns]) and not any(job.is_own for job in found[columns:])
+    for job in found[:columns]:
+        assert job.tile == tiles.attention_tile(job.work, "cuda:90", job.head_size, torch.bfloat16)
+    assert len({(job.work, job.head_size) for job in found[columns : 2 * columns]}) == columns
+    assert len({(job.work, job.head_size, time_tiles.numbers(job.tile)) for job in found}) == len(found)
+    # sm_80 splits the gradient of the query at 128: there is no tile to replace.
+    split = time_tiles.jobs("cuda:80", [256], "bfloat16")
+    assert all(not job.tile.split for job in split) and {job.work for job in split} < set(time_tiles.WORKS)
+
+
+@NO_GPU
+def test_a_tile_that_cannot_be_compiled_says_why() -> None:
+    job = time_tiles.jobs("cuda:90", [64], "bfloat16")[0]
+    assert time_tiles.compile_all([job], 1, 60.0) == {job: time_tiles.compile_job(job)}
+    assert time_tiles.compile_job(job) is not None
+
+
 # ------------------------------------------------------------------------------------------------------- gim bench
 
 
@@ -143,10 +164,11 @@ def test_gim_bench_without_a_source_tree_says_what_to_do(tmp_path: Path, monkeyp
 def test_the_python_of_gim_bench_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    class Done:
-        returncode = 130
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 130)
 
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: asked.append(command) or Done())
+    monkeypatch.setattr(subprocess, "run", run)
     shown = CliRunner().invoke(cli.app, ["bench", "memory", "--json", "a b.json"])
     assert shown.exit_code == 130
     assert asked[0][0] == sys.executable and asked[0][-3:] == ["memory", "--json", "a b.json"]

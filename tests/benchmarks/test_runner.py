@@ -150,7 +150,7 @@ def test_repetitions_are_interleaved_and_end_in_time() -> None:
     clock = iter(range(100))
     times = measure.interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
-        lambda run: (run(), float(next(clock)))[1],  # type: ignore[func-returns-value]
+        lambda run: (run(), float(next(clock)))[1],
         repeats=3,
     )
     assert order == ["a", "b"] * 3
