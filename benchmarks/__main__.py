@@ -109,6 +109,9 @@ def run_suite(suite: Suite, json: Path | None, plot: Path | None, console: Conso
             for index, (_, rows) in enumerate(suite.run(lambda case: bars.update(task, description=case.name))):
                 if index == 0:
                     console.print(f"[dim]{escape(report.roofline_line(suite.results))}[/]", soft_wrap=True)
+                    busy = report.busy(suite.results)
+                    if busy:
+                        console.print(f"[yellow]{busy}[/]", soft_wrap=True)
                 console.print(report.case_table(rows))
                 if target is not None:
                     files.save(target, files.merged(target, suite.results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from benchmarks.results import Results, Row, growth
 def milliseconds(value: float) -> str:
     """Three significant digits or so."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def mebibytes(value: float) -> str:
+    """One decimal below 100."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def headline(results: Results) -> str:
@@ -34,9 +40,26 @@ def roofline_line(results: Results) -> str:
     return f"copy {machine['copy_gb_per_s']:,.1f} GB/s; matrix product {rates}"
 
 
+def busy(results: Results) -> str:
+    """A warning where a CPU was at work before the run began; empty otherwise."""
+    load = ((results.get("machine") or {}).get("clocks") or {}).get("load_1min", 0.0)
+    cores = os.cpu_count() or 1
+    # The run itself, measuring the machine, is at most one process's threads for a few seconds.
+    if load <= 0.75 * cores:
+        return ""
+    return f"the machine is busy (load {load:g} on {cores} cores): do not trust these times"
+
+
 def case_table(rows: list[Row]) -> Group:
     """The rows of one case: a table of what was measured, and lines with backends and with reasons why not."""
-    table = Table(title=rows[0]["case"], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=rows[0]["case"],
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("system", no_wrap=True)
     for column in ("ms", "spread", "vs ours", "MiB", "GFLOP/s", "roof"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -52,7 +75,7 @@ def case_table(rows: list[Row]) -> Group:
             milliseconds(row["median_ms"]),
             spread(row),
             f"{row['median_ms'] / ours:.2f}x" if ours else "",
-            f"{row['peak_mib']:,.1f}" if "peak_mib" in row else "",
+            mebibytes(row["peak_mib"]) if "peak_mib" in row else "",
             f"{row['gflops']:,.0f}" if "gflops" in row else "",
             "" if share is None else f"{share:.0%}",
         )
@@ -112,9 +135,14 @@ def figure(results: Results) -> Any:
     from matplotlib.figure import Figure
 
     rows = [row for row in results["rows"] if "config" in row]
-    panels = list(dict.fromkeys((row["op"], row["config"]) for row in rows if "median_ms" in row))
-    if not panels:
+    lengths: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        if "median_ms" in row:
+            lengths.setdefault((row["op"], row["config"]), set()).add(row["tokens"])
+    if not lengths:
         raise ValueError("nothing to plot: no row was measured")
+    # One length makes no line: such a config is drawn only where there is nothing else.
+    panels = [panel for panel, found in lengths.items() if len(found) > 1] or list(lengths)
     # One colour for each system in all panels.
     systems = list(dict.fromkeys(row["system"] for row in rows))
     colours = dict(zip(systems, itertools.cycle(f"C{i}" for i in range(10)), strict=False))
@@ -162,4 +190,5 @@ def _panel(axis: Any, rows: list[Row], key: str, colours: dict[str, str]) -> Non
         failed = [row["tokens"] for row in own if "note" in row]
         if failed:
             axis.plot(failed, [top] * len(failed), "x", color=colour, label=None if done else f"{system}: not measured")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.grid(True, which="both", linewidth=0.2)

@@ -158,6 +158,20 @@ def test_a_picture_has_a_line_for_each_system_and_the_roofline_on_logarithmic_ax
         report.figure({**results(), "rows": []})
 
 
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    clocks = {"clocks": {"load_1min": 3.5}}
+    assert report.busy({"machine": clocks}) == "the machine is busy (load 3.5 on 4 cores): do not trust these times"
+    assert report.busy({"machine": {"clocks": {"load_1min": 1.0}}}) == report.busy({"machine": None}) == ""
+
+
+def test_a_config_of_one_length_is_drawn_only_where_there_is_nothing_else() -> None:
+    found = results()
+    alone = [{**one, "config": "alone"} for one in found["rows"][:2]]
+    assert len(report.figure({**found, "rows": [*found["rows"], *alone]}).axes) == 2
+    assert len(report.figure({**found, "rows": alone}).axes) == 2
+
+
 def test_tables_show_ratios_shares_and_notes() -> None:
     console = Console(record=True, width=100)
     console.print(report.case_table(results()["rows"][9:]))
