@@ -251,13 +251,28 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def busy_share(seconds: float = 0.5) -> float:
+    """Share of all cores that others use while this process sleeps, from 0 to 1."""
+
+    def now() -> tuple[int, int]:
+        fields = [int(one) for one in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]]
+        return sum(fields[:8]), fields[3] + fields[4]  # all time; idle, and waiting for a disk
+
+    total, idle = now()
+    time.sleep(seconds)
+    later_total, later_idle = now()
+    return 1 - (later_idle - idle) / max(1, later_total - total)
+
+
 def machine(device: torch.device, dtypes: list[str]) -> dict[str, Any]:
     """What the machine reaches in the simplest programs, measured now: the roofline of every row.
 
     Returns:
-        ``copy_gb_per_s``, ``matrix_gflops`` for each dtype, and the clocks.
+        ``copy_gb_per_s``, ``matrix_gflops`` for each dtype, ``busy_share`` of the cores before that, and the clocks.
     """
+    busy = round(busy_share(), 2)
     return {
+        "busy_share": busy,
         "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 2),
         "matrix_gflops": {name: round(matrix_rate(device, DTYPES[name]) / 1e9, 1) for name in dtypes},
         "clocks": clocks(device),

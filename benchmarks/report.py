@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,16 @@ def roofline_line(results: Results) -> str:
     return f"copy {machine['copy_gb_per_s']:,.1f} GB/s; matrix product {rates}"
 
 
+#: Share of the cores that others may use before times are called into question.
+BUSY = 0.1
+
+
 def busy(results: Results) -> str:
-    """A warning where a CPU was at work before the run began; empty otherwise."""
-    load = ((results.get("machine") or {}).get("clocks") or {}).get("load_1min", 0.0)
-    cores = os.cpu_count() or 1
-    # The run itself, measuring the machine, is at most one process's threads for a few seconds.
-    if load <= 0.75 * cores:
+    """A warning where others used the processor as the run began; empty otherwise."""
+    share = (results.get("machine") or {}).get("busy_share", 0.0)
+    if share <= BUSY:
         return ""
-    return f"the machine is busy (load {load:g} on {cores} cores): do not trust these times"
+    return f"others use {share:.0%} of this machine's cores: do not trust these times"
 
 
 def case_table(rows: list[Row]) -> Group:

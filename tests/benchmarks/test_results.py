@@ -158,11 +158,10 @@ def test_a_picture_has_a_line_for_each_system_and_the_roofline_on_logarithmic_ax
         report.figure({**results(), "rows": []})
 
 
-def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    clocks = {"clocks": {"load_1min": 3.5}}
-    assert report.busy({"machine": clocks}) == "the machine is busy (load 3.5 on 4 cores): do not trust these times"
-    assert report.busy({"machine": {"clocks": {"load_1min": 1.0}}}) == report.busy({"machine": None}) == ""
+def test_a_busy_machine_is_told() -> None:
+    told = report.busy({"machine": {"busy_share": 0.42}})
+    assert told == "others use 42% of this machine's cores: do not trust these times"
+    assert report.busy({"machine": {"busy_share": 0.05}}) == report.busy({"machine": None}) == ""
 
 
 def test_a_config_of_one_length_is_drawn_only_where_there_is_nothing_else() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,7 +184,17 @@ def test_peak_memory_is_what_a_call_allocates() -> None:
 def test_the_machine_is_measured() -> None:
     found = measure.machine(CPU, ["float32"])
     assert found["copy_gb_per_s"] > 0.1 and found["matrix_gflops"]["float32"] > 0.1
-    assert "load_1min" in found["clocks"]
+    assert "load_1min" in found["clocks"] and 0 <= found["busy_share"] <= 1
+
+
+def test_other_processes_are_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            time.sleep(0.5)
+            share = measure.busy_share(1.0)
+        finally:
+            other.kill()
+    assert share > 0.25 / (os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- suites
