@@ -30,10 +30,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures of the documents on this machine: most of an hour. `gim bench quick` takes two minutes.
+# The figures of the documents on this machine: about an hour. `gim bench quick` takes two minutes.
 bench: $(STAMP)
 	for suite in attention pointwise explain memory; do \
-		$(BIN)/python -m benchmarks $$suite --json benchmarks/results || exit $$?; \
+		$(BIN)/python -m benchmarks $$suite --json benchmarks/results --budget 1200 || exit $$?; \
 	done
 	$(BIN)/python -m benchmarks.documents
 

@@ -148,6 +148,13 @@ def suite_table(suite: str, kind: str) -> str:
     return _table(header, rows) + f"\nThe roofline: {roofline_line(results)}.\n" + _measured(results)
 
 
+#: What the README shows of attention: lengths, and what else the config must be. The results page has everything.
+SUMMARY = {
+    "cpu": ((4096,), "8/8 heads causal float32"),
+    "gpu": ((8192, 16384), "32/32 heads causal bfloat16"),
+}
+
+
 def attention_table() -> str:
     """Attention alone: our steps over torch's exact one and eager GIM, on each kind of device."""
     parts = []
@@ -157,8 +164,10 @@ def attention_table() -> str:
             parts.append(f"Attention alone on {called}: not measured.\n")
             continue
         rows = []
-        for case in dict.fromkeys(row["case"] for row in results["rows"]):
-            own = {row["system"]: row for row in results["rows"] if row["case"] == case}
+        lengths, config = SUMMARY[kind]
+        shown = [row for row in results["rows"] if row["tokens"] in lengths and row["config"].endswith(config)]
+        for case in dict.fromkeys(row["case"] for row in shown):
+            own = {row["system"]: row for row in shown if row["case"] == case}
             ours = own.get("gim-kernels", {})
             if "median_ms" not in ours:
                 continue
