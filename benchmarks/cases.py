@@ -1,79 +1,421 @@
-"""What is timed: every case declared once, with its sizes and its work."""
+"""What is timed: every case declared once, with its sizes, its floating-point operations and its bytes.
+
+Operations and bytes are the least that any implementation of the same mathematics needs without keeping a T x T matrix:
+each row's share of the roofline is measured against them. A new configuration is a row here, not a branch elsewhere.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from benchmarks.measure import DTYPES
+
+Rule = Literal["exact", "temperature", "constant"]
+Part = Literal["step", "forward"]
+
+#: Matrix products of a step, as FlashAttention counts them: two forward, five backward, of which the scores again. A
+#: constant softmax needs the scores and grad_value only.
+PRODUCTS: dict[Rule, int] = {"exact": 7, "temperature": 7, "constant": 4}
+#: Length at which every system is held against float64 before anything is timed.
+CHECK_TOKENS = 256
+
 
 @dataclass(frozen=True)
-class DecoderCase:
-    """A Llama configuration with random weights, and a prompt length.
+class AttentionCase:
+    """Attention alone: forward, or forward and backward.
 
     Args:
-        name: of the configuration.
-        layers, hidden, inner, heads, kv_heads, vocabulary: its sizes.
-        tokens: prompt length T.
+        rule: the softmax's backward.
+        head_size, tokens, heads, kv_heads: D, T (as many keys as queries), HQ and HK.
+        causal: with the causal mask.
+        dtype: of query, key and value.
+        part: ``"forward"``, or ``"step"`` with the backward.
     """
 
-    name: str
+    op: ClassVar[str] = "attention"
+
+    rule: Rule
+    head_size: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    dtype: str
+    part: Part = "step"
+
+    @property
+    def config(self) -> str:
+        """All but the length: what one panel of a plot holds."""
+        mask = "causal" if self.causal else "full"
+        return f"{self.part} {self.rule} D{self.head_size} {self.heads}/{self.kv_heads} heads {mask} {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        """Unique among all cases."""
+        return f"{self.op} {self.config} T{self.tokens}"
+
+    @property
+    def _scores(self) -> float:
+        return self.heads * self.tokens * (self.tokens + 1) / 2 if self.causal else self.heads * self.tokens**2
+
+    @property
+    def products(self) -> int:
+        """Matrix products of T x T x D that count."""
+        return 2 if self.part == "forward" else PRODUCTS[self.rule]
+
+    def flops(self) -> float:
+        """Floating-point operations, a product over visible scores being ``2 * D`` for each."""
+        return 2.0 * self.products * self.head_size * self._scores
+
+    def bytes(self) -> float:
+        """Each input read and each result written once by each pass; the log-sum-exp in float32."""
+        size = DTYPES[self.dtype].itemsize
+        queries = self.heads * self.tokens * self.head_size * size
+        keys = 2 * self.kv_heads * self.tokens * self.head_size * size
+        lse = 4 * self.heads * self.tokens
+        forward = 2 * queries + keys + lse
+        backward = 4 * queries + 2 * keys + lse  # query, out, grad_out, grad_query; key, value and their gradients
+        return float(forward if self.part == "forward" else forward + backward)
+
+    def tensor_bytes(self) -> int:
+        """What inputs, output and gradients hold together."""
+        size = DTYPES[self.dtype].itemsize
+        return (4 * self.heads + 4 * self.kv_heads) * self.tokens * self.head_size * size
+
+    def eager_bytes(self) -> int:
+        """Memory that eager attention needs at its peak, from below: the scores and three matrices like them."""
+        matrices = 2 if self.part == "forward" else 4
+        return matrices * self.heads * self.tokens**2 * DTYPES[self.dtype].itemsize
+
+    def small(self) -> AttentionCase:
+        """The same at a length that the oracle can hold, with one or two heads of each group."""
+        kv_heads = min(self.kv_heads, 2)
+        group = self.heads // self.kv_heads
+        return dataclasses.replace(
+            self, tokens=min(self.tokens, CHECK_TOKENS), kv_heads=kv_heads, heads=kv_heads * group
+        )
+
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query ``[1, HQ, T, D]``, key and value ``[1, HK, T, D]``, and the gradient of the output; always the same."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(heads: int) -> torch.Tensor:
+            shape = (1, self.tokens, heads, self.head_size)  # as a model's projections lay it out
+            x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+            return x.to(DTYPES[self.dtype]).transpose(1, 2)
+
+        return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads), draw(self.heads)
+
+
+@dataclass(frozen=True)
+class PointwiseCase:
+    """A norm or a gated product, forward and backward.
+
+    Args:
+        op: ``"rms_norm"``, ``"layer_norm"`` or ``"gated"``.
+        tokens, width: rows and elements of each.
+        dtype: of the input.
+        frozen: of norms: whether the statistic is a constant.
+    """
+
+    op: str
+    tokens: int
+    width: int
+    dtype: str
+    frozen: bool = False
+
+    @property
+    def config(self) -> str:
+        """All but the length."""
+        return f"width {self.width} {self.dtype}" + (" frozen" if self.frozen else "")
+
+    @property
+    def name(self) -> str:
+        """Unique among all cases."""
+        return f"{self.op} {self.config} T{self.tokens}"
+
+    def bytes(self) -> float:
+        """Passes over the rows, each once: gate, up, product; grad, gate, up and the two gradients; norms likewise."""
+        passes = 8 if self.op == "gated" else 4 if self.frozen else 5
+        return float(passes * self.tokens * self.width * DTYPES[self.dtype].itemsize)
+
+    def flops(self) -> float:
+        """A few for each element: never what bounds it."""
+        return 20.0 * self.tokens * self.width
+
+    def tensor_bytes(self) -> int:
+        """What inputs, results and gradients hold together."""
+        return 8 * self.tokens * self.width * DTYPES[self.dtype].itemsize
+
+    def eager_bytes(self) -> int:
+        """As the tensors: eager keeps a few copies in float32."""
+        return 4 * self.tokens * self.width * 4
+
+    def small(self) -> PointwiseCase:
+        """The same with few rows."""
+        return dataclasses.replace(self, tokens=min(self.tokens, 64))
+
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Two inputs ``[T, WIDTH]`` and the gradient of the result; always the same."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.tokens, self.width)
+        return tuple(torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype]) for _ in range(3))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a Hugging Face decoder; ``options`` are further entries of its config."""
+
+    family: str
     layers: int
     hidden: int
     inner: int
     heads: int
     kv_heads: int
+    head_size: int
     vocabulary: int
-    tokens: int
-
-    @property
-    def head_size(self) -> int:
-        """Width of one head."""
-        return self.hidden // self.heads
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def parameters_in_layers(self) -> int:
         """Weights that a token passes on its way, head and embedding not counted."""
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head_size
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
-    def flops(self) -> float:
-        """Floating-point operations of one attribution: the least that any implementation does.
+    @property
+    def parameters(self) -> int:
+        """All weights, the head counted as if it were tied where the config ties it."""
+        tied = self.options.get("tie_word_embeddings", False)
+        return self.parameters_in_layers + (1 if tied else 2) * self.vocabulary * self.hidden
 
-        Linear layers: forward and the gradient of the input (weights are frozen), 2 operations for each weight, token
-        and product. Attention: 2 products forward and 5 backward on half of the T x T scores.
-        """
-        linear = 2 * 2 * self.parameters_in_layers * self.tokens
-        attention = self.layers * 7 * 2 * self.heads * self.head_size * self.tokens**2 / 2
-        return float(linear + attention)
+    def config(self) -> Any:
+        """The Hugging Face config, for prompts of any length here."""
+        from transformers import AutoConfig
 
-    def eager_bytes(self) -> int:
-        """Memory that eager GIM needs at its peak, in bytes, from below: two T x T matrices kept for each layer."""
-        return self.layers * 2 * self.heads * self.tokens**2 * 4
-
-    def build(self) -> tuple[Any, torch.Tensor]:
-        """The model in float32, in evaluation mode, and the ids ``[1, T]``; the same every time."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
+        return AutoConfig.for_model(
+            self.family,
+            num_hidden_layers=self.layers,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            max_position_embeddings=max(2048, self.tokens),
+            head_dim=self.head_size,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=1 << 18,
+            **self.options,
         )
-        model = LlamaForCausalLM(config).eval().requires_grad_(False)
-        return model, torch.randint(0, self.vocabulary, (1, self.tokens))
 
 
-def small_decoder(tokens: int) -> DecoderCase:
-    """The configuration of the CPU suite: 8 layers, hidden 512, 8 query and 2 key heads."""
-    return DecoderCase("llama-8x512", 8, 512, 1408, 8, 2, 4096, tokens)
+_TIED = {"tie_word_embeddings": True}
+#: Published sizes, from the models' config files; weights are random.
+DECODERS: dict[str, Decoder] = {
+    "llama-8x512": Decoder("llama", 8, 512, 1408, 8, 2, 64, 4096),
+    "llama-4x256": Decoder("llama", 4, 256, 704, 4, 2, 64, 1024),
+    "Llama-3.2-1B": Decoder("llama", 16, 2048, 8192, 32, 8, 64, 128256, _TIED),
+    "Llama-3.1-8B": Decoder("llama", 32, 4096, 14336, 32, 8, 128, 128256),
+    "Qwen2.5-1.5B": Decoder("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, _TIED),
+    "Qwen2.5-3B": Decoder("qwen2", 36, 2048, 11008, 16, 2, 128, 151936, _TIED),
+    "Gemma-2-2B": Decoder("gemma2", 26, 2304, 9216, 8, 4, 256, 256000, _TIED),
+}
 
 
-#: Prompt lengths of the suite ``explain`` on a CPU.
-EXPLAIN_TOKENS = (1024, 2048, 4096, 8192)
+@functools.lru_cache(maxsize=1)
+def _model(sizes: Decoder, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with random weights, the same every time, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = AutoModelForCausalLM.from_config(sizes.config())
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def forget_models() -> None:
+    """Free the model that is kept for the next length."""
+    _model.cache_clear()
+
+
+@dataclass(frozen=True)
+class ExplainCase:
+    """One attribution end to end, forward and backward, of a decoder with random weights.
+
+    Args:
+        model: a name in :data:`DECODERS`.
+        tokens: prompt length T.
+        dtype: of the weights.
+        decoder: other sizes than those of the name.
+    """
+
+    op: ClassVar[str] = "explain"
+
+    model: str
+    tokens: int
+    dtype: str
+    decoder: Decoder | None = None
+
+    @property
+    def sizes(self) -> Decoder:
+        """The decoder's sizes."""
+        return self.decoder or DECODERS[self.model]
+
+    @property
+    def config(self) -> str:
+        """All but the length."""
+        return f"{self.model} {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        """Unique among all cases."""
+        return f"{self.op} {self.config} T{self.tokens}"
+
+    def flops(self) -> float:
+        """Linear layers: forward and the gradient of the input (weights are frozen); attention: 7 causal products."""
+        one = self.sizes
+        linear = 2 * 2 * one.parameters_in_layers * self.tokens
+        attention = one.layers * 7 * 2 * one.heads * one.head_size * self.tokens**2 / 2
+        return float(linear + attention)
+
+    def bytes(self) -> float:
+        """The weights of all layers, read by each pass."""
+        return 2.0 * self.sizes.parameters_in_layers * DTYPES[self.dtype].itemsize
+
+    def tensor_bytes(self) -> int:
+        """The weights, and what our leanest plan keeps: one input for each layer and a layer's working set."""
+        one, size = self.sizes, DTYPES[self.dtype].itemsize
+        kept = self.tokens * (one.layers * one.hidden + 4 * one.hidden + 6 * one.inner)
+        return (one.parameters + kept) * size
+
+    def eager_bytes(self) -> int:
+        """Memory that eager GIM needs at its peak, from below: two T x T matrices kept for each layer."""
+        one = self.sizes
+        return one.layers * 2 * one.heads * self.tokens**2 * DTYPES[self.dtype].itemsize
+
+    def small(self) -> ExplainCase:
+        """Two layers of the same family, head size and grouping, at a length that the oracle can hold."""
+        one = self.sizes
+        kv_heads = min(2, one.kv_heads)
+        heads = kv_heads * one.heads // one.kv_heads
+        hidden = heads * 32
+        few = dataclasses.replace(
+            one, layers=2, hidden=hidden, inner=2 * hidden, heads=heads, kv_heads=kv_heads, vocabulary=512
+        )
+        return dataclasses.replace(self, tokens=min(self.tokens, CHECK_TOKENS), decoder=few)
+
+    def build(self, device: torch.device) -> tuple[Any, torch.Tensor]:
+        """The model in evaluation mode and the ids ``[1, T]`` on the device; the same every time."""
+        # Of the large models one is kept for the next length; the small ones of the checks are made anew.
+        make = _model.__wrapped__ if self.decoder else _model
+        return make(self.sizes, DTYPES[self.dtype], device), self.ids(device)
+
+    def ids(self, device: torch.device) -> torch.Tensor:
+        """Random ids ``[1, T]``."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, self.sizes.vocabulary, (1, self.tokens), generator=generator).to(device)
+
+
+Case = AttentionCase | PointwiseCase | ExplainCase
+
+# ---------------------------------------------------------------------------------------------------------- suites
+
+_K = 1024
+_RULES: tuple[Rule, ...] = ("temperature", "exact", "constant")
+#: Query and key heads: grouped as in Llama 3, and one key head for each query head.
+_GPU_HEADS = ((32, 8), (32, 32))
+_CPU_HEADS = ((8, 2), (8, 8))
+
+
+def _attention(
+    heads: Iterable[tuple[int, int]],
+    sizes: Iterable[int],
+    lengths: Iterable[int],
+    dtypes: Iterable[str],
+    masks: Iterable[bool],
+    rules: Iterable[Rule] = _RULES,
+) -> Iterator[AttentionCase]:
+    for dtype, causal, size, (queries, keys), rule in itertools.product(dtypes, masks, sizes, heads, rules):
+        for tokens in lengths:
+            yield AttentionCase(rule, size, tokens, queries, keys, causal, dtype)
+
+
+def _pointwise(lengths: Iterable[int], width: int, dtype: str) -> Iterator[PointwiseCase]:
+    for tokens in lengths:
+        for frozen in (True, False):
+            yield PointwiseCase("rms_norm", tokens, width, dtype, frozen)
+        yield PointwiseCase("layer_norm", tokens, width, dtype, True)
+        yield PointwiseCase("gated", tokens, width, dtype)
+
+
+def _unique(*groups: Iterable[Case]) -> tuple[Case, ...]:
+    """All cases in order, each once: what matters most stands first, since a short run may not reach the end."""
+    return tuple(dict.fromkeys(itertools.chain(*groups)))
+
+
+_SMALL = (_K, 2 * _K, 4 * _K, 8 * _K)
+_LONG = (8 * _K, 16 * _K, 4 * _K, _K, 2 * _K)
+_ALL = tuple(_K << power for power in range(8))
+
+#: By suite and device type.
+SUITES: dict[str, dict[str, tuple[Case, ...]]] = {
+    "quick": {
+        "cpu": _unique(
+            _attention([(8, 2)], [64], [512, _K, 2 * _K], ["float32"], [True], ["temperature", "constant"]),
+            _pointwise([2 * _K], 2048, "float32"),
+            [ExplainCase("llama-4x256", tokens, "float32") for tokens in (256, 512, _K)],
+        ),
+        "cuda": _unique(
+            _attention([(32, 8)], [128], [2 * _K, 4 * _K, 8 * _K], ["bfloat16"], [True], ["temperature", "constant"]),
+            _pointwise([8 * _K], 4096, "bfloat16"),
+            [ExplainCase("Llama-3.2-1B", tokens, "bfloat16") for tokens in (_K, 2 * _K, 4 * _K)],
+        ),
+    },
+    "attention": {
+        "cpu": _unique(
+            _attention([(8, 8)], [64], _SMALL, ["float32"], [True]),
+            _attention(_CPU_HEADS, [64, 128, 256], _SMALL, ["float32", "bfloat16"], [True, False]),
+        ),
+        "cuda": _unique(
+            [AttentionCase("exact", 128, tokens, 32, 32, True, "bfloat16", "forward") for tokens in _LONG[:2]],
+            _attention([(32, 32)], [128], _LONG[:2], ["bfloat16"], [True]),
+            _attention([(32, 32)], [64], _LONG[:2], ["bfloat16"], [True]),
+            _attention([(32, 8)], [128], _LONG, ["bfloat16"], [True]),
+            _attention(_GPU_HEADS, [128, 64, 256], _ALL, ["bfloat16", "float16"], [True, False]),
+        ),
+    },
+    "pointwise": {
+        "cpu": _unique(_pointwise(_SMALL, 2048, "float32")),
+        "cuda": _unique(
+            _pointwise((8 * _K, 32 * _K), 4096, "bfloat16"), _pointwise((8 * _K, 32 * _K), 14336, "bfloat16")
+        ),
+    },
+    "explain": {
+        "cpu": _unique(
+            [ExplainCase("llama-8x512", tokens, "float32") for tokens in _SMALL],
+        ),
+        "cuda": _unique(
+            [ExplainCase("Llama-3.2-1B", tokens, "bfloat16") for tokens in (4 * _K, 8 * _K, 16 * _K)],
+            [ExplainCase("Llama-3.1-8B", tokens, "bfloat16") for tokens in (4 * _K, 16 * _K)],
+            [
+                ExplainCase(model, tokens, "bfloat16")
+                for model in ("Qwen2.5-1.5B", "Qwen2.5-3B", "Gemma-2-2B")
+                for tokens in (4 * _K, 16 * _K)
+            ],
+            [ExplainCase(model, 64 * _K, "bfloat16") for model in ("Llama-3.2-1B", "Llama-3.1-8B")],
+        ),
+    },
+    "memory": {
+        "cpu": _unique([ExplainCase("llama-4x256", tokens, "float32") for tokens in (*_SMALL, 16 * _K)]),
+        "cuda": _unique([ExplainCase("Llama-3.1-8B", tokens, "bfloat16") for tokens in _ALL]),
+    },
+}

@@ -1,162 +1,272 @@
-"""Runs a suite, checks every case first, and writes its results as JSON: ``python -m benchmarks.runner explain``."""
+"""Runs a suite: checks, warms up, measures memory and time, and hands over each case's rows as soon as it has them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 
-import gim
-import gim.demo
-from benchmarks import statements as demo_statements
-from benchmarks.cases import EXPLAIN_TOKENS, DecoderCase, small_decoder
-from benchmarks.measure import MIB, Times, available_bytes, environment, interleaved, peak_bytes
-from gim.rules import PRESETS
-from tests import eager
-from tests.oracle import assert_within_budget
+from benchmarks.cases import SUITES, Case, ExplainCase, forget_models
+from benchmarks.check import Checks
+from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environment, interleaved, machine, peak_bytes
+from benchmarks.outside import Outside, OutsideRun
+from benchmarks.results import SCHEMA, Results, Row
+from benchmarks.systems import Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
+from tests.oracle import relative_error
 
-SCHEMA = 1
-BASELINE = 0
-#: Length at which every system is held against float64 before anything is timed.
-CHECK_TOKENS = 256
-
-app = typer.Typer(add_completion=False, help="Throughput and memory of gim-kernels and its rivals.")
-console = Console()
+#: Share of the free memory that the least a system needs may be. A GPU that runs out raises, which becomes a row; a
+#: CPU that runs out kills the process.
+SHARE = {"cpu": 0.6, "cuda": 1.0}
 
 
-def _systems(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Ours and the rival for one model and prompt; the rival is the correct eager implementation of the tests."""
+class BenchmarkError(Exception):
+    """Something the user can put right, in one line."""
 
-    def ours(rules: str, memory: str) -> Callable[[], torch.Tensor]:
-        return lambda: gim.explain(model, ids, baseline_token_id=BASELINE, rules=rules, memory=memory)
 
-    def eager_gim() -> torch.Tensor:
-        # Only the last position goes through the head, as in ours.
-        table = model.get_input_embeddings().weight
-        embedded = table[ids].detach().requires_grad_(True)
-        last = torch.tensor([ids.shape[1] - 1])
-        logits = eager.forward(model, embedded, eager.PRESETS["GIM"], kept=last)[0, 0]
-        (grad,) = torch.autograd.grad(logits.max(), embedded)
-        return ((embedded.detach() - table[BASELINE]) * grad).sum(-1)[0]
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
 
+    Args:
+        repeats: rounds at most.
+        least: rounds at least.
+        case_seconds: after this no further round of a case begins.
+        budget_seconds: after this no further case begins; the results name those not reached.
+    """
+
+    repeats: int = 15
+    least: int = 3
+    case_seconds: float = 20.0
+    budget_seconds: float = float("inf")
+
+
+#: What each suite is measured with where nothing else is asked for.
+SETTINGS = {
+    "quick": Settings(repeats=7, least=3, case_seconds=1.5),
+    "memory": Settings(repeats=1, least=1, case_seconds=0.0),
+}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        BenchmarkError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BenchmarkError(f"--device: {name!r} is not the name of a device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BenchmarkError(f"--device: suites exist for cpu and cuda, not for {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError(f"--device: {name!r} is asked for, and torch finds no GPU here")
+    if device.type == "cuda" and ":" not in name:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def cases_of(suite: str, device: torch.device, only: str = "", tokens: tuple[int, ...] = ()) -> tuple[Case, ...]:
+    """The cases of a suite on a kind of device, those with ``only`` in their name and of these lengths.
+
+    Raises:
+        BenchmarkError: no such suite, or nothing left.
+    """
+    if suite not in SUITES:
+        raise BenchmarkError(f"no suite is called {suite!r}: there are {', '.join(SUITES)}")
+    found = [case for case in SUITES[suite][device.type] if only in case.name]
+    if tokens:
+        found = [case for case in found if case.tokens in tokens]
+    if not found:
+        raise BenchmarkError(f"no case of suite {suite!r} on {device.type} is left by --only {only!r} and --tokens")
+    return tuple(found)
+
+
+def gib(amount: float) -> str:
+    """Bytes in GiB, for people."""
+    return f"{amount / 2**30:.1f} GiB"
+
+
+def _too_small(needed: int, device: torch.device) -> Row | None:
+    """A row's note where memory does not suffice, with the bytes that it would need."""
+    free = available_bytes(device)
+    if needed <= SHARE[device.type] * free:
+        return None
+    return {"note": f"skipped: needs at least {gib(needed)}, {gib(free)} are free", "bytes_needed": needed}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+@dataclass
+class _Prepared:
+    """The systems of a case that ran once, what they returned, and notes on the others."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    results: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    notes: dict[str, Row] = field(default_factory=dict)
+
+
+def _prepare(
+    case: Case, systems: tuple[System, ...], problems: dict[str, str], inputs: tuple[Any, ...], device: torch.device
+) -> _Prepared:
+    found = _Prepared()
+    for system in systems:
+        if system.name in problems:
+            found.notes[system.name] = {"note": problems[system.name]}
+            continue
+        note = _too_small(system.bytes_needed(case), device)
+        if note is not None:
+            found.notes[system.name] = note
+            continue
+        try:
+            run = system.prepare(case, inputs, device)
+            result = run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            found.notes[system.name] = {"note": "out of memory"}
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:  # whatever a rival raises is a row that says so
+            found.notes[system.name] = {"note": f"refused: {_first_line(error)}"}
+        else:
+            found.runs[system.name] = run
+            # On the host, so that it takes no memory from those that follow.
+            found.results[system.name] = tuple(one.detach().cpu() for one in result)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def _roofline_seconds(flops: float, moved: float, dtype: str, limits: dict[str, Any]) -> float:
+    """The least time that the machine's own rates allow for a case's work."""
+    compute = flops / (limits["matrix_gflops"][dtype] * 1e9)
+    return max(compute, moved / (limits["copy_gb_per_s"] * 1e9))
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    limits: dict[str, Any],
+    checks: Checks,
+    settings: Settings,
+    systems: tuple[System, ...] | None = None,
+) -> list[Row]:
+    """Every system of a case, measured or with a note that says why not."""
+    chosen = systems or systems_of(case, device)
+    base = {"case": case.name, "op": case.op, "config": case.config, "tokens": case.tokens}
+    note = _too_small(case.tensor_bytes(), device)
+    if note is not None:
+        return [{**base, "system": system.name, **note} for system in chosen]
+    problems = checks(case, tuple(system for system in chosen if system.rule != "outside"))
+    inputs = inputs_of(case, device)
+    prepared = _prepare(case, chosen, problems, inputs, device)
+    watch = Stopwatch(device)
+    peaks, failed = {}, {}
+    for name, run in prepared.runs.items():
+        try:
+            peaks[name] = run.peak_bytes() if isinstance(run, OutsideRun) else peak_bytes(run, device)
+        except torch.OutOfMemoryError:
+            failed[name] = {"note": "out of memory"}
+    timed = {name: run for name, run in prepared.runs.items() if name in peaks}
+    before = clocks(device)
+    times = interleaved(timed, watch, settings.repeats, settings.least, settings.case_seconds)
+    after = clocks(device)
+    for run in prepared.runs.values():
+        if isinstance(run, OutsideRun):
+            run.close()
+    ours = chosen[0]
+    rows: list[Row] = []
+    for system in chosen:
+        row: Row = {**base, "system": system.name}
+        if system.backend:
+            row["backend"] = system.backend
+        if system.name not in times:
+            extra = failed.get(system.name) or prepared.notes.get(system.name)
+            if extra is not None:
+                rows.append({**row, **extra})
+            continue
+        measured, own = times[system.name], own_case(case, system)
+        floor = _roofline_seconds(own.flops(), own.bytes(), case.dtype, limits)
+        executed = executed_flops(case, system, device)
+        row |= measured.to_dict()
+        row["peak_mib"] = round(peaks[system.name] / MIB, 2)
+        row["gflops"] = round(own.flops() / measured.median / 1e9, 1)
+        if executed is not None:
+            row["executed_gflops"] = round(executed / measured.median / 1e9, 1)
+        row["gb_per_s"] = round(own.bytes() / measured.median / 1e9, 2)
+        row["roofline_ms"] = round(1000 * floor, 4)
+        row["roofline_share"] = round(floor / measured.median, 4)
+        if system.name != ours.name and ours.name in prepared.results and rule_of(system, case) == rule_of(ours, case):
+            pairs = zip(prepared.results[ours.name], prepared.results[system.name], strict=True)
+            row["difference_to_ours"] = max(float(f"{relative_error(a, b):.2e}") for a, b in pairs)
+        if device.type == "cuda":
+            row["sm_mhz"] = [clock.get("clocks.sm", "unknown") for clock in (before, after)]
+        rows.append(row)
+    return rows
+
+
+def new_results(suite: str, device: torch.device) -> Results:
+    """Results of a suite without any row yet."""
     return {
-        "gim-kernels GIM": ours("GIM", "none"),
-        "gim-kernels GIM, checkpoints": ours("GIM", "layer"),
-        "gim-kernels GIM_CONSTANT": ours("GIM_CONSTANT", "none"),
-        "gim-kernels exact gradient": ours("GRADIENT", "none"),
-        "eager GIM": eager_gim,
+        "schema": SCHEMA,
+        "suite": suite,
+        **environment(device),
+        "machine": None,
+        "complete": False,
+        "rows": [],
     }
 
 
-def check(case: DecoderCase) -> None:
-    """Refuse to time a case whose systems are wrong: each is held against float64 at a short length."""
-    model, ids = case.build()
-    ids = ids[:, :CHECK_TOKENS]
-    double = case.build()[0].double()
-    for name, run in _systems(model, ids).items():
-        preset = {"gim-kernels GIM_CONSTANT": "GIM_CONSTANT", "gim-kernels exact gradient": "GRADIENT"}.get(name, "GIM")
-        rules = eager.PRESETS[preset]
-        assert preset in PRESETS
-        truth, _ = eager.attribution(double, ids, rules, baseline=BASELINE)
-        yardstick, _ = eager.attribution(model, ids, rules, baseline=BASELINE, dtype=torch.float32)
-        assert_within_budget(run(), truth[0], yardstick[0], name)
+@dataclass
+class Suite:
+    """A run of a suite; :meth:`run` fills ``results`` case by case.
 
-
-def _rows(case: DecoderCase, repeats: int) -> list[dict[str, Any]]:
-    model, ids = case.build()
-    systems = _systems(model, ids)
-    rows: list[dict[str, Any]] = []
-    free = available_bytes()
-    if case.eager_bytes() > 0.8 * free:
-        del systems["eager GIM"]
-        needed = f"needs at least {case.eager_bytes() / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-        rows.append({"system": "eager GIM", "note": needed})
-    peaks = {name: peak_bytes(run) for name, run in systems.items()}  # each one's warm-up, too
-    times: dict[str, Times] = interleaved(systems, repeats)
-    for name, measured in times.items():
-        rate = case.flops() / measured.median / 1e9
-        rows.append(
-            {"system": name, **measured.to_dict(), "peak_mib": round(peaks[name] / MIB, 1), "gflops": round(rate, 1)}
-        )
-    return [{"case": case.name, "tokens": case.tokens, **row} for row in rows]
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="explain: one attribution, forward and backward")
-    for column in ("tokens", "system", "median ms", "min .. max", "peak MiB", "GFLOP/s", ""):
-        table.add_column(column, justify="left" if column in ("system", "") else "right")
-    for row in rows:
-        if "note" in row:
-            table.add_row(str(row["tokens"]), row["system"], "", "", "", "", row["note"])
-        else:
-            spread = f"{row['min_ms']:.0f} .. {row['max_ms']:.0f}"
-            numbers = (f"{row['median_ms']:.0f}", spread, f"{row['peak_mib']:.0f}", f"{row['gflops']:.0f}")
-            table.add_row(str(row["tokens"]), row["system"], *numbers, "")
-    console.print(table)
-
-
-def write(folder: Path, suite: str, rows: list[dict[str, Any]]) -> Path:
-    """Write what has been measured so far, so that a cut run leaves its results.
-
-    Rows that the same machine measured on the same day at other lengths stay in the file.
+    Args:
+        name: of the suite.
+        device: where.
+        cases: in order.
+        settings: how long.
+        outside: rivals in another environment, for cases of ``explain``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {"schema": SCHEMA, "suite": suite, **environment(), "rows": rows}
-    slug = "".join(c if c.isalnum() else "-" for c in found["device"].split(",")[0].lower()).strip("-")
-    path = folder / f"{suite}-{slug}-{found['date']}.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        measured = {row.get("tokens") for row in rows}
-        found["rows"] = [row for row in before if row.get("tokens") not in measured] + rows
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return path
 
+    name: str
+    device: torch.device
+    cases: tuple[Case, ...]
+    settings: Settings
+    outside: Outside | None = None
+    results: Results = field(init=False)
 
-@app.command()
-def explain(
-    json_folder: Annotated[Path | None, typer.Option("--json", help="Folder for the results.")] = None,
-    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = ",".join(map(str, EXPLAIN_TOKENS)),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions of each system.")] = 3,
-) -> None:
-    """One attribution end to end, against correct eager GIM, interleaved."""
-    lengths = [int(length) for length in tokens.split(",")]
-    check(small_decoder(max(lengths)))
-    console.print(f"every system agrees with float64 at {CHECK_TOKENS} tokens")
-    rows: list[dict[str, Any]] = []
-    for length in lengths:
-        rows += _rows(small_decoder(length), repeats)
-        if json_folder is not None:
-            path = write(json_folder, "explain", rows)
-    _show(rows)
-    if json_folder is not None:
-        console.print(f"written to {path}")
+    def __post_init__(self) -> None:
+        self.results = new_results(self.name, self.device)
 
-
-@app.command()
-def statements(
-    json_folder: Annotated[Path | None, typer.Option("--json", help="Folder for the results.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for each preset.")] = demo_statements.PROMPTS,
-) -> None:
-    """How often each preset finds both statements of the asked fact in the demo model's prompts."""
-    model, tokenizer = gim.demo.load()
-    rows: list[dict[str, Any]] = []
-    for rules in PRESETS:
-        rows.append({"rules": rules, **demo_statements.count(model, tokenizer, rules, prompts)})
-        console.print(rows[-1])
-        if json_folder is not None:
-            write(json_folder, "statements", rows)
-
-
-@app.callback()
-def main() -> None:
-    """Choose a suite."""
-
-
-if __name__ == "__main__":
-    app()
+    def run(self, started: Callable[[Case], None] = lambda case: None) -> Iterator[tuple[Case, list[Row]]]:
+        """Measure the machine, then every case; each case's rows are in ``results`` before they are handed over."""
+        begin = time.perf_counter()
+        dtypes = list(dict.fromkeys(case.dtype for case in self.cases))
+        self.results["machine"] = machine(self.device, dtypes)
+        checks = Checks(self.device)
+        for index, case in enumerate(self.cases):
+            if time.perf_counter() - begin > self.settings.budget_seconds:
+                self.results["not_reached"] = [one.name for one in self.cases[index:]]
+                return
+            started(case)
+            if index and self.cases[index - 1].config != case.config:
+                forget_models()
+            systems = systems_of(case, self.device)
+            if self.outside is not None and isinstance(case, ExplainCase):
+                systems = (*systems, *self.outside.systems(case, self.device))
+            rows = run_case(case, self.device, self.results["machine"], checks, self.settings, systems)
+            self.results["rows"] += rows
+            yield case, rows
+        self.results["complete"] = True

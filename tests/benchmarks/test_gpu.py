@@ -1,0 +1,174 @@
+"""`make gpu` keeps to its time and leaves what each step wrote; tiles are tried in order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gim_kernels
+from benchmarks import gpu, time_tiles
+from benchmarks.gpu import Step
+from gim import cli
+from gim_kernels import reference
+from gim_kernels.triton import tiles
+from gim_kernels.triton.tiles import Tile
+from tests.oracle import assert_within_budget
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+
+SLEEPS = (
+    "import sys, time\n"
+    "sys.stdout.write('begun\\n')\n"
+    "try:\n    time.sleep(60)\n"
+    "except KeyboardInterrupt:\n    sys.stdout.write('kept\\n'); sys.exit(130)"
+)
+
+
+def test_steps_run_in_order_and_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    todo = [
+        Step("good", ("-c", "import sys; sys.stdout.write('out'); sys.stderr.write('err')"), 30),
+        Step("bad", ("-c", "raise SystemExit(3)"), 30),
+        Step("last", ("-c", ""), 30),
+    ]
+    want = {"good": "ok", "bad": "exit code 3", "last": "ok"}
+    assert gpu.run(todo, tmp_path, limit=100) == want
+    assert json.loads((tmp_path / "summary.json").read_text()) == want
+    assert sorted((tmp_path / "good.log").read_text()) == sorted("outerr")
+    assert [line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["good:", "bad:", "last:"]
+
+
+def test_a_step_that_takes_too_long_is_interrupted_and_can_write_what_it_has(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    outcome = gpu.run([Step("slow", ("-c", SLEEPS), 4)], tmp_path, limit=100)
+    assert outcome == {"slow": "stopped after 4 s"} and time.monotonic() - begin < 4 + gpu.GRACE
+    assert (tmp_path / "slow.log").read_text().splitlines() == ["begun", "kept"]
+
+
+def test_nothing_starts_when_the_time_of_all_is_over(tmp_path: Path) -> None:
+    assert gpu.run([Step("one", ("-c", ""), 30)], tmp_path, limit=gpu.GRACE) == {"one": "not started: no time was left"}
+
+
+def test_the_steps_are_tests_then_suites_then_tiles_within_the_limit(tmp_path: Path) -> None:
+    found = gpu.steps(tmp_path)
+    assert [step.name for step in found] == ["tests", "attention", "explain", "pointwise", "memory", "tiles"]
+    # Every step may use all of its time, but the last, which takes what is left.
+    assert sum(step.seconds for step in found[:-1]) + gpu.GRACE < gpu.LIMIT < 540
+    for step in found:
+        assert step.command[0] == "-m" and any(str(tmp_path) in part for part in step.command)
+
+
+@NO_GPU
+def test_make_gpu_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([str(tmp_path / "out")]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert gpu.main([]) == 2
+    assert "make gpu OUT=dir" in capsys.readouterr().err
+
+
+@NO_GPU
+def test_timing_tiles_without_a_gpu_says_so(tmp_path: Path) -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(time_tiles.main)
+    shown = CliRunner().invoke(app, ["--json", str(tmp_path / "a.json")])
+    assert shown.exit_code == 2 and "torch finds none here" in shown.output
+
+
+def test_a_tile_is_replaced_for_one_kind_of_work_only_and_put_back() -> None:
+    own = tiles.attention_tile("forward", "cuda:90", 128, torch.bfloat16)
+    other = Tile(16, 16, 1, 1)
+    with time_tiles.replaced("forward", other):
+        assert tiles.attention_tile("forward", "cuda:90", 128, torch.bfloat16) is other
+        assert tiles.attention_tile("grad_key", "cuda:90", 128, torch.bfloat16) is not other
+    assert tiles.attention_tile("forward", "cuda:90", 128, torch.bfloat16) == own
+
+
+def test_the_launchers_take_the_replaced_tile_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU through triton's interpreter."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = [torch.randn(1, 2, 48, 16, device=device) for _ in range(3)]
+    launched: list[tuple[int, int]] = []
+    original = tiles.Variant.launch
+
+    def launch(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append((self.constants["BLOCK_T"], self.constants["BLOCK_S"]))
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", launch)
+    with time_tiles.replaced("forward", Tile(16, 32, 4, 1)):
+        found = gim_kernels.attention(*inputs, causal=True, engine="triton")
+    assert launched == [(16, 32)]
+    truth, plain = (
+        reference.attention(*(x.to(dtype) for x in inputs), causal=True) for dtype in (torch.float64, torch.float32)
+    )
+    assert_within_budget(found, truth, plain, "another tile")
+
+
+def test_near_tiles_come_first() -> None:
+    own = Tile(128, 64, 8, 3)
+    others = [Tile(16, 16, 4, 2), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)]
+    assert time_tiles.near(own, others) == [others[3], others[1], others[2], others[0]]
+
+
+def test_jobs_take_every_kind_of_work_in_turn_the_tables_own_tile_first() -> None:
+    found = time_tiles.jobs("cuda:90", [128, 64], "bfloat16")
+    columns = 2 * len(time_tiles.WORKS)
+    assert all(job.is_own for job in found[:columns]) and not any(job.is_own for job in found[columns:])
+    for job in found[:columns]:
+        assert job.tile == tiles.attention_tile(job.work, "cuda:90", job.head_size, torch.bfloat16)
+    assert len({(job.work, job.head_size) for job in found[columns : 2 * columns]}) == columns
+    assert len({(job.work, job.head_size, time_tiles.numbers(job.tile)) for job in found}) == len(found)
+    # sm_80 splits the gradient of the query at 128: there is no tile to replace.
+    split = time_tiles.jobs("cuda:80", [256], "bfloat16")
+    assert all(not job.tile.split for job in split) and {job.work for job in split} < set(time_tiles.WORKS)
+
+
+@NO_GPU
+def test_a_tile_that_cannot_be_compiled_says_why() -> None:
+    job = time_tiles.jobs("cuda:90", [64], "bfloat16")[0]
+    assert time_tiles.compile_all([job], 1, 60.0) == {job: time_tiles.compile_job(job)}
+    assert time_tiles.compile_job(job) is not None
+
+
+# ------------------------------------------------------------------------------------------------------- gim bench
+
+
+def test_gim_bench_runs_the_source_trees_benchmarks(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "speed"])
+    assert shown.exit_code == 2 and "no suite is called 'speed'" in capfd.readouterr().err
+
+
+def test_gim_bench_hands_its_options_on(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "cases", "quick", "--device", "cpu"])
+    assert shown.exit_code == 0 and "GFLOP" in capfd.readouterr().out
+
+
+def test_gim_bench_without_a_source_tree_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "gim" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(cli.app, ["bench", "quick"])
+    assert shown.exit_code == 2 and "go to a checkout's folder and run gim bench there" in " ".join(
+        shown.output.split()
+    )
+
+
+def test_the_python_of_gim_bench_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    shown = CliRunner().invoke(cli.app, ["bench", "memory", "--json", "a b.json"])
+    assert shown.exit_code == 130
+    assert asked[0][0] == sys.executable and asked[0][-3:] == ["memory", "--json", "a b.json"]
