@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
-from gim.patches import attention, gated_mlps, norms
+from gim.patches import attention, functional, gated_mlps, norms
 from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
@@ -159,7 +160,10 @@ def apply_patches(model: nn.Module, session: Session) -> None:
         session.set_attribute(module, SESSION, session)
     norms.patch(model, session)
     gated_mlps.patch(model, session)
-    attention.patch(model, session)
+    if isinstance(model, PreTrainedModel):
+        attention.patch(model, session)
+    else:
+        functional.patch(model, session)
     if session.strict:
         _raise_unsupported(model, session.report.unsupported)
     _guard_checkpoints(model, session)
@@ -172,6 +176,8 @@ def apply_patches(model: nn.Module, session: Session) -> None:
             return  # an inner context's rules are in force, and it looks after its own forward passes
         session.report.forwards += 1
         missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
+        for end in session.end_of_forward:
+            missing += end()
         if session.strict:
             _raise_unsupported(model, missing)
         known = set(session.report.unsupported)

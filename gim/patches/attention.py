@@ -317,15 +317,12 @@ class _Switches:
 _switches = _Switches()
 
 
-def patch(model: nn.Module, session: Session) -> None:
-    """Route every attention of a Hugging Face model through :func:`gim_attention` for the session's rules."""
-    expected = attention_modules(model)
-    if not isinstance(model, PreTrainedModel):
-        session.unsupported(
-            type(model).__name__,
-            "is not a transformers PreTrainedModel, so its attention cannot be switched",
-        )
-        return
+def patch(model: PreTrainedModel, session: Session, prefix: str = "") -> None:
+    """Route every attention of a Hugging Face model through :func:`gim_attention` for the session's rules.
+
+    ``prefix`` goes before the names of the modules of a model that is part of another.
+    """
+    expected = {f"{prefix}{name}": module for name, module in attention_modules(model).items()}
     if not expected:
         session.unsupported(type(model).__name__, "has no module whose class is named Attention")
         return
