@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
-from gim.patches import attention, functional, gated_mlps, norms
+from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
 from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
@@ -158,12 +158,15 @@ def apply_patches(model: nn.Module, session: Session) -> None:
     """
     for module in model.modules():
         session.set_attribute(module, SESSION, session)
-    norms.patch(model, session)
-    gated_mlps.patch(model, session)
-    if isinstance(model, PreTrainedModel):
-        attention.patch(model, session)
+    if transformer_lens.is_one(model):
+        transformer_lens.patch(model, session)
     else:
-        functional.patch(model, session)
+        norms.patch(model, session)
+        gated_mlps.patch(model, session)
+        if isinstance(model, PreTrainedModel):
+            attention.patch(model, session)
+        else:
+            functional.patch(model, session)
     if session.strict:
         _raise_unsupported(model, session.report.unsupported)
     _guard_checkpoints(model, session)

@@ -17,6 +17,7 @@ from gim.context import GIM, decoder_layers
 from gim.inputs import embeddings
 from gim.memory import MemoryPlan
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
+from gim.patches import transformer_lens
 from gim.rules import Rules
 from gim.targets import Measure
 
@@ -121,6 +122,15 @@ def _forward_arguments(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor
 ) -> dict[str, Any]:
     """What the model is called with."""
+    if transformer_lens.is_one(model):
+        arguments = {"input": ids, "return_type": "logits"}
+        if any(
+            one.kind is inspect.Parameter.VAR_KEYWORD for one in inspect.signature(model.forward).parameters.values()
+        ):
+            arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
+        if mask is not None:
+            arguments["attention_mask"] = mask.to(torch.int64)
+        return arguments
     known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if mask is not None:

@@ -54,7 +54,7 @@ _UNSEEN: dict[Part, str] = {
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """A module that runs: its session, its name, its class, whether the rules act on its own calls."""
 
     session: Session
@@ -68,14 +68,14 @@ class _Running(threading.local):
     """The modules that run in this thread, the outermost first."""
 
     def __init__(self) -> None:
-        self.frames: list[_Frame] = []
+        self.frames: list[Frame] = []
 
 
 _running = _Running()
 
 
 @dataclass
-class _Expected:
+class Expected:
     """A module whose part of the model must be seen to act once it runs."""
 
     part: Part
@@ -92,11 +92,11 @@ class _Activated:
 
 
 @dataclass
-class _State:
+class State:
     """What one session knows of the calls inside its model."""
 
     rows: dict[tuple[str, str], Application] = field(default_factory=dict)
-    expected: dict[str, _Expected] = field(default_factory=dict)
+    expected: dict[str, Expected] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     fired: set[tuple[str, Part]] = field(default_factory=set)
     activated: dict[int, _Activated] = field(default_factory=dict)
@@ -107,18 +107,31 @@ def _recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class _Calls(TorchFunctionMode):
-    """Sends the calls that a model's modules make to the functions of :data:`_HANDLERS`."""
+def count(row: Application, session: Session, state: State, engine: str) -> None:
+    """Count a call, for its row and for every module that runs around it; a checkpoint's second run is the same."""
+    state.fired.update((frame.name, row.part) for frame in _running.frames if frame.session is session)
+    if _recomputing():
+        return
+    row.calls += 1
+    row.engine = engine
+    for note in (_NOTES.get(row.part), _UNSEEN.get(row.part)):
+        if note in session.report.notes:
+            session.report.notes.remove(note)
 
-    def __init__(self, session: Session, state: _State) -> None:
+
+class Calls(TorchFunctionMode):
+    """Sends the calls that a model's modules make to the functions of :data:`HANDLERS`."""
+
+    def __init__(self, session: Session, state: State, handlers: dict[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.session = session
         self.state = state
+        self.handlers = handlers
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = _HANDLERS.get(func)
+        handler = self.handlers.get(func)
         named = kwargs or {}
         if handler is None or not _running.frames:
             return func(*args, **named)
@@ -127,23 +140,17 @@ class _Calls(TorchFunctionMode):
             return func(*args, **named)
         return handler(self, frame, func, *args, **named)
 
-    def fire(self, frame: _Frame, part: Part, function: str, rule: str, engine: str) -> None:
-        """Enter a call in the report."""
-        if _recomputing():
-            return
-        row = self.state.rows.get((frame.name, function))
+    def fire(self, frame: Frame, part: Part, function: str, rule: str, engine: str, module: str | None = None) -> None:
+        """Enter a call in the report; ``module`` is the name of its row where that is not the frame's."""
+        name = frame.name if module is None else module
+        row = self.state.rows.get((name, function))
         if row is None:
-            row = Application(part, frame.name, frame.module_class, rule, f"call of {function}")
-            self.state.rows[frame.name, function] = row
+            row = Application(part, name, frame.module_class, rule, f"call of {function}")
+            self.state.rows[name, function] = row
             self.session.report.applications.append(row)
-            for note in (_NOTES.get(part), _UNSEEN.get(part)):
-                if note in self.session.report.notes:
-                    self.session.report.notes.remove(note)
-        row.calls += 1
-        row.engine = engine
-        self.state.fired.update((other.name, part) for other in _running.frames if other.session is self.session)
+        count(row, self.session, self.state, engine)
 
-    def refuse(self, frame: _Frame, reason: str, because: Exception | None = None) -> None:
+    def refuse(self, frame: Frame, reason: str, because: Exception | None = None) -> None:
         """Raise where the session is strict, else report.
 
         Raises:
@@ -157,8 +164,8 @@ class _Calls(TorchFunctionMode):
 
 
 def _attend(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -197,8 +204,8 @@ def _attend(
 
 
 def _scaled_dot_product_attention(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     func: Callable[..., Any],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -250,8 +257,8 @@ def _intersection(first: torch.Tensor | None, second: torch.Tensor | None) -> to
 
 
 def _multi_head_attention_forward(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     func: Callable[..., Any],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -404,8 +411,8 @@ def _multi_head_attention_forward(
 
 
 def _layer_norm(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     func: Callable[..., Any],
     input: torch.Tensor,
     normalized_shape: Any,
@@ -425,8 +432,8 @@ def _layer_norm(
 
 
 def _rms_norm(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     func: Callable[..., Any],
     input: torch.Tensor,
     normalized_shape: Any,
@@ -443,8 +450,8 @@ def _rms_norm(
 
 
 def _norm(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     name: str,
     func: Callable[..., Any],
     apply: Callable[[torch.Tensor, torch.Tensor | None, bool], torch.Tensor],
@@ -469,7 +476,7 @@ def _norm(
     return y
 
 
-def _other_norm(calls: _Calls, frame: _Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _other_norm(calls: Calls, frame: Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """A norm whose statistic the kernels cannot freeze."""
     if calls.session.rules.freeze_norm:
         calls.refuse(
@@ -481,8 +488,8 @@ def _other_norm(calls: _Calls, frame: _Frame, func: Callable[..., Any], *args: A
 
 
 def _batch_norm(
-    calls: _Calls,
-    frame: _Frame,
+    calls: Calls,
+    frame: Frame,
     func: Callable[..., Any],
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -501,7 +508,7 @@ def _batch_norm(
 
 
 def _activation(
-    calls: _Calls, frame: _Frame, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any
+    calls: Calls, frame: Frame, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any
 ) -> Any:
     """Remember what an activation was computed from, for the product it may become a branch of."""
     gate = input
@@ -522,7 +529,7 @@ def _activation(
     return output
 
 
-def _product(calls: _Calls, frame: _Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _product(calls: Calls, frame: Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """``activation(gate) * up``, where the two have one shape and both depend on the input."""
     if len(args) != 2 or named or not all(isinstance(x, torch.Tensor) for x in args):
         return func(*args, **named)
@@ -551,7 +558,7 @@ def _product(calls: _Calls, frame: _Frame, func: Callable[..., Any], *args: Any,
     return y
 
 
-def _other_gate(calls: _Calls, frame: _Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+def _other_gate(calls: Calls, frame: Frame, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """A gate whose activation the kernels do not have."""
     if calls.session.rules.modifies_gated_mlps:
         calls.refuse(
@@ -574,7 +581,7 @@ _PRODUCTS = frozenset(
 )
 
 #: What is done with each function of torch that a module of the model calls.
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention_forward,
     F.layer_norm: _layer_norm,
@@ -595,7 +602,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 @contextmanager
-def _entered(frame: _Frame) -> Iterator[None]:
+def _entered(frame: Frame) -> Iterator[None]:
     _running.frames.append(frame)
     try:
         yield
@@ -615,7 +622,7 @@ def _in_reentrant_checkpoint(session: Session) -> bool:
 
 
 def _patched_forward(
-    module: nn.Module, name: str, inner: Callable[..., Any], calls: _Calls, active: bool
+    module: nn.Module, name: str, inner: Callable[..., Any], calls: Calls, active: bool
 ) -> Callable[..., Any]:
     """``inner``, which says that it runs, with the mode on where it is the outermost of its session."""
     session, module_class = calls.session, type(module).__name__
@@ -623,7 +630,7 @@ def _patched_forward(
     @functools.wraps(inner)
     def forward(*inputs: Any, **named: Any) -> Any:
         running = any(frame.session is session for frame in _running.frames)
-        frame = _Frame(session, name, module_class, active, torch.is_grad_enabled())
+        frame = Frame(session, name, module_class, active, torch.is_grad_enabled())
         if running and _in_reentrant_checkpoint(session):
             calls.refuse(
                 frame,
@@ -672,8 +679,7 @@ def patch(model: nn.Module, session: Session) -> None:
     report's notes: most models without gates have none, and a gate in elementary operations looks like any product.
     A module of TorchScript, whose calls are not seen, is an error at once.
     """
-    state = _State()
-    calls = _Calls(session, state)
+    state = State()
     roots = hugging_face_roots(model)
     inside = tuple(f"{name}." for name in roots)
     for name, root in roots.items():
@@ -683,32 +689,52 @@ def patch(model: nn.Module, session: Session) -> None:
     session.report.unsupported[:] = [pair for pair in session.report.unsupported if pair[0] not in own]
     for name, reason in own.items():
         part: Part = "norm" if norms.looks_like_norm(modules[name]) else "gated_mlp"
-        state.expected[name] = _Expected(part, reason)
+        state.expected[name] = Expected(part, reason)
     for name, module in attention.attention_modules(model).items():
         if name in modules:
-            state.expected[name] = _Expected(
+            state.expected[name] = Expected(
                 "attention",
                 f"({type(module).__name__}) ran and called neither F.scaled_dot_product_attention nor "
                 "nn.MultiheadAttention, so its softmax cannot be reached",
             )
+    # Hugging Face models and gated MLPs with a patch of their own look after their own calls.
+    passive = set(roots) | {application.module for application in session.report.of("gated_mlp")}
     known = {application.module for application in session.report.applications}
-    for name, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            session.unsupported(name, f"({type(module).__name__}) is TorchScript, whose calls cannot be seen")
-            continue
-        patched = name in known
-        inner = _inner_forward(module, patched)
-        # Hugging Face models and gated MLPs with a patch of their own look after their own calls.
-        own_part = name in roots or any(a.module == name and a.part == "gated_mlp" for a in session.report.applications)
-        session.replace_forward(module, _patched_forward(module, name, inner, calls, not own_part))
-    session.end_of_forward.append(lambda: _unfired(model, session, state))
-    session.start_of_forward += [state.ran.clear, state.fired.clear]
+    watch(model, session, state, HANDLERS, modules=modules, patched=known, passive=passive)
     for part, note in _NOTES.items():
         if note in session.report.notes:
             session.report.notes[session.report.notes.index(note)] = _UNSEEN[part]
 
 
-def _unfired(model: nn.Module, session: Session, state: _State) -> list[tuple[str, str]]:
+def watch(
+    model: nn.Module,
+    session: Session,
+    state: State,
+    handlers: dict[Any, Callable[..., Any]],
+    *,
+    modules: dict[str, nn.Module],
+    patched: set[str],
+    passive: set[str],
+) -> None:
+    """Let each module say that it runs, and have each forward pass looked at when it ends.
+
+    Args:
+        modules: the modules to watch, by name.
+        patched: those to which the session has given another ``forward``, which is kept.
+        passive: those whose calls are not the rules' business.
+    """
+    calls = Calls(session, state, handlers)
+    for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            session.unsupported(name, f"({type(module).__name__}) is TorchScript, whose calls cannot be seen")
+            continue
+        inner = _inner_forward(module, name in patched)
+        session.replace_forward(module, _patched_forward(module, name, inner, calls, name not in passive))
+    session.end_of_forward.append(lambda: _unfired(model, session, state))
+    session.start_of_forward += [state.ran.clear, state.fired.clear]
+
+
+def _unfired(model: nn.Module, session: Session, state: State) -> list[tuple[str, str]]:
     """What ran in a forward pass and should have fired."""
     rules, report = session.rules, session.report
     wanted: dict[Part, bool] = {
