@@ -122,17 +122,16 @@ def _forward_arguments(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor
 ) -> dict[str, Any]:
     """What the model is called with."""
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any]
     if transformer_lens.is_one(model):
         arguments = {"input": ids, "return_type": "logits"}
-        if any(
-            one.kind is inspect.Parameter.VAR_KEYWORD for one in inspect.signature(model.forward).parameters.values()
-        ):
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
             arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
         if mask is not None:
             arguments["attention_mask"] = mask.to(torch.int64)
         return arguments
-    known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    arguments = {"input_ids": ids, "use_cache": False}
     if mask is not None:
         arguments["attention_mask"] = mask.to(torch.int64)
         if "position_ids" in known:

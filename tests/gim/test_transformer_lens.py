@@ -172,10 +172,9 @@ def test_a_softmax_and_a_product_of_a_users_hook_are_left_alone(kind: str) -> No
     point = ("blocks.1.attn.hook_attn_scores", metric)
     got, report = lens_gradient(lens, tokens, [point], rules="GRADIENT")
     assert report.counts()["attention"] == (LAYERS, LAYERS)
-    leaves: list[torch.Tensor] = []
-    hooks = [("hook_embed", lambda x, hook: leaves.append(x.detach().requires_grad_(True)) or leaves[-1]), point]
-    logits = lens.run_with_hooks(tokens, fwd_hooks=hooks)
-    (want,) = torch.autograd.grad(logits[:, -1].pow(2).sum(), leaves[0])
+    embedded = lens.embed(tokens).detach().requires_grad_(True)
+    logits = lens.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook: embedded), point])
+    (want,) = torch.autograd.grad(logits[:, -1].pow(2).sum(), embedded)
     assert_agree(got, want, "gradient")
 
 
