@@ -69,7 +69,9 @@ class UserError(Exception):
     """Something the user can put right: shown in one line, without a traceback."""
 
 
-_Model = Annotated[str, typer.Option("--model", "-m", help="Hub id or folder of a causal language model.")]
+_Model = Annotated[
+    str, typer.Option("--model", "-m", help="Hub id or folder of a language model or sequence classifier.")
+]
 _RulesName = Annotated[
     str, typer.Option("--rules", "-r", help="Preset: GIM, GIM_CONSTANT, GRADIENT, TRANSFORMER_LRP, ATTNLRP, ...")
 ]
@@ -118,7 +120,7 @@ def explain(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Explain this next token, or continuation, not the model's prediction."),
+        typer.Option("--target", "-t", help="Explain this token, continuation or class, not the model's prediction."),
     ] = None,
     contrast: Annotated[
         str | None, typer.Option("--contrast", "-c", help="Explain the target minus this next token.")
@@ -130,6 +132,9 @@ def explain(
     baseline: Annotated[
         str | None, typer.Option(help="The token that stands for nothing; by default a space, padding or unknown.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says: put it into the model's chat template.")
+    ] = False,
     rules: _RulesName = "GIM",
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of the softmax backward, in place of the preset's.")
@@ -157,14 +162,14 @@ def explain(
         outputs = _check_outputs({"--html": html, "--json": json, "--png": png})
         loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
         with _refused():
-            wanted = _target(target, contrast, measure, tokenizer)
+            wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
 
             with _progress() as progress:
                 attribution = gim.attribute(
                     loaded,
                     tokenizer,
-                    text,
+                    [{"role": "user", "content": text}] if chat else text,
                     target=wanted,
                     baseline=baseline,
                     rules=chosen,
@@ -177,7 +182,7 @@ def explain(
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of a causal language model.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a language model or sequence classifier.")],
     rules: _RulesName = "GIM",
     device: _Device = "cpu",
     dtype: _DtypeOption = Dtype.AUTO,
@@ -309,11 +314,17 @@ def _check_outputs(outputs: dict[str, Path | None]) -> dict[str, Path]:
     return wanted
 
 
-def _target(target: str | None, contrast: str | None, measure: Measure | None, tokenizer: Any) -> Target:
+def _target(target: str | None, contrast: str | None, measure: Measure | None, tokenizer: Any, model: Any) -> Target:
     """The target that --target, --contrast and --measure mean together."""
     from gim import targets
+    from gim.inputs import head_of
 
-    wanted: Target = targets.Contrast(target, contrast) if contrast else targets.parse(target, tokenizer)
+    wanted: Target
+    if contrast:
+        wanted = targets.Contrast(target, contrast)
+    else:
+        # The name of a class is no text of the tokenizer's.
+        wanted = targets.Token(target) if head_of(model) == "class" else targets.parse(target, tokenizer)
     return wanted if measure is None else dataclasses.replace(wanted, measure=measure.value)
 
 
@@ -337,7 +348,7 @@ def _load(
             if with_tokenizer
             else None
         )
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(name, trust_remote_code).from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -351,6 +362,18 @@ def _load(
         # They would be random numbers, and so would every attribution.
         raise UserError(f"model: the files of {name!r} lack {len(missing)} weights, such as {missing[0]}")
     return model.to(where).eval(), tokenizer
+
+
+def _auto_class(name: str, trust_remote_code: bool) -> Any:
+    """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
+    for ending in ("ForMaskedLM", "ForSequenceClassification"):
+        if saved_as.endswith(ending):
+            return getattr(transformers, f"AutoModel{ending}")
+    return transformers.AutoModelForCausalLM
 
 
 def _quieten() -> None:

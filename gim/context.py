@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
+import torch._dynamo.eval_frame
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -72,7 +74,8 @@ class GIM:
             :attr:`AppliedReport.unsupported`.
 
     Raises:
-        UnsupportedModelError: on entering, or at the end of a forward pass: a part is not covered; names it.
+        UnsupportedModelError: on entering, or at the end of a forward pass: a part is not covered, is compiled or has
+            no weights; names it.
         ValueError: a value that no rule allows; dropout is on.
         RuntimeError: the model is inside a context of another thread.
 
@@ -122,6 +125,7 @@ class GIM:
     def __enter__(self) -> AppliedReport:
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
+        _refuse_what_cannot_be_patched(self.model)
         _refuse_dropout(self.model)
         session = Session(self.rules, self.strict)
         with _enter_lock:
@@ -209,6 +213,22 @@ def _refuse_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"model must not use dropout, but {name} is in training mode with p={module.p:g}: call model.eval()"
+            )
+
+
+def _refuse_what_cannot_be_patched(model: nn.Module) -> None:
+    """Errors for models whose modules could be patched to no effect, or cannot be probed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} is compiled, and compiled code would run without the rules: give the "
+                "module that torch.compile was given (model._orig_mod), or compile after the context has closed"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device: load the weights first; for memory alone, gim.estimate_memory takes "
+                "a model without them"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,15 @@ from torch import nn
 from gim import targets as target_kinds
 from gim.attribution import Attribution
 from gim.context import resolve_rules
-from gim.inputs import check_ids, check_token_id, infer_baseline, resolve_position
+from gim.inputs import (
+    check_ids,
+    check_positions,
+    check_target,
+    check_token_id,
+    head_of,
+    infer_baseline,
+    resolve_position,
+)
 from gim.memory import MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
@@ -38,6 +46,7 @@ def explain(
     gate_scale: float | None = PAPER_GATE_UP[0],
     up_scale: float | None = PAPER_GATE_UP[1],
     attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     rules: Rules | str | None = None,
     memory: MemoryPlan | str = "auto",
 ) -> torch.Tensor:
@@ -47,9 +56,10 @@ def explain(
     with respect to the embedding under the GIM rules.
 
     Args:
-        model: a Hugging Face causal language model, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         input_ids: ``[T]`` or ``[B, T]``, integers.
-        target_token_id: the token whose logit is explained; None for each row's own prediction.
+        target_token_id: the token whose logit is explained, or the class of a classifier; None for each row's own
+            prediction.
         target_position: the position whose output is explained. Negative ones count from each row's last token that
             is not padding; others are columns of ``input_ids``.
         baseline_token_id: the token that stands for "nothing"; None to infer one from ``tokenizer``.
@@ -57,6 +67,8 @@ def explain(
         freeze_norm, softmax_temperature, q_scale, k_scale, v_scale, gate_scale, up_scale: as in :class:`gim.GIM`.
         attention_mask: ``[B, T]``, 0 for padding on the left or the right; None where there is none. Each row's
             result equals that of the row alone.
+        position_ids: ``[T]`` or ``[B, T]``; None to count each row's tokens. Where they start again, transformers'
+            models treat what follows as another document.
         rules: in place of the single rule arguments: :class:`gim.rules.Rules` or the name of a preset.
         memory: a :class:`gim.memory.MemoryPlan`, ``"none"``, ``"layer"`` or ``"auto"``.
 
@@ -95,7 +107,7 @@ def explain(
         baseline_token_id = infer_baseline(tokenizer)
     check_token_id(model, "baseline_token_id", baseline_token_id)
     if target_token_id is not None:
-        check_token_id(model, "target_token_id", target_token_id)
+        check_target(model, "target_token_id", target_token_id)
     positions = resolve_position(target_position, mask, ids.shape[1])[:, None]
     scored = Terms(
         positions=positions,
@@ -103,17 +115,19 @@ def explain(
         signs=torch.ones_like(positions),
         measure="logit",
     )
-    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None)
+    places = check_positions(ids, position_ids)
+    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None, places)
     return result.scores[0] if result.scores.shape[0] == 1 else result.scores
 
 
 def attribute(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]],
     *,
     target: Target | TokenLike | Sequence[int] | None = None,
     baseline: TokenLike | None = None,
+    position: int | None = None,
     rules: Rules | str = PAPER_RULES,
     memory: MemoryPlan | str = "auto",
     progress: Progress | None = None,
@@ -121,12 +135,15 @@ def attribute(
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
-        model: a Hugging Face causal language model, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         tokenizer: its fast tokenizer (one that tells character offsets).
-        prompt: the text; it is never cut.
+        prompt: the text; it is never cut. Or a chat: messages with ``role`` and ``content``, to which the tokenizer's
+            chat template is applied, up to where the model's answer starts.
         target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
-            :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``.
+            :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``. Of a classifier, a class by number or label.
         baseline: the token that stands for "nothing", as id or text; None as in :func:`explain`.
+        position: the token whose output is explained, negative from the end; None for the last, and for the mask token
+            of a masked language model.
         rules: :class:`gim.rules.Rules` or the name of a preset.
         memory: as in :func:`explain`.
         progress: called with ``("forward" or "backward", layers done, layers in all)``.
@@ -149,8 +166,9 @@ def attribute(
         True
     """
     chosen = get_rules(rules)
+    chat = not isinstance(prompt, str)
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be text, got {type(prompt).__name__}")
+        prompt = _render_chat(prompt, tokenizer)
     if not prompt:
         raise ValueError("prompt must not be empty")
     if not getattr(tokenizer, "is_fast", False):
@@ -158,20 +176,26 @@ def attribute(
             f"tokenizer must be a fast one, which tells character offsets, got {type(tokenizer).__name__}: load it "
             "with AutoTokenizer.from_pretrained(...), or use gim.explain with ids"
         )
-    encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(
+        prompt, return_offsets_mapping=True, truncation=False, verbose=False, add_special_tokens=not chat
+    )
     token_ids = list(encoded["input_ids"])
     offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
     if not token_ids:
         raise ValueError(f"prompt must have at least one token, got {prompt!r}, which has none")
-    wanted = target_kinds.parse(target, tokenizer)
+    head = head_of(model)
+    wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
     baseline_id = (
         infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
     )
     check_token_id(model, "baseline", baseline_id)
 
     text = prompt
-    last = len(token_ids) - 1
+    last = _position(model, tokenizer, token_ids, position)
     if isinstance(wanted, Continuation):
+        if head != "next token" or last != len(token_ids) - 1:
+            raise ValueError(f"target must be one {head} at a position inside the prompt, got {wanted.tokens!r}")
         targets, added, spans = _continuation(model, wanted, tokenizer)
         token_ids += targets[:-1]
         offsets += [(len(text) + start, len(text) + end) for start, end in spans]
@@ -193,7 +217,8 @@ def attribute(
     )
     result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress)
     found = [int(one) for one in result.token_ids[0]]
-    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer)
+    words = _class_labels(model, found) if head == "class" else tuple(tokenizer.decode([one]) for one in found)
+    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, words)
     special = set(tokenizer.all_special_ids)
     return Attribution(
         text=text,
@@ -220,9 +245,61 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
     """The checked id of a target token; :data:`PREDICTION` for None."""
     if token is None:
         return PREDICTION
-    found = target_kinds.token_id(token, tokenizer, argument)
-    check_token_id(model, argument, found)
+    if head_of(model) == "class":
+        found = _class_number(model, token)
+        if not isinstance(found, int):
+            raise ValueError(f"{argument} must be a class by number or label, got {token!r}")
+    else:
+        found = target_kinds.token_id(token, tokenizer, argument)
+    check_target(model, argument, found)
     return found
+
+
+def _render_chat(messages: Any, tokenizer: Any) -> str:
+    """A chat as the text that the model sees, up to where its answer starts."""
+    if (
+        not isinstance(messages, Sequence)
+        or not messages
+        or not all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in messages)
+    ):
+        raise TypeError(f"prompt must be text, or messages with role and content, got {messages!r:.200}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("prompt is a chat, and the tokenizer has no chat template")
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+def _class_labels(model: nn.Module, classes: Sequence[int]) -> tuple[str, ...]:
+    labels: Any = getattr(model.config, "id2label", None) or {}
+    return tuple(str(labels.get(one, one)) for one in classes)
+
+
+def _class_number(model: nn.Module, target: Any) -> Any:
+    """A class by number or label as its number; anything else as it is."""
+    if not isinstance(target, str):
+        return target
+    labels: Any = getattr(model.config, "label2id", None) or {}
+    if target not in labels:
+        raise ValueError(f"target must be one of the model's classes {sorted(labels)}, got {target!r}")
+    return int(labels[target])
+
+
+def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | None) -> int:
+    """The index of the token whose output is explained."""
+    if position is not None:
+        if isinstance(position, bool) or not isinstance(position, int):
+            raise TypeError(f"position must be an integer, got {type(position).__name__}")
+        if not -len(ids) <= position < len(ids):
+            raise ValueError(f"position must be in {-len(ids)}..{len(ids) - 1}, got {position}")
+        return position % len(ids)
+    if head_of(model) != "masked token":
+        return len(ids) - 1
+    masks = [index for index, one in enumerate(ids) if one == tokenizer.mask_token_id]
+    if len(masks) != 1:
+        raise ValueError(
+            f"prompt must hold one {tokenizer.mask_token!r} for a masked language model, got {len(masks)}: give "
+            "position"
+        )
+    return masks[0]
 
 
 def _continuation(
@@ -247,8 +324,9 @@ def _continuation(
     return ids, text, spans
 
 
-def _explained(target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any) -> Explained:
-    tokens = tuple(tokenizer.decode([one]) for one in ids)
+def _explained(
+    target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any, tokens: tuple[str, ...]
+) -> Explained:
     if isinstance(target, Continuation):
         kind, label = "continuation", repr(tokenizer.decode(ids))
     elif isinstance(target, Contrast):

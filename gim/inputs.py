@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,6 +34,27 @@ def vocabulary_size(model: nn.Module) -> int:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"the input embeddings of {type(model).__name__} must have a weight, and have none")
     return int(weight.shape[0])
+
+
+Head = Literal["next token", "masked token", "class"]
+
+
+def head_of(model: nn.Module) -> Head:
+    """What a model's logits are of, which transformers says in the name of its class."""
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "class"
+    return "masked token" if name.endswith("ForMaskedLM") else "next token"
+
+
+def check_target(model: nn.Module, argument: str, target: int) -> None:
+    """Raise a ValueError that names ``argument`` unless the model has a logit for the target."""
+    if head_of(model) != "class":
+        check_token_id(model, argument, target)
+        return
+    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
+        raise ValueError(f"{argument} must be a class in 0..{classes - 1}, got {target!r}")
 
 
 def embeddings(model: nn.Module) -> nn.Module:
@@ -89,6 +110,18 @@ def check_ids(
         )
     key_range_of(mask, "attention_mask")
     return ids, None if bool(mask.all()) else mask
+
+
+def check_positions(ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Position ids ``[B, T]`` on the ids' device."""
+    if position_ids is None:
+        return None
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"position_ids must be a tensor of int64 or int32, got {position_ids!r}")
+    given = position_ids[None] if position_ids.dim() == 1 else position_ids
+    if given.shape != ids.shape:
+        raise ValueError(f"position_ids must have the shape of input_ids {tuple(ids.shape)}, got {tuple(given.shape)}")
+    return given.to(ids.device)
 
 
 def embedding_device(model: nn.Module) -> torch.device:

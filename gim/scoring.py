@@ -59,6 +59,7 @@ def run(
     rules: Rules,
     memory: MemoryPlan | str,
     progress: Progress | None,
+    position_ids: torch.Tensor | None = None,
 ) -> Result:
     """One forward and one backward over a checked batch."""
     if torch.is_inference_mode_enabled():
@@ -68,7 +69,7 @@ def run(
     # The head runs on the union of all rows' positions; each row then takes its own.
     kept, where = torch.unique(positions, return_inverse=True)
     plan = memory_plans.resolve(memory, model, batch * length, ids.device)
-    arguments = _forward_arguments(model, ids, mask, kept)
+    arguments = _forward_arguments(model, ids, mask, kept, position_ids)
     context = GIM(model, rules=rules)
     with torch.enable_grad(), context as report, _frozen_parameters(model), ExitStack() as stack:
         stack.enter_context(memory_plans.applied(plan, model))
@@ -83,7 +84,8 @@ def run(
         if not bool(torch.isfinite(logits).all()):
             module = first_nonfinite_output(model, arguments)
             raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A model that is spread over devices puts its logits out on the last.
+        wide = logits.to(ids.device, torch.promote_types(logits.dtype, torch.float32))
         rows = torch.arange(batch, device=ids.device)[:, None]
         chosen = wide[rows, where.view(positions.shape)]  # [B, P, V]
         wanted = scored.token_ids.to(ids.device).expand(batch, -1)
@@ -119,22 +121,34 @@ def run(
 
 
 def _forward_arguments(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    kept: torch.Tensor,
+    position_ids: torch.Tensor | None,
 ) -> dict[str, Any]:
     """What the model is called with."""
     known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any]
     if transformer_lens.is_one(model):
+        if position_ids is not None:
+            raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
         arguments = {"input": ids, "return_type": "logits"}
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
             arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
         if mask is not None:
             arguments["attention_mask"] = mask.to(torch.int64)
         return arguments
-    arguments = {"input_ids": ids, "use_cache": False}
+    arguments = {"input_ids": ids}
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    if position_ids is not None:
+        if "position_ids" not in known:
+            raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
+        arguments["position_ids"] = position_ids
     if mask is not None:
         arguments["attention_mask"] = mask.to(torch.int64)
-        if "position_ids" in known:
+        if "position_ids" in known and position_ids is None:
             # Models count positions from the first column; a row padded on the left starts later.
             arguments["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
@@ -143,8 +157,10 @@ def _forward_arguments(
 
 
 def _logits(output: Any, arguments: dict[str, Any], kept: torch.Tensor) -> torch.Tensor:
-    """The logits ``[B, K, V]`` at the explained positions."""
+    """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for every position."""
     logits = output.logits if hasattr(output, "logits") else output
+    if logits.dim() == 2:
+        return logits[:, None].expand(-1, len(kept), -1)
     return logits if "logits_to_keep" in arguments else logits[:, kept]
 
 

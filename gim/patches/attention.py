@@ -6,6 +6,10 @@ memory; inside one, the module that calls it tells which rules to apply.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import gim_kernels
 from gim.applied import Application, UnsupportedModelError
-from gim.patches.session import Session, session_of
+from gim.patches.session import Session, original_forward, session_of
 from gim.rules import GRADIENT, Rules
 from gim_kernels import engines
 
@@ -29,6 +34,8 @@ HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "max_length_k",
+        "max_length_q",
         "output_hidden_states",
         "position_embeddings",
         "position_ids",
@@ -47,8 +54,12 @@ class KeyPattern:
     Args:
         queries, keys: T and S.
         causal: query i sees keys up to ``i + S - T``.
-        window: query i sees keys ``j > i + S - T - window`` only; None for all.
+        window: causal only: query i sees keys ``j > i + S - T - window`` only; None for all.
         key_range: ``[B, 2]`` int32, first and one-past-last key of each row; None where every key exists.
+        reach: not causal only: query i sees keys j with ``|i + S - T - j| <= reach``; None for all.
+        documents: for each row, where its documents start, 0 first; a query sees keys of its own document only.
+            None where each row is one document. Rows that are alike share one entry.
+        refused: why the mask cannot be applied; an error once attention is called with it, and empty where it can.
     """
 
     queries: int
@@ -56,6 +67,22 @@ class KeyPattern:
     causal: bool
     window: int | None
     key_range: torch.Tensor | None
+    reach: int | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
+    refused: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _MaskUsedError(
+            f"attention_mask: the model's own code asks the mask for its {name}, and there is no mask of T x S "
+            "entries to give it: what it makes of the mask cannot be applied in O(T) memory"
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return getattr(self, "entries")  # noqa: B009 (raises)
+
+
+class _MaskUsedError(UnsupportedModelError, AttributeError):
+    """A model treats the pattern as a tensor; an AttributeError too, so that ``hasattr`` works."""
 
 
 def key_pattern(
@@ -89,19 +116,15 @@ def key_pattern(
         ValueError: a padding mask with holes.
     """
     if use_vmap:
-        raise UnsupportedModelError(
-            "attention_mask: the model adds a mask function of its own (use_vmap), which cannot be applied in "
-            "O(T) memory"
-        )
+        reason = "is made with a function of the model's own (use_vmap), which cannot be applied in O(T) memory"
+        return KeyPattern(q_length, kv_length, True, None, None, refused=reason)
     first_query = int(q_offset)
     if first_query + q_length != kv_offset + kv_length and q_length > 1:
         raise UnsupportedModelError(
             f"attention_mask: queries {first_query}..{first_query + q_length} do not end where keys "
             f"{kv_offset}..{kv_offset + kv_length} end (a static cache?): run with use_cache=False"
         )
-    causal, window = _classify(
-        mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device
-    )
+    pattern = _classify(mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device)
     key_range = None
     if attention_mask is not None:
         if attention_mask.dim() != 2:
@@ -113,7 +136,7 @@ def key_pattern(
             if exists.shape[1] < kv_length:
                 raise UnsupportedModelError(f"attention_mask: has {exists.shape[1]} entries for {kv_length} keys")
             key_range = engines.key_range_of(exists, "attention_mask").to(device)
-    return KeyPattern(q_length, kv_length, causal, window, key_range)
+    return dataclasses.replace(pattern, key_range=key_range)
 
 
 def _classify(
@@ -123,42 +146,54 @@ def _classify(
     keys: int,
     first_query: int,
     first_key: int,
-    window: int | None,
+    local_size: int | None,
     device: torch.device | str,
-) -> tuple[bool, int | None]:
-    """Whether a mask function is causal, and its window; an error where it is neither that nor bidirectional."""
+) -> KeyPattern:
+    """The pattern that a mask function has at its edges; an error where it has none of those that exist."""
     if mask_function is None:
-        return True, window
-    query = torch.arange(queries, device=device) + first_query
+        return KeyPattern(queries, keys, True, local_size, None)
+    query = (torch.arange(queries, device=device) + first_query).expand(batch, queries)  # [B, T]
     row = torch.arange(batch, device=device)[:, None]
     last_key = first_key + keys - 1
 
     def sees(key: torch.Tensor) -> torch.Tensor:
-        """Whether each query sees its ``key`` ``[T]``; outside the keys, nothing is asked."""
-        inside = key.clamp(first_key, last_key)
-        return torch.as_tensor(mask_function(row, 0, query, inside), device=device).expand(batch, queries)
+        """Whether each query sees its ``key`` ``[B, T]``; False outside the keys."""
+        visible = torch.as_tensor(mask_function(row, 0, query, key.clamp(first_key, last_key)), device=device)
+        return visible.expand(batch, queries) & (key >= first_key) & (key <= last_key)
 
-    def agrees(key: torch.Tensor, visible: torch.Tensor) -> bool:
-        asked = (key >= first_key) & (key <= last_key)
-        return bool((~asked | (sees(key) == visible)).all())
+    # A document starts where a query does not see the key before its own. With a window of 1, every query is so.
+    starts = ~sees(query - 1) & (query > first_key)
+    if local_size == 1 or queries != keys:
+        starts = torch.zeros_like(starts)
+    first = torch.where(starts, query, first_key).cummax(dim=1).values  # [B, T]
+    following = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], dim=1)
+    ends = torch.where(following, query, last_key).flip(1).cummin(dim=1).values.flip(1)
+    ends = torch.where(ends == query[:, -1:], last_key, ends)
 
-    everything = torch.ones_like(query, dtype=torch.bool)
-    ends = (torch.full_like(query, first_key), torch.full_like(query, last_key))
-    if window is None and all(agrees(key, everything) for key in (*ends, query, query + 1)):
+    def agrees(low: torch.Tensor, high: torch.Tensor) -> bool:
+        """Whether what each query sees starts at ``low`` and ends at ``high``."""
+        low, high = torch.maximum(low, first), torch.minimum(high, ends)
+        return bool((sees(low) & sees(high) & sees(query) & ~sees(low - 1) & ~sees(high + 1)).all())
+
+    documents = None
+    if bool(starts.any()):
+        each = [(0, *one.nonzero()[:, 0].tolist()) for one in starts]
+        documents = (each[0],) if all(one == each[0] for one in each) else tuple(each)
+    shape = KeyPattern(queries, keys, True, None, None, None, documents)
+    if agrees(first, ends):
         # One key, or one query that sees all of them, is causal and bidirectional at once.
-        return False, None
-    edges = [(query, everything), (query + 1, ~everything)]
-    if window is None:
-        edges.append((ends[0], everything))
-    else:
-        edges += [(query - window + 1, everything), (query - window, ~everything)]
-        edges.append((ends[0], ends[0] > query - window))
-    if all(agrees(key, visible) for key, visible in edges):
-        return True, window
-    raise UnsupportedModelError(
-        "attention_mask: the model's mask is neither causal, windowed nor bidirectional (packed sequences, "
-        "chunks or blocks of another kind), and an arbitrary mask cannot be applied in O(T) memory"
+        return dataclasses.replace(shape, causal=False)
+    if agrees(first, query):
+        return shape
+    if local_size is not None and agrees(query - local_size + 1, query):
+        return dataclasses.replace(shape, window=local_size)
+    if local_size is not None and agrees(query - local_size, query + local_size):
+        return dataclasses.replace(shape, causal=False, reach=local_size)
+    reason = (
+        "is neither causal, windowed nor bidirectional, over whole rows or over documents (blocks that see ahead, or "
+        "a mask of another kind), and an arbitrary mask cannot be applied in O(T) memory"
     )
+    return dataclasses.replace(shape, refused=reason)
 
 
 def gim_attention(
@@ -173,6 +208,8 @@ def gim_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The entry of the attention interface.
@@ -187,6 +224,7 @@ def gim_attention(
         sliding_window: must agree with the mask.
         softcap: bound of the scores.
         s_aux: attention sinks ``[HQ]``.
+        cu_seq_lens_q, cu_seq_lens_k: ``[N + 1]``, where the packed documents of a batch of one start, and its length.
         others: arguments that change nothing; any other is refused.
 
     Returns:
@@ -208,6 +246,8 @@ def gim_attention(
         )
     if isinstance(attention_mask, KeyPattern):
         pattern = attention_mask
+        if pattern.refused:
+            raise UnsupportedModelError(f"{name}: its attention mask {pattern.refused}")
     elif attention_mask is None:
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         pattern = KeyPattern(query.shape[2], key.shape[2], causal, sliding_window, None)
@@ -224,32 +264,104 @@ def gim_attention(
     window = pattern.window
     if (
         sliding_window is not None
+        and pattern.reach not in (sliding_window, sliding_window - 1)
         and sliding_window != window
         and min(pattern.keys, sliding_window) != (min(pattern.keys, window) if window is not None else pattern.keys)
     ):
         raise UnsupportedModelError(
             f"{name}: attention was called with a window of {sliding_window} and a mask with {window}"
         )
+    if cu_seq_lens_q is not None:
+        pattern = _packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
     rules = GRADIENT if session is None else session.rules
     engine = engines.choose("auto", query)
-    out = gim_kernels.attention(
+    out = _attend(
         query,
         key,
         value,
+        pattern,
         scale=scaling,
-        causal=pattern.causal,
-        window=window,
         softcap=softcap,
         sinks=s_aux,
-        key_range=pattern.key_range,
         softmax_backward=rules.softmax,
         temperature=rules.temperature,
         grad_scale=rules.qkv_scale,
         engine=engine,
     )
     if session is not None:
+        if not session.knows(name):
+            session.add(_application(module, name, session.rules))
         session.count(name, engine)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(name: str, pattern: KeyPattern, queries: torch.Tensor, keys: torch.Tensor | None) -> KeyPattern:
+    """A pattern with the documents that start where cumulative lengths say."""
+    starts = [int(one) for one in queries]
+    if keys is not None and starts != [int(one) for one in keys]:
+        raise UnsupportedModelError(f"{name}: cu_seq_lens_q and cu_seq_lens_k differ")
+    if starts[0] != 0 or starts[-1] != pattern.queries or pattern.queries != pattern.keys:
+        raise UnsupportedModelError(
+            f"{name}: cu_seq_lens_q must start at 0 and end at {pattern.queries}, got {starts[:8]}"
+        )
+    documents = (tuple(dict.fromkeys(starts[:-1])),)
+    if pattern.documents not in (None, documents):
+        raise UnsupportedModelError(
+            f"{name}: cu_seq_lens_q says that documents start at {documents[0][:8]}, and the mask says "
+            f"{pattern.documents[0][:8] if pattern.documents else ''}"
+        )
+    return pattern if len(documents[0]) == 1 else dataclasses.replace(pattern, documents=documents)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern, **options: Any
+) -> torch.Tensor:
+    """Attention ``[B, HQ, T, D]`` under a pattern; documents one after the other, so that memory stays O(T)."""
+    if pattern.documents is None:
+        return _attend_one(query, key, value, pattern, **options)
+    if len(pattern.documents) == 1:
+        rows = [(slice(None), pattern.documents[0])]
+    else:
+        rows = [(slice(b, b + 1), starts) for b, starts in enumerate(pattern.documents)]
+    done = []
+    for row, starts in rows:
+        parts = []
+        for start, end in zip(starts, (*starts[1:], pattern.queries), strict=True):
+            key_range = None
+            if pattern.key_range is not None:
+                key_range = (pattern.key_range[row] - start).clamp(0, end - start)
+            inner = KeyPattern(end - start, end - start, pattern.causal, pattern.window, key_range, pattern.reach)
+            q, k, v = (x[row, :, start:end] for x in (query, key, value))
+            parts.append(_attend_one(q, k, v, inner, **options))
+        done.append(torch.cat(parts, dim=2))
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern, **options: Any
+) -> torch.Tensor:
+    """Attention where each row is one document.
+
+    Keys on both sides are seen through a causal window: with ``reach`` keys appended that do not exist, the last
+    query's own key is ``reach`` before the last.
+    """
+    causal, window, key_range = pattern.causal, pattern.window, pattern.key_range
+    if key_range is not None:
+        key_range = key_range.to(query.device)  # the layers of one model may be on several devices
+    if pattern.reach is not None and pattern.reach < pattern.keys - 1:
+        if key_range is None:
+            key_range = torch.tensor([[0, pattern.keys]], dtype=torch.int32, device=query.device)
+            key_range = key_range.expand(query.shape[0], 2).contiguous()
+        key, value = (nn.functional.pad(x, (0, 0, 0, pattern.reach)) for x in (key, value))
+        causal, window = True, 2 * pattern.reach + 1
+    head, width = query.shape[-1], value.shape[-1]
+    if head != width:
+        # Latent attention has keys and values of different sizes; zeros change neither the scores nor the sums.
+        if options["scale"] is None:
+            options["scale"] = head**-0.5
+        query, key, value = (nn.functional.pad(x, (0, max(head, width) - x.shape[-1])) for x in (query, key, value))
+    out = gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
+    return out if head == width else out[..., :width]
 
 
 def _matters(given: Any) -> bool:
@@ -333,27 +445,110 @@ def patch(model: PreTrainedModel, session: Session, prefix: str = "") -> None:
     for config in configs.values():
         _switches.acquire(config)
         session.undo.callback(_switches.release, config)
-    model.set_attn_implementation(IMPLEMENTATION)
+    callers = {name: module for name, module in expected.items() if _calls_torch(module)}
+    if callers:
+        for config in configs.values():
+            config._attn_implementation_internal = IMPLEMENTATION
+    else:
+        model.set_attn_implementation(IMPLEMENTATION)
     stuck = [type(c).__name__ for c in configs.values() if c._attn_implementation != IMPLEMENTATION]
-    if stuck:
-        for name in expected:
+    for name, module in expected.items():
+        if name not in callers and (stuck or not _calls_interface(module)):
             session.unsupported(
                 name,
-                f"does not go through the attention interface of transformers ({type(model).__name__} cannot "
-                "switch its attention implementation)",
+                f"({type(module).__name__}) does not go through the attention interface of transformers, so its "
+                "softmax is out of reach",
             )
-        return
-    for name, module in expected.items():
+            continue
         session.set_attribute(module, _NAME, name)
-        session.add(
-            Application(
-                part="attention",
-                module=name,
-                module_class=type(module).__name__,
-                rule=describe(session.rules),
-                recognised="attention interface",
-            )
+        session.add(_application(module, name, session.rules))
+        if name in callers:
+            _route_torch(module, session)
+
+
+def _application(module: nn.Module, name: str, rules: Rules) -> Application:
+    return Application(
+        part="attention",
+        module=name,
+        module_class=type(module).__name__,
+        rule=describe(rules),
+        recognised="calls F.scaled_dot_product_attention" if _calls_torch(module) else "attention interface",
+    )
+
+
+def _source(module: nn.Module) -> str:
+    """The source of the file that defines a module's class; empty where there is none."""
+    try:
+        return inspect.getsource(sys.modules[type(module).__module__])
+    except (OSError, TypeError, KeyError):
+        return ""
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether the file that defines a module uses the attention interface; True where there is no file to read.
+
+    That the module itself does is seen in every forward pass: one that was expected to call and did not is an error.
+    """
+    source = _source(module)
+    return not source or "ALL_ATTENTION_FUNCTIONS" in source or "AttentionInterface" in source
+
+
+def _calls_torch(module: nn.Module) -> bool:
+    """Whether a module attends through ``torch.nn.functional.scaled_dot_product_attention`` and no interface."""
+    return not _calls_interface(module) and "scaled_dot_product_attention(" in _source(module)
+
+
+class _TorchAttention(TorchFunctionMode):
+    """Inside, torch's own attention function is :func:`gim_attention` for one module, on this thread."""
+
+    def __init__(self, module: nn.Module, pattern: KeyPattern | None) -> None:
+        super().__init__()
+        self.module = module
+        self.pattern = pattern
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        pattern: Any = self.pattern if attn_mask is None else attn_mask
+        out, _ = gim_attention(
+            self.module, query, key, value, pattern, scaling=scale, dropout=dropout_p, is_causal=is_causal
         )
+        return out.transpose(1, 2)
+
+
+def _route_torch(module: Any, session: Session) -> None:
+    """Give a module that calls torch's attention function the pattern that its mask argument means.
+
+    The module sees the config say "sdpa" and no mask, so that it takes the branch that calls torch.
+    """
+    original = original_forward(module)
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = "sdpa"
+    session.set_attribute(module, "config", config)
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        patterns = [one for one in (*inputs, *named.values()) if isinstance(one, KeyPattern)]
+        inputs = tuple(None if isinstance(one, KeyPattern) else one for one in inputs)
+        named = {key: None if isinstance(one, KeyPattern) else one for key, one in named.items()}
+        with _TorchAttention(module, patterns[0] if patterns else None):
+            return original(*inputs, **named)
+
+    session.replace_forward(module, forward)
 
 
 AttentionInterface.register(IMPLEMENTATION, gim_attention)

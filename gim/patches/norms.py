@@ -75,19 +75,29 @@ def _epsilons(module: nn.Module, dtype: torch.dtype) -> list[float]:
 
 def _apply(norm: Norm, module: nn.Module, x: torch.Tensor, *, frozen: bool) -> torch.Tensor:
     """The norm by its equation, through the kernels."""
-    weight = getattr(module, "weight", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    # A weight of several rows is a vector for each head, which is applied outside the kernel.
+    rows, inner = (None, weight) if weight is None or weight.dim() == 1 else (weight + norm.weight_offset, None)
     if norm.kind == "rms_norm":
-        return gim_kernels.rms_norm(x, weight, norm.eps, weight_offset=norm.weight_offset, frozen=frozen)
-    return gim_kernels.layer_norm(x, weight, getattr(module, "bias", None), norm.eps, frozen=frozen)
+        y = gim_kernels.rms_norm(x, inner, norm.eps, weight_offset=norm.weight_offset, frozen=frozen)
+    else:
+        shifted = None if inner is None or not norm.weight_offset else inner + norm.weight_offset
+        y = gim_kernels.layer_norm(x, inner if shifted is None else shifted, bias, norm.eps, frozen=frozen)
+    return y if rows is None else y * rows
 
 
 def _candidate(norm: Norm, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The norm by its equation, in float32 or better, by the specification: what a probe is compared with."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    bias = None if bias is None else bias.to(wide.dtype)
+    weight = None if weight is None else weight.to(wide.dtype) + norm.weight_offset
+    rows, inner = (None, weight) if weight is None or weight.dim() == 1 else (weight, None)
     if norm.kind == "rms_norm":
-        return reference.rms_norm(wide, weight, norm.eps, weight_offset=norm.weight_offset)
-    return reference.layer_norm(wide, weight, bias, norm.eps)
+        y = reference.rms_norm(wide, inner, norm.eps)
+    else:
+        y = reference.layer_norm(wide, inner, bias, norm.eps)
+    return y if rows is None else y * rows
 
 
 @torch.no_grad()
@@ -98,15 +108,16 @@ def recognise(module: nn.Module) -> Norm | None:
     as small as the square root of epsilon, whose outputs depend on it. The module's own ``forward`` runs, hooks do not.
     """
     weight = getattr(module, "weight", None)
-    if weight is not None and (not isinstance(weight, torch.Tensor) or weight.dim() != 1):
+    if weight is not None and (not isinstance(weight, torch.Tensor) or weight.dim() not in (1, 2)):
         return None
     anchor = weight if weight is not None else next(module.buffers(), None)
     device = torch.device("cpu") if anchor is None else anchor.device
     dtype = torch.float32 if anchor is None or not anchor.dtype.is_floating_point else anchor.dtype
     shape = getattr(module, "normalized_shape", None)
-    width = weight.shape[0] if weight is not None else shape[-1] if shape else PROBE_WIDTH
+    width = weight.shape[-1] if weight is not None else shape[-1] if shape else PROBE_WIDTH
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(PROBE_ROWS, width, generator=generator, dtype=torch.float64) + 1.0
+    count = PROBE_ROWS if weight is None or weight.dim() == 1 else weight.shape[0]
+    rows = torch.randn(count, width, generator=generator, dtype=torch.float64) + 1.0
 
     for eps in _epsilons(module, dtype):
         probes = [rows.to(device, dtype), (rows * eps**0.5).to(device, dtype)]
@@ -117,8 +128,9 @@ def recognise(module: nn.Module) -> Norm | None:
         if not all(isinstance(y, torch.Tensor) and y.shape == rows.shape for y in outputs):
             return None
         candidates = [Norm("rms_norm", eps), Norm("rms_norm", eps, 1.0), Norm("layer_norm", eps)]
+        candidates.append(Norm("layer_norm", eps, 1.0))
         if getattr(module, "bias", None) is not None:
-            candidates = [Norm("layer_norm", eps)]
+            candidates = candidates[2:]
         elif weight is None:
             candidates = [Norm("rms_norm", eps), Norm("layer_norm", eps)]
         for norm in candidates:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,23 @@ SESSION = "_gim_session"
 #: Attribute of a replacing ``forward`` that holds the one it replaced.
 _ORIGINAL = "_gim_original"
 
+#: Parts of a decoder that run only with an encoder's output, by what is in their names.
+OPTIONAL = ("encoder_attn", "cross_attn", "crossattention")
+
 _MISSING = object()
+
+
+_local = threading.local()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Inside, modules of this thread run to be looked at, and what they run is not counted."""
+    before, _local.probing = getattr(_local, "probing", False), True
+    try:
+        yield
+    finally:
+        _local.probing = before
 
 
 class Session:
@@ -48,6 +64,10 @@ class Session:
         self._by_module[application.module] = application
         self.report.applications.append(application)
 
+    def knows(self, module: str) -> bool:
+        """Whether a module is in the report."""
+        return module in self._by_module
+
     def unsupported(self, module: str, reason: str) -> None:
         """Note a part that a rule should act on and does not."""
         self.report.unsupported.append((module, reason))
@@ -57,6 +77,8 @@ class Session:
 
         A checkpoint runs its modules a second time inside the backward; that is the same application, not another.
         """
+        if getattr(_local, "probing", False):
+            return
         self._ran.add(module)
         if torch._C._current_graph_task_id() == -1:
             application = self._by_module[module]
@@ -70,8 +92,10 @@ class Session:
             begin()
 
     def not_run(self) -> list[str]:
-        """The modules that a rule acts on and that did not run since :meth:`start_forward`."""
-        return [name for name in self._by_module if name not in self._ran]
+        """The modules that a rule acts on and that should have run since :meth:`start_forward` and did not."""
+        return [
+            name for name in self._by_module if name not in self._ran and not any(part in name for part in OPTIONAL)
+        ]
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""

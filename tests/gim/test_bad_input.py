@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gim
 from gim.applied import UnsupportedModelError
 from gim.context import inspect
+from gim.patches.attention import gim_attention, key_pattern
 from tests.families import SHARED, VOCABULARY, ids, make
+from tests.oracle import assert_within_budget
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +187,6 @@ def with_strange_mlp() -> Any:
     return model
 
 
-def with_unknown_activation() -> Any:
-    model = make("llama", torch.float32)
-    model.model.layers[2].mlp.act_fn = nn.Hardtanh()
-    return model
-
-
 def with_unused_norm() -> Any:
     """A norm that the model owns and computes without calling it."""
     model = make("llama", torch.float32)
@@ -208,8 +205,7 @@ def with_unused_norm() -> Any:
 UNSUPPORTED = [
     (with_strange_norm, r"model\.layers\.1\.input_layernorm: \(StrangeNorm\) is neither an RMS norm nor a layer norm"),
     (with_python_attention, r"model\.layers\.1\.self_attn: did not run in this forward pass, or ran without"),
-    (with_strange_mlp, r"model\.layers\.2\.mlp: \(LlamaMLP\) has gate, up and down projections but does not compute"),
-    (with_unknown_activation, r"model\.layers\.2\.mlp: \(LlamaMLP\) is a gated MLP whose activation Hardtanh"),
+    (with_strange_mlp, r"model\.layers\.2\.mlp: \(LlamaMLP\) holds an activation whose output goes through add"),
     (with_unused_norm, r"model\.layers\.0\.input_layernorm: did not run in this forward pass"),
 ]
 
@@ -235,7 +231,9 @@ def test_a_model_whose_attention_has_no_interface_is_refused(monkeypatch: pytest
     model = make("llama", torch.float32)
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn: does not go through the attention"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model\.layers\.0\.self_attn: \(LlamaAttention\) does not go through"
+    ):
         explain(model)
     assert not inspect(model).complete
 
@@ -253,11 +251,29 @@ def test_masks_that_no_pattern_describes_are_refused(model: Any) -> None:
         pytest.raises(UnsupportedModelError, match=r"self_attn: attention was given a dense mask of shape"),
     ):
         model(ids(), attention_mask=dense)
-    restarts = torch.cat([torch.arange(20), torch.arange(17)])[None].expand(2, -1)
-    with gim.GIM(model), pytest.raises(UnsupportedModelError, match="neither causal, windowed nor bidirectional"):
-        model(ids(), position_ids=restarts, use_cache=False)
     with gim.GIM(model), pytest.raises(ValueError, match="attention_mask must have no holes: row 1"):
         model(ids(), attention_mask=HOLES)
+
+
+def test_a_mask_function_of_another_shape_is_refused_where_attention_uses_it(model: Any) -> None:
+    x = torch.randn(1, 4, 10, 12)
+    attention = model.model.layers[1].self_attn
+
+    def prefix(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Causal, but for four tokens that all see each other."""
+        return (key <= query) | (key < 4)
+
+    for pattern, message in (
+        (key_pattern(1, 10, 10, mask_function=prefix), "its attention mask is neither causal, windowed nor"),
+        (key_pattern(1, 10, 10, mask_function=prefix, use_vmap=True), "its attention mask is made with a function of"),
+    ):
+        with gim.GIM(model), pytest.raises(UnsupportedModelError, match=rf"model\.layers\.1\.self_attn: {message}"):
+            gim_attention(attention, x, x, x, pattern)
+        with pytest.raises(UnsupportedModelError, match="asks the mask for its shape"):
+            _ = pattern.shape
+        assert not hasattr(pattern, "shape")
+        with pytest.raises(UnsupportedModelError, match="asks the mask for its entries"):
+            _ = pattern[:, None]
 
 
 def test_attention_weights_are_refused(model: Any) -> None:
@@ -286,3 +302,62 @@ def test_logits_that_do_not_depend_on_the_input_are_refused(model: Any) -> None:
             explain(model)
     finally:
         handle.remove()
+
+
+def test_a_compiled_model_is_refused_with_what_to_do() -> None:
+    model = make("llama", torch.float32)
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"is compiled.*give the module .*model\._orig_mod"):
+        explain(compiled)
+    assert explain(compiled._orig_mod).shape == (2, 37)
+    model.model.layers[1].compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1 is compiled"):
+        explain(model)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHARED)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"model\.embed_tokens\.weight is on the meta device: load the"):
+        inspect(model)
+
+
+def test_hooks_run_and_may_change_what_they_see(model: Any) -> None:
+    names = [
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp",
+        "model.layers.1.mlp.act_fn",
+        "model.layers.1.mlp.up_proj",
+    ]
+    seen: list[str] = []
+    want = explain(model)
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name)) for name in names
+    ]
+    assert_within_budget(explain(model), explain(copy.deepcopy(model).double()), want, "hooked")
+    assert set(seen) == set(names)
+    with pytest.raises(UnsupportedModelError, match=r"a forward hook on an activation stands between"):
+        explain(model, rules="ATTNLRP")
+    for handle in handles:
+        handle.remove()
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    changed = explain(model)
+    handle.remove()
+    assert not torch.allclose(changed, want)
+    assert torch.equal(explain(model), want)
+
+
+def test_an_implementation_set_by_the_user_is_put_back(model: Any) -> None:
+    for implementation in ("eager", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        explain(model)
+        assert model.config._attn_implementation == implementation
+
+
+def test_position_ids_that_do_not_fit_are_refused(model: Any) -> None:
+    for places, error, message in (
+        (torch.arange(5), ValueError, r"position_ids must have the shape of input_ids \(2, 37\), got \(1, 5\)"),
+        (torch.zeros(2, 37), TypeError, "position_ids must be a tensor of int64 or int32"),
+    ):
+        with pytest.raises(error, match=message):
+            explain(model, position_ids=places)
