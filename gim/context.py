@@ -63,15 +63,20 @@ class GIM:
     its own ``backward()``, ``torch.autograd.grad``, hooks. The backward may run after the context has closed; a
     checkpoint's recompute may not, and raises.
 
+    Models outside transformers follow the rules at torch's own functions, and models of TransformerLens at their own
+    code: see :mod:`gim.patches.functional` and :mod:`gim.patches.transformer_lens` for what is seen and what is not.
+    Only what runs inside the ``forward`` of the model or of one of its modules is touched.
+
     Args:
-        model: a Hugging Face model.
+        model: a Hugging Face model, a model of TransformerLens, or any module that calls torch's attention.
         freeze_norm: treat the statistic of every norm as a constant.
         softmax_temperature: temperature of the softmax backward; None for the ordinary softmax gradient.
         q_scale, k_scale, v_scale: factors of the gradients of queries, keys and values; None for 1.
         gate_scale, up_scale: factors of the gradients of the branches of gated MLPs; None for 1.
         rules: in place of the single arguments: :class:`gim.rules.Rules` or the name of a preset.
         strict: whether a part that a rule should act on and cannot is an error. With False it is reported in
-            :attr:`AppliedReport.unsupported`.
+            :attr:`AppliedReport.unsupported`. Outside transformers a gated MLP or a norm written in elementary
+            operations looks like any arithmetic: that none was recognised is a note of the report, not an error.
 
     Raises:
         UnsupportedModelError: on entering, or at the end of a forward pass: a part is not covered, is compiled or has
