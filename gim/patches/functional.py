@@ -45,6 +45,8 @@ _NOTES: dict[Part, str] = {
     "norm": "freeze_norm: the model has no norm",
     "gated_mlp": "gate_scale and up_scale: the model has no gated MLP",
 }
+#: Stands until a forward pass has been seen.
+_LATER = "attention, and norms and gates that are calls of functions, are found when the model runs"
 _UNSEEN: dict[Part, str] = {
     "norm": "freeze_norm: no norm was seen: neither a module that is one nor a call of F.layer_norm or F.rms_norm",
     "gated_mlp": "gate_scale and up_scale: no gated MLP was recognised: neither a module with gate, up and down "
@@ -55,13 +57,18 @@ _UNSEEN: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class Frame:
-    """A module that runs: its session, its name, its class, whether the rules act on its own calls."""
+    """A module that runs: its session, its name, its class, whether the rules act on its own calls.
+
+    ``records_gradients`` and ``saving`` are the state of autograd where it began: the second is what packs saved
+    tensors, None for torch itself.
+    """
 
     session: Session
     name: str
     module_class: str
     active: bool
     records_gradients: bool
+    saving: Any
 
 
 class _Running(threading.local):
@@ -102,6 +109,20 @@ class State:
     activated: dict[int, _Activated] = field(default_factory=dict)
 
 
+def _saving() -> Any:
+    """What packs the tensors that autograd saves now: a checkpoint, another hook, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _in_function_checkpoint(frame: Frame) -> bool:
+    """Whether a module's own code is inside a checkpoint that began there, around a function and no module."""
+    saving = _saving()
+    return (
+        saving is not None and saving is not frame.saving and "_checkpoint_hook" in getattr(saving, "__qualname__", "")
+    )
+
+
 def _recomputing() -> bool:
     """Whether a backward runs in this thread, so that a forward in it is a checkpoint's second run."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -137,6 +158,13 @@ class Calls(TorchFunctionMode):
             return func(*args, **named)
         frame = _running.frames[-1]
         if frame.session is not self.session or not frame.active:
+            return func(*args, **named)
+        if func not in _UNTOUCHED_IN_CHECKPOINTS and _in_function_checkpoint(frame):
+            self.refuse(
+                frame,
+                f"calls {func.__name__} in a checkpoint around a function, whose second run would follow no rule: "
+                "put the checkpoint around a module",
+            )
             return func(*args, **named)
         return handler(self, frame, func, *args, **named)
 
@@ -390,6 +418,9 @@ def _multi_head_attention_forward(
     rules = calls.session.rules
     shown = None
     if need_weights:
+        note = f"{frame.name or frame.module_class}: need_weights=True makes T x S weights beside the output"
+        if note not in calls.session.report.notes:
+            calls.session.report.notes.append(note)
         identity = torch.eye(keys, dtype=k.dtype, device=k.device).expand(batch, num_heads, keys, keys)
         shown = reference.attention(
             q,
@@ -544,11 +575,12 @@ def _product(calls: Calls, frame: Frame, func: Callable[..., Any], *args: Any, *
     name = f"F.{one.activation.removesuffix('_tanh')}(gate) * up"
     rules = calls.session.rules
     both = found[0] is not None and found[1] is not None
-    if both or up.dtype != one.gate.dtype or func in _IN_PLACE:
+    if both or up.dtype != one.gate.dtype or func in _IN_PLACE or _in_function_checkpoint(frame):
         if rules.modifies_gated_mlps:
             calls.refuse(
                 frame,
-                f"computes {name} with two activations, branches of two dtypes or in place, which gim does not apply",
+                f"computes {name} with two activations, branches of two dtypes, in place or in a checkpoint around a "
+                "function, which gim does not apply",
             )
         return func(*args)
     y = gim_kernels.gated(
@@ -579,6 +611,9 @@ _PRODUCTS = frozenset(
         torch.Tensor.__rmul__,
     }
 )
+
+#: Activations and products, which are watched for gates and most often are none.
+_UNTOUCHED_IN_CHECKPOINTS = _PRODUCTS | _IN_PLACE | {F.silu, F.gelu}
 
 #: What is done with each function of torch that a module of the model calls.
 HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -630,7 +665,7 @@ def _patched_forward(
     @functools.wraps(inner)
     def forward(*inputs: Any, **named: Any) -> Any:
         running = any(frame.session is session for frame in _running.frames)
-        frame = Frame(session, name, module_class, active, torch.is_grad_enabled())
+        frame = Frame(session, name, module_class, active, torch.is_grad_enabled(), _saving())
         if running and _in_reentrant_checkpoint(session):
             calls.refuse(
                 frame,
@@ -724,6 +759,7 @@ def watch(
         passive: those whose calls are not the rules' business.
     """
     calls = Calls(session, state, handlers)
+    session.report.notes.append(_LATER)
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             session.unsupported(name, f"({type(module).__name__}) is TorchScript, whose calls cannot be seen")
@@ -737,6 +773,8 @@ def watch(
 def _unfired(model: nn.Module, session: Session, state: State) -> list[tuple[str, str]]:
     """What ran in a forward pass and should have fired."""
     rules, report = session.rules, session.report
+    if _LATER in report.notes:
+        report.notes.remove(_LATER)
     wanted: dict[Part, bool] = {
         "attention": rules.modifies_attention,
         "norm": rules.freeze_norm,

@@ -207,8 +207,12 @@ def test_the_report_names_and_counts_every_call() -> None:
     }
     assert report.complete and report.notes == [] and report.engines["attention"] == "blockwise"
     with gim.GIM(make(Encoder)) as report:
-        pass
+        assert any("are found when the model runs" in note for note in report.notes)
     assert any("no gated MLP was recognised" in note for note in report.notes)
+    model = make(Weights)
+    with gim.GIM(model) as report:
+        gradient(model)
+    assert any("attention: need_weights=True makes T x S weights" in note for note in report.notes)
 
 
 class Weights(nn.Module):
@@ -556,6 +560,39 @@ def test_nested_contexts_follow_the_inner_rules_and_come_back() -> None:
     assert_close64(mixed, want, "mixed", relative=FLOAT64_MODEL_RELATIVE)
 
 
+def test_a_module_follows_its_own_context_wherever_it_is_called_from() -> None:
+    class Caller(nn.Module):
+        """Calls a module that is not its own."""
+
+        def __init__(self, called: nn.Module) -> None:
+            super().__init__()
+            self.called = [called]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+            return self.called[0](x)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.caller = Caller(self.block)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.caller(x)
+
+    model = make(Both)
+    with gim.GIM(model, rules="GIM"), gim.GIM(model.caller, rules="GRADIENT") as inner:
+        got = gradient(model)
+    assert inner.counts() == {"attention": (1, 1), "norm": (0, 0), "gated_mlp": (0, 0)}
+    x = inputs()
+    with gim.GIM(model.block):
+        want = gradient(
+            lambda y: model.block(F.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None])[:, 0]), x
+        )
+    assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
 def test_two_threads_with_two_rule_sets_do_not_see_each_other() -> None:
     jobs = [(make(Decoder), "GIM"), (make(Decoder), "GRADIENT")]
     want = [under(model, rules) for model, rules in jobs]
@@ -605,6 +642,34 @@ def test_a_checkpoint_that_runs_again_after_the_context_raises() -> None:
     model.reentrant = True
     with gim.GIM(model), pytest.raises(UnsupportedModelError, match=r"blocks\.0: runs in a reentrant checkpoint"):
         model(x)
+
+
+def test_a_checkpoint_around_a_function_is_refused() -> None:
+    class Inner(Partly):
+        around_attention = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x, x, x, need_weights=False)[0]
+
+            def attend(y: torch.Tensor) -> torch.Tensor:
+                y = F.gelu(y) * 2.0
+                return F.scaled_dot_product_attention(y, y, y) if self.around_attention else y
+
+            return checkpoint(attend, x, use_reentrant=False)
+
+    model = Inner(nn.Identity).double().eval()
+    with (
+        gim.GIM(model),
+        pytest.raises(UnsupportedModelError, match="Inner: calls scaled_dot_product_attention in a ch"),
+    ):
+        model(inputs())
+    with gim.GIM(model, strict=False) as report:
+        gradient(model)
+    assert not report.complete
+    model.around_attention = False  # what follows no rule may be in one
+    with gim.GIM(model) as report:
+        gradient(model)
+    assert report.complete
 
 
 def test_an_exception_leaves_nothing_behind() -> None:
