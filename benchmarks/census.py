@@ -7,6 +7,7 @@ rule should have acted on. Refused: an error named what is not covered. Partial:
 
 from __future__ import annotations
 
+import datetime
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -81,10 +82,13 @@ NEEDS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 5},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "llama4_text": {"attention_chunk_size": 8},
-    "reformer": {"is_decoder": True},
-    "dots1": {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "n_routed_experts": 4},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_hidden_layers": 2},
     "falcon_mamba": {"state_size": 8},
     "granitemoehybrid": {"layer_types": ["attention", "attention"], "num_hidden_layers": 2},
@@ -172,7 +176,7 @@ def examine(model_type: str) -> Row:
 
 
 def main(
-    output: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these model types.")] = None,
 ) -> None:
     """Walk the mapping and print what became of each class."""
@@ -186,7 +190,13 @@ def main(
     for status in ("covered", "refused", "partial", "not built"):
         console.print(f"{status}: {sum(row.status == status for row in rows)}")
     if output is not None:
-        output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        results = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+            "rows": [asdict(row) for row in rows],
+        }
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

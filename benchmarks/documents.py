@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import coverage
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
@@ -107,7 +109,15 @@ def recall_table() -> str:
     )
 
 
+def families_table() -> str:
+    """How the parts of each family are recognised."""
+    header = ["family", "class", "softmax and q, k, v", "norms", "gated MLPs"]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, ["---"] * 5, *coverage.families_rows()))
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
+    "families": families_table,
+    "census": coverage.census_sentence,
     "explain": explain_table,
     "statements": statements_table,
     "recall": recall_table,

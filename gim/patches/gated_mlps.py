@@ -214,6 +214,8 @@ def recognise(module: nn.Module) -> GatedMLP | str | None:
     """The gated MLP that a module is; a reason, in words, where it is one that cannot be patched; else None."""
     if not any(True for _ in module.parameters()):
         return None
+    if isinstance(getattr(module, "A_log", None), torch.Tensor):
+        return "is a state space mixer, for whose gates GIM has no rule"
     activations = activations_of(module)
     names = tuple(activations)
     if names:

@@ -113,6 +113,39 @@ def test_encoders_are_counted_and_undone(family: str) -> None:
         assert all(vars(module)[key] is value for key, value in before[name].items() if not isinstance(value, bool))
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_the_forward_of_encoders_ignores_the_rules_and_is_their_own(family: str) -> None:
+    model, tokens = make(family, torch.float32), ids()
+    mask = padding("right", tokens)
+    with torch.no_grad():
+        own = model(tokens, attention_mask=mask).logits
+        with Wide():
+            truth = copy.deepcopy(model).double()(tokens, attention_mask=mask).logits
+        inside = []
+        for preset in gim.rules.PRESETS:
+            with gim.GIM(model, rules=preset):
+                inside.append(model(tokens, attention_mask=mask).logits)
+    assert all(torch.equal(inside[0], other) for other in inside[1:])
+    exists = slice(None) if own.dim() == 2 else mask.bool()
+    assert_within_budget(inside[0][exists], truth[exists], own[exists], family)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_rule_alone_changes_the_gradient_of_encoders(family: str) -> None:
+    model, tokens = make(family), ids(1)
+    off: dict[str, Any] = {"freeze_norm": False, "softmax_temperature": None, **dict.fromkeys(OWN)}
+
+    def explain(**changed: Any) -> torch.Tensor:
+        arguments = {**off, **changed}
+        return gim.explain(model, tokens, baseline_token_id=BASELINE, target_token_id=1, target_position=5, **arguments)
+
+    base = explain()
+    for name, value in {"freeze_norm": True, "softmax_temperature": 2.0, **OWN}.items():
+        changes = relative_error(explain(**{name: value}), base) > 1e-3
+        acts = ENCODERS[family].gated != 0 or name not in ("gate_scale", "up_scale")
+        assert changes == acts, name
+
+
 def test_experts_in_their_own_loop_and_grouped_are_the_same_as_batched() -> None:
     for family in ("mixtral", "qwen3-moe", "gpt-oss"):
         model, tokens = make(family, torch.float32), ids()

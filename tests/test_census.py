@@ -1,0 +1,67 @@
+"""The committed census is what a census here finds, and its watch can see a part that no rule reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import gim
+from benchmarks import coverage
+from benchmarks.census import build, examine
+from gim.patches import gated_mlps, norms
+from tests.families import ids, make
+from tests.watch import watching
+
+#: One of each kind: every status, latent attention, experts, chunks, sinks, cross attention left out, no interface.
+SAMPLE = [
+    "bart",
+    "bloom",
+    "cohere",
+    "deepseek_v3",
+    "doge",
+    "exaone4",
+    "jamba",
+    "lfm2",
+    "llama4_text",
+    "mamba",
+    "opt",
+    "seed_oss",
+]
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_the_census_is_current(model_type: str) -> None:
+    committed = coverage.census()
+    (row,) = [row for row in committed["rows"] if row["model_type"] == model_type]
+    found = examine(model_type)
+    if transformers.__version__ == committed["transformers"]:
+        assert found.status == row["status"], found.reason
+        assert found.model_class == row["model_class"]
+    assert found.status in ("covered", "refused"), found.reason
+
+
+def test_at_least_three_in_five_are_covered_and_none_in_part() -> None:
+    rows = coverage.census()["rows"]
+    built = [row for row in rows if row["status"] != "not built"]
+    assert sum(row["status"] == "covered" for row in built) >= 0.6 * len(built)
+    assert not [row for row in rows if row["status"] == "partial"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "what"),
+    [(norms, "statistic by rsqrt"), (gated_mlps, "product with an activation")],
+    ids=["norms", "gated_mlps"],
+)
+def test_the_watch_sees_a_rule_that_is_left_out(monkeypatch: pytest.MonkeyPatch, patch: Any, what: str) -> None:
+    monkeypatch.setattr(patch, "patch", lambda model, session: None)
+    model = make("llama", torch.float32)
+    with gim.GIM(model), watching(model, 37) as findings:
+        model(ids(1))
+    assert what in {found for _, found in findings.found}
+
+
+def test_every_kind_of_layer_is_built() -> None:
+    assert set(build("llama4_text").config.layer_types) == {"chunked_attention", "full_attention"}
