@@ -6,6 +6,7 @@ from gim.attribution import Attribution
 from gim.context import GIM
 from gim.explain import attribute, explain
 from gim.memory import MemoryPlan
+from gim.patches.attention import set_attention_rules
 
 __all__ = [
     "GIM",
@@ -16,5 +17,6 @@ __all__ = [
     "attribute",
     "explain",
     "rules",
+    "set_attention_rules",
     "targets",
 ]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch._dynamo.eval_frame
 from torch import nn
+from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
-from gim.patches import attention, gated_mlps, norms
+from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
 from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
@@ -62,15 +63,20 @@ class GIM:
     its own ``backward()``, ``torch.autograd.grad``, hooks. The backward may run after the context has closed; a
     checkpoint's recompute may not, and raises.
 
+    Models outside transformers follow the rules at torch's own functions, and models of TransformerLens at their own
+    code: see :mod:`gim.patches.functional` and :mod:`gim.patches.transformer_lens` for what is seen and what is not.
+    Only what runs inside the ``forward`` of the model or of one of its modules is touched.
+
     Args:
-        model: a Hugging Face model.
+        model: a Hugging Face model, a model of TransformerLens, or any module that calls torch's attention.
         freeze_norm: treat the statistic of every norm as a constant.
         softmax_temperature: temperature of the softmax backward; None for the ordinary softmax gradient.
         q_scale, k_scale, v_scale: factors of the gradients of queries, keys and values; None for 1.
         gate_scale, up_scale: factors of the gradients of the branches of gated MLPs; None for 1.
         rules: in place of the single arguments: :class:`gim.rules.Rules` or the name of a preset.
         strict: whether a part that a rule should act on and cannot is an error. With False it is reported in
-            :attr:`AppliedReport.unsupported`.
+            :attr:`AppliedReport.unsupported`. Outside transformers a gated MLP or a norm written in elementary
+            operations looks like any arithmetic: that none was recognised is a note of the report, not an error.
 
     Raises:
         UnsupportedModelError: on entering, or at the end of a forward pass: a part is not covered, is compiled or has
@@ -161,9 +167,15 @@ def apply_patches(model: nn.Module, session: Session) -> None:
     """
     for module in model.modules():
         session.set_attribute(module, SESSION, session)
-    norms.patch(model, session)
-    gated_mlps.patch(model, session)
-    attention.patch(model, session)
+    if transformer_lens.is_one(model):
+        transformer_lens.patch(model, session)
+    else:
+        norms.patch(model, session)
+        gated_mlps.patch(model, session)
+        if isinstance(model, PreTrainedModel):
+            attention.patch(model, session)
+        else:
+            functional.patch(model, session)
     if session.strict:
         _raise_unsupported(model, session.report.unsupported)
     _guard_checkpoints(model, session)
@@ -176,6 +188,8 @@ def apply_patches(model: nn.Module, session: Session) -> None:
             return  # an inner context's rules are in force, and it looks after its own forward passes
         session.report.forwards += 1
         missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
+        for end in session.end_of_forward:
+            missing += end()
         if session.strict:
             _raise_unsupported(model, missing)
         known = set(session.report.unsupported)

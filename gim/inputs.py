@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gim.patches import transformer_lens
 from gim_kernels.engines import key_range_of
 
 
@@ -28,7 +29,8 @@ def infer_baseline(tokenizer: Any) -> int:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model embeds."""
-    weight = getattr(embeddings(model), "weight", None)
+    found = embeddings(model)
+    weight = getattr(found, "weight", getattr(found, "W_E", None))  # TransformerLens's name is the second
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"the input embeddings of {type(model).__name__} must have a weight, and have none")
     return int(weight.shape[0])
@@ -57,8 +59,11 @@ def check_target(model: nn.Module, argument: str, target: int) -> None:
 
 def embeddings(model: nn.Module) -> nn.Module:
     """The module that turns ids into embeddings."""
-    get = getattr(model, "get_input_embeddings", None)
-    found = get() if get is not None else None
+    if transformer_lens.is_one(model):
+        found = getattr(model, "embed", None)
+    else:
+        get = getattr(model, "get_input_embeddings", None)
+        found = get() if get is not None else None
     if not isinstance(found, nn.Module):
         raise TypeError(f"model must have get_input_embeddings() as Hugging Face models do, got {type(model).__name__}")
     return found

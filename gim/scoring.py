@@ -17,6 +17,7 @@ from gim.context import GIM, decoder_layers
 from gim.inputs import embeddings
 from gim.memory import MemoryPlan
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
+from gim.patches import transformer_lens
 from gim.rules import Rules
 from gim.targets import Measure
 
@@ -128,7 +129,17 @@ def _forward_arguments(
 ) -> dict[str, Any]:
     """What the model is called with."""
     known = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {"input_ids": ids}
+    arguments: dict[str, Any]
+    if transformer_lens.is_one(model):
+        if position_ids is not None:
+            raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
+        arguments = {"input": ids, "return_type": "logits"}
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+            arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
+        if mask is not None:
+            arguments["attention_mask"] = mask.to(torch.int64)
+        return arguments
+    arguments = {"input_ids": ids}
     if "use_cache" in known:
         arguments["use_cache"] = False
     if position_ids is not None:

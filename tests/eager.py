@@ -77,7 +77,7 @@ def attend(
     """[B, H, T, D] attention with whole score matrices; hidden [B, 1, T, T] is True where a key is not seen."""
     q, k, v = (scale(x, factor) for x, factor in zip((q, k, v), rules.qkv, strict=True))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT / math.sqrt(size)).masked_fill(hidden, -1e30)
+    scores = (q @ k.mT / math.sqrt(size)).masked_fill(hidden, torch.finfo(q.dtype).min)
     if rules.constant_softmax:
         weights = torch.softmax(scores, -1).detach()
     elif rules.temperature is not None:

@@ -18,6 +18,9 @@ FLOAT64_RELATIVE = 1e-12
 #: The same for whole models, whose depth multiplies it.
 FLOAT64_MODEL_RELATIVE = 1e-9
 
+#: Relative difference allowed between one model in two libraries, each with float32 steps of its own.
+LIBRARIES_RELATIVE = 1e-5
+
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth; the norm of the difference where the truth is 0."""
@@ -65,3 +68,19 @@ def assert_within_budget(actual: torch.Tensor, truth: torch.Tensor, yardstick: t
     for measure in (relative_error, largest_error):
         error, allowed = measure(actual, truth), FACTOR * measure(yardstick, truth) + rounding
         assert error <= allowed, f"{what}: {measure.__name__} {error:.3g} > {allowed:.3g}"
+
+
+def assert_agree(actual: torch.Tensor, other: torch.Tensor, what: str) -> None:
+    """Two libraries that run the same model agree to :data:`LIBRARIES_RELATIVE`; infinities (masks) stand alike.
+
+    Args:
+        actual: what is tested.
+        other: the other library's result.
+        what: named in the failure.
+    """
+    assert actual.shape == other.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(other.shape)}"
+    finite = torch.isfinite(other)
+    assert torch.equal(torch.isfinite(actual), finite), f"{what}: infinities or NaN in other places"
+    for measure in (relative_error, largest_error):
+        error = measure(actual[finite], other[finite])
+        assert error <= LIBRARIES_RELATIVE, f"{what}: {measure.__name__} {error:.3g} > {LIBRARIES_RELATIVE:.3g}"

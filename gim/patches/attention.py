@@ -24,6 +24,7 @@ import gim_kernels
 from gim.applied import Application, UnsupportedModelError
 from gim.patches.session import Session, original_forward, session_of
 from gim.rules import GRADIENT, Rules
+from gim.rules import get as get_rules
 from gim_kernels import engines
 
 #: Name of the implementation in both interfaces.
@@ -273,7 +274,7 @@ def gim_attention(
         )
     if cu_seq_lens_q is not None:
         pattern = _packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
-    rules = GRADIENT if session is None else session.rules
+    rules = module.__dict__.get(_RULES, GRADIENT) if session is None else session.rules
     engine = engines.choose("auto", query)
     out = _attend(
         query,
@@ -402,6 +403,46 @@ def describe(rules: Rules) -> str:
     return f"{softmax}; q, k, v times " + ", ".join(f"{factor:g}" for factor in rules.qkv_scale)
 
 
+#: Name under which an attention module holds the rules that :func:`set_attention_rules` gave it.
+_RULES = "_gim_attention_rules"
+
+
+def set_attention_rules(model: PreTrainedModel, rules: Rules | str | None) -> None:
+    """Give a model's attention rules of its own, outside any context: for code that does the rest itself.
+
+    The model must use the implementation ``"gim"``, which ``import gim`` registers::
+
+        model.set_attn_implementation("gim")
+        gim.set_attention_rules(model, "GIM")
+
+    What attention does of ``rules`` is then done in every forward pass: the softmax and the factors of q, k and v.
+    Norms and gated MLPs are left to the caller; :func:`gim_kernels.rms_norm`, :func:`gim_kernels.layer_norm` and
+    :func:`gim_kernels.gated` are theirs. Inside :class:`gim.GIM` the context's rules are in force.
+
+    Args:
+        model: a Hugging Face model.
+        rules: :class:`gim.rules.Rules`, the name of a preset, or None to take them back.
+
+    Raises:
+        TypeError: model is not a Hugging Face model.
+        ValueError: no preset has that name.
+        UnsupportedModelError: the model's attention implementation is another.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    chosen = None if rules is None else get_rules(rules)
+    if chosen is not None and model.config._attn_implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} uses the attention implementation {model.config._attn_implementation!r}: call "
+            'model.set_attn_implementation("gim") first'
+        )
+    for module in model.modules():
+        if chosen is None:
+            module.__dict__.pop(_RULES, None)
+        else:
+            module.__dict__[_RULES] = chosen
+
+
 class _Switches:
     """How many open sessions need each config to say ``"gim"``, and what it said before the first.
 
@@ -429,15 +470,12 @@ class _Switches:
 _switches = _Switches()
 
 
-def patch(model: nn.Module, session: Session) -> None:
-    """Route every attention of a Hugging Face model through :func:`gim_attention` for the session's rules."""
-    expected = attention_modules(model)
-    if not isinstance(model, PreTrainedModel):
-        session.unsupported(
-            type(model).__name__,
-            "is not a transformers PreTrainedModel, so its attention cannot be switched",
-        )
-        return
+def patch(model: PreTrainedModel, session: Session, prefix: str = "") -> None:
+    """Route every attention of a Hugging Face model through :func:`gim_attention` for the session's rules.
+
+    ``prefix`` goes before the names of the modules of a model that is part of another.
+    """
+    expected = {f"{prefix}{name}": module for name, module in attention_modules(model).items()}
     if not expected:
         session.unsupported(type(model).__name__, "has no module whose class is named Attention")
         return

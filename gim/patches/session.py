@@ -53,6 +53,9 @@ class Session:
         self.undo = ExitStack()
         self.closed = False
         self.thread = threading.get_ident()
+        #: Called when a forward pass of the model starts; and when it ends, for what it should have used and did not.
+        self.start_of_forward: list[Callable[[], Any]] = []
+        self.end_of_forward: list[Callable[[], list[tuple[str, str]]]] = []
         self._by_module: dict[str, Application] = {}
         self._ran: set[str] = set()
 
@@ -85,6 +88,8 @@ class Session:
     def start_forward(self) -> None:
         """Forget which modules ran in the forward before."""
         self._ran.clear()
+        for begin in self.start_of_forward:
+            begin()
 
     def not_run(self) -> list[str]:
         """The modules that a rule acts on and that should have run since :meth:`start_forward` and did not."""

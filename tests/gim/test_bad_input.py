@@ -238,12 +238,10 @@ def test_a_model_whose_attention_has_no_interface_is_refused(monkeypatch: pytest
     assert not inspect(model).complete
 
 
-def test_a_module_that_is_not_from_hugging_face_is_refused() -> None:
-    with (
-        pytest.raises(UnsupportedModelError, match="Linear: is not a transformers PreTrainedModel"),
-        gim.GIM(nn.Linear(2, 2)),
-    ):
-        pass
+def test_a_module_in_which_no_rule_acts_on_anything_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match="Linear: called no attention, norm or"), gim.GIM(model):
+        model(torch.randn(1, 2))
 
 
 def test_masks_that_no_pattern_describes_are_refused(model: Any) -> None:

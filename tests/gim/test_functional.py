@@ -1,0 +1,727 @@
+"""Models outside transformers: every rule at torch's own functions, against the equations written out."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gim
+from gim.applied import UnsupportedModelError
+from tests import eager
+from tests.eager import EagerRules, attend, scale
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, relative_error
+
+WIDTH, HEADS, KV_HEADS, INNER, LENGTH, BATCH = 32, 4, 2, 40, 13, 2
+SIZE = WIDTH // HEADS
+
+
+class Block(nn.Module):
+    """A decoder block that holds parameters and calls functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.Parameter(torch.ones(2, WIDTH))
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.kv = nn.Linear(WIDTH, 2 * KV_HEADS * SIZE)
+        self.o = nn.Linear(WIDTH, WIDTH)
+        self.w1, self.w3 = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.w2 = nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = F.rms_norm(x, (WIDTH,), self.norms[0], 1e-5)
+        q = self.q(n).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+        k, v = self.kv(n).unflatten(-1, (2 * KV_HEADS, SIZE)).transpose(1, 2).chunk(2, 1)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).flatten(2))
+        n = F.layer_norm(x, (WIDTH,), self.norms[1])
+        return x + self.w2(F.silu(self.w1(n)) * self.w3(n))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        self.head = nn.Linear(WIDTH, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def layer_norm(x: torch.Tensor, weight: Any, bias: Any, rules: EagerRules) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    std = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    return centred / (std.detach() if rules.freeze_norm else std) * weight + bias
+
+
+def gate(g: torch.Tensor, u: torch.Tensor, rules: EagerRules) -> torch.Tensor:
+    g, u = scale(g, rules.gate_up[0]), scale(u, rules.gate_up[1])
+    sigmoid = torch.sigmoid(g)
+    return g * (sigmoid.detach() if rules.ratio else sigmoid) * u
+
+
+CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+
+
+def decoder_by_hand(model: Any, x: torch.Tensor, outer: EagerRules, second: EagerRules | None = None) -> torch.Tensor:
+    for block, rules in zip(model.blocks, (outer, second or outer), strict=True):
+        n = eager.rms_norm(x, block.norms[0], 1e-5, rules)
+        q = block.q(n).view(BATCH, -1, HEADS, SIZE).transpose(1, 2)
+        kv = block.kv(n).view(BATCH, -1, 2 * KV_HEADS, SIZE).transpose(1, 2)
+        a = attend(q, kv[:, :KV_HEADS], kv[:, KV_HEADS:], CAUSAL, SIZE, rules)
+        x = x + block.o(a.transpose(1, 2).reshape(BATCH, -1, WIDTH))
+        n = layer_norm(x, block.norms[1], 0.0, rules)
+        x = x + block.w2(gate(block.w1(n), block.w3(n), rules))
+    return model.head(eager.rms_norm(x, model.norm.weight, 1e-5, outer))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers, with masks."""
+
+    def __init__(self, *, batch_first: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, 0.1, F.gelu, batch_first=batch_first, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor, **masks: Any) -> torch.Tensor:
+        return self.layers(x, **masks)
+
+
+def encoder_by_hand(model: Encoder, x: torch.Tensor, rules: EagerRules, hidden: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers.layers:
+        n = layer_norm(x, layer.norm1.weight, layer.norm1.bias, rules)
+        mha = layer.self_attn
+        q, k, v = (
+            (n @ w.T + b).view(BATCH, LENGTH, HEADS, SIZE).transpose(1, 2)
+            for w, b in zip(mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3), strict=True)
+        )
+        a = attend(q, k, v, hidden, SIZE, rules).transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
+        x = x + mha.out_proj(a)
+        n = layer_norm(x, layer.norm2.weight, layer.norm2.bias, rules)
+        x = x + layer.linear2(F.gelu(layer.linear1(n)))
+    return layer_norm(x, model.layers.norm.weight, model.layers.norm.bias, rules)
+
+
+def make(build: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(0)
+    model = build()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0, 0.3)
+        else:
+            parameter.data.mul_(2.0)
+    return model.double().eval()
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def gradient(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor | None = None) -> torch.Tensor:
+    x = (inputs() if x is None else x).requires_grad_(True)
+    (grad,) = torch.autograd.grad(call(x).pow(2).sum(), x)
+    return grad
+
+
+def under(model: nn.Module, rules: Any = None, **masks: Any) -> torch.Tensor:
+    with gim.GIM(model, rules=rules):
+        return gradient(lambda x: model(x, **masks))
+
+
+PADDING = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+PADDING[0, :4] = True
+TRIANGLE = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
+MASKS: dict[str, tuple[dict[str, Any], torch.Tensor]] = {
+    "none": ({}, torch.zeros(1, 1, 1, 1, dtype=torch.bool)),
+    "causal-tensor": ({"mask": TRIANGLE}, CAUSAL),
+    "causal-hint": ({"mask": TRIANGLE, "is_causal": True}, CAUSAL),
+    "causal-bool": ({"mask": CAUSAL[0, 0]}, CAUSAL),
+    "padding": ({"src_key_padding_mask": PADDING}, PADDING[:, None, None]),
+    "both": ({"mask": CAUSAL[0, 0], "src_key_padding_mask": PADDING.flip(1)}, CAUSAL | PADDING.flip(1)[:, None, None]),
+}
+
+
+@pytest.mark.parametrize("preset", eager.PRESETS)
+def test_functions_follow_every_preset(preset: str) -> None:
+    model, rules = make(Decoder), eager.PRESETS[preset]
+    want = gradient(lambda x: decoder_by_hand(model, x, rules))
+    assert_close64(under(model, preset), want, preset, relative=FLOAT64_MODEL_RELATIVE)
+
+
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("preset", eager.PRESETS)
+def test_multihead_attention_follows_every_preset_and_mask(preset: str, masked: str) -> None:
+    model, rules = make(Encoder), eager.PRESETS[preset]
+    masks, hidden = MASKS[masked]
+    want = gradient(lambda x: encoder_by_hand(model, x, rules, hidden))
+    assert_close64(under(model, preset, **masks), want, preset, relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_rules_of_ones_own_equal_the_equations() -> None:
+    """Five different factors and another temperature: no two can be swapped unseen."""
+    model = make(Decoder)
+    rules = EagerRules(temperature=3.0, qkv=(0.1, 0.7, 0.3), gate_up=(0.4, 0.9))
+    with gim.GIM(model, softmax_temperature=3.0, q_scale=0.1, k_scale=0.7, v_scale=0.3, gate_scale=0.4, up_scale=0.9):
+        got = gradient(model)
+    want = gradient(lambda x: decoder_by_hand(model, x, rules))
+    assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+@pytest.mark.parametrize("build", [Decoder, Encoder], ids=["functions", "modules"])
+def test_the_forward_ignores_the_rules_and_is_the_models_own(build: Any) -> None:
+    model = make(build)
+    own = model(inputs())
+    found = []
+    for preset in gim.rules.PRESETS:
+        with gim.GIM(model, rules=preset):
+            found.append(model(inputs()))
+            with torch.no_grad():
+                found.append(model(inputs()))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert_close64(found[0], own, "output")
+    assert torch.equal(model(inputs()), own)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_the_report_names_and_counts_every_call() -> None:
+    model = make(Decoder)
+    with gim.GIM(model) as report:
+        gradient(model)
+        gradient(model)
+    assert report.counts() == {"attention": (2, 4), "norm": (5, 10), "gated_mlp": (2, 4)}
+    assert {(a.module, a.recognised) for a in report.applications if a.module == "blocks.1"} == {
+        ("blocks.1", "call of F.rms_norm"),
+        ("blocks.1", "call of F.layer_norm"),
+        ("blocks.1", "call of F.scaled_dot_product_attention"),
+        ("blocks.1", "call of F.silu(gate) * up"),
+    }
+    assert report.complete and report.notes == [] and report.engines["attention"] == "blockwise"
+    with gim.GIM(make(Encoder)) as report:
+        assert any("are found when the model runs" in note for note in report.notes)
+    assert any("no gated MLP was recognised" in note for note in report.notes)
+    model = make(Weights)
+    with gim.GIM(model) as report:
+        gradient(model)
+    assert any("attention: need_weights=True makes T x S weights" in note for note in report.notes)
+
+
+class Weights(nn.Module):
+    """Attention whose weights are used."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor, use: float = 1.0, **masks: Any) -> torch.Tensor:
+        out, weights = self.attention(x, x, x, **masks)
+        return out.sum() + use * (weights * torch.arange(weights.shape[-1])).pow(2).sum()
+
+
+@pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT", "GRADIENT"])
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_that_are_asked_for_follow_the_rule_too(preset: str, average: bool) -> None:
+    model, rules = make(Weights), eager.PRESETS[preset]
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        mha = model.attention
+        q, k, v = (
+            (x @ w.T + b).view(BATCH, LENGTH, HEADS, SIZE).transpose(1, 2)
+            for w, b in zip(mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3), strict=True)
+        )
+        out = attend(q, k, v, CAUSAL, SIZE, rules).transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
+        free = EagerRules(rules.temperature, rules.constant_softmax, qkv=(*rules.qkv[:2], 1))
+        eye = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, HEADS, -1, -1)
+        weights = attend(q, k, eye, CAUSAL, SIZE, free)
+        weights = weights.mean(1) if average else weights
+        return mha.out_proj(out).sum() + (weights * torch.arange(LENGTH)).pow(2).sum()
+
+    masks = {"attn_mask": TRIANGLE, "average_attn_weights": average}
+    got = under(model, preset, **masks)
+    assert_close64(got, gradient(by_hand), preset, relative=FLOAT64_MODEL_RELATIVE)
+    x = inputs()
+    with gim.GIM(model):
+        one = model.attention(x[0], x[0], x[0])
+    own = model.attention(x[0], x[0], x[0])
+    for got, want in zip(one, own, strict=True):
+        assert_close64(got, want, "unbatched")
+
+
+@pytest.mark.parametrize(
+    "options", [{"kdim": 20, "vdim": 24}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"bias": False}], ids=str
+)
+def test_every_form_of_multihead_attention_equals_torchs_own(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mha = nn.MultiheadAttention(WIDTH, HEADS, **options).double().eval()
+    query = torch.randn(5, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(9, 3, options.get("kdim", WIDTH), dtype=torch.float64)
+    value = torch.randn(9, 3, options.get("vdim", WIDTH), dtype=torch.float64)
+    own, own_weights = mha(query, key, value)
+    with gim.GIM(mha, rules="GRADIENT"):
+        out, weights = mha(query, key, value)
+    assert_close64(out, own, "output")
+    assert_close64(weights, own_weights, "weights")
+    for ours, theirs in ((out, own), (weights, own_weights)):
+        got, want = (torch.autograd.grad(y.pow(2).sum(), query, retain_graph=True)[0] for y in (ours, theirs))
+        assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Masked(nn.Module):
+    """Attention with a mask as ``F.scaled_dot_product_attention`` takes it."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, **named: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, **named)
+
+
+def additive(hidden: torch.Tensor, low: float) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, low)
+
+
+WINDOW = CAUSAL | torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-4)
+LATE = torch.ones(3, LENGTH, dtype=torch.bool).triu(LENGTH - 2)[None, None]  # three queries at the end of the keys
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    ("queries", "hidden"),
+    [(LENGTH, CAUSAL), (LENGTH, WINDOW), (3, LATE), (LENGTH, CAUSAL | PADDING.flip(1)[:1, None, None])],
+    ids=["causal", "window", "cache", "causal-padding"],
+)
+@pytest.mark.parametrize("form", ["bool", "inf", "minus-1e9", "2d"])
+def test_dense_masks_with_a_pattern_are_applied(queries: int, hidden: torch.Tensor, form: str, rank: int) -> None:
+    model = Masked()
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, HEADS, queries, SIZE, dtype=torch.float64)
+    k = torch.randn(BATCH, HEADS, LENGTH, SIZE, dtype=torch.float64)
+    mask = {"bool": ~hidden, "inf": additive(hidden, -math.inf), "minus-1e9": additive(hidden, -1e9), "2d": ~hidden}[
+        form
+    ]
+    if rank == 3:
+        q, k, mask = q[:, 0], k[:, 0], mask[0]
+    if form == "2d":
+        mask = mask[0] if rank == 3 else mask[0, 0]
+    with gim.GIM(model) as report:
+        got = gradient(lambda x: model(x, k, attn_mask=mask), q)
+    assert report.complete and report.counts()["attention"] == (1, 1)
+    four = (lambda x: x[:, None]) if rank == 3 else (lambda x: x)
+    want = gradient(lambda x: attend(four(x), four(k), four(k), hidden, SIZE, eager.PRESETS["GIM"]), q)
+    assert_close64(got, want, form, relative=FLOAT64_MODEL_RELATIVE)
+
+
+BIAS = torch.randn(1, 1, LENGTH, LENGTH, dtype=torch.float64)
+HEADWISE = torch.ones(1, HEADS, LENGTH, LENGTH, dtype=torch.bool).tril()
+HEADWISE[0, 1] = True
+HOLES = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+HOLES[..., 5] = False
+PACKED = torch.block_diag(torch.ones(6, 6), torch.ones(7, 7)).bool().tril()[None, None]
+UNIFORM = additive(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), -1e9)  # finite: every key weighs the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attn_mask": BIAS}, "adds numbers of its own to the scores"),
+        ({"attn_mask": HEADWISE}, "differs from head to head"),
+        ({"attn_mask": HOLES}, "hides keys between keys that it shows"),
+        ({"attn_mask": PACKED}, "is neither causal, windowed nor padding"),
+        ({"attn_mask": UNIFORM}, "adds numbers of its own to the scores"),
+        ({"attn_mask": torch.zeros(1, 1, LENGTH, LENGTH, requires_grad=True)}, "adds numbers of its own"),
+        ({"dropout_p": 0.1}, r"was called with dropout_p=0.1: call model.eval\(\)"),
+    ],
+)
+def test_what_attention_cannot_apply_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Masked()
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, **named: Any) -> torch.Tensor:
+            return self.inner(q, k, **named)
+
+    model, q = Outer(), torch.randn(1, HEADS, LENGTH, SIZE, dtype=torch.float64)
+    torch.manual_seed(0)
+    own = model(q, q, **arguments)
+    with gim.GIM(model), pytest.raises(UnsupportedModelError, match=f"inner: .*{message}"):
+        model(q, q, **arguments)
+    torch.manual_seed(0)
+    with gim.GIM(model, strict=False) as report:
+        assert torch.equal(model(q, q, **arguments), own)
+    assert not report.complete and report.unsupported[0][0] == "inner"
+
+
+def test_multihead_dropout_and_masked_extra_keys_are_refused() -> None:
+    x = inputs()
+    for options, named, message in (
+        ({"dropout": 0.1}, {}, "has dropout 0.1 in training mode"),
+        ({"add_zero_attn": True}, {"key_padding_mask": PADDING}, "add_zero_attn together with a mask"),
+        ({}, {"attn_mask": BIAS[0, 0]}, "attn_mask of nn.MultiheadAttention adds numbers of its own"),
+    ):
+        mha = (
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options).double().train(bool("dropout" in options))
+        )
+        with gim.GIM(mha), pytest.raises(UnsupportedModelError, match=message):
+            mha(x, x, x, **named)
+
+
+class Written(nn.Module):
+    """Attention by its equation, which no function shows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x @ x.mT, -1) @ x
+
+
+class WrittenAttention(Written):
+    pass
+
+
+class Partly(nn.Module):
+    """One layer calls attention, one writes it out."""
+
+    def __init__(self, second: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), second()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x, x, x, need_weights=False)[0])
+
+
+class StrangeNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.abs().mean(-1, keepdim=True) * self.weight
+
+
+class Gates(nn.Module):
+    """A gated MLP with an activation of its own, in a layout that is in no table."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.fc_in, self.fc_gate, self.fc_out = (
+            nn.Linear(WIDTH, INNER),
+            nn.Linear(WIDTH, INNER),
+            nn.Linear(INNER, WIDTH),
+        )
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc_out(self.fc_in(x) * self.act(self.fc_gate(x)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Written, "Written: called no attention, norm or gated MLP that can be seen"),
+        (lambda: nn.Sequential(nn.LayerNorm(WIDTH), Written()), "Sequential: called neither F.scaled_dot_product"),
+        (lambda: Partly(WrittenAttention), r"second: \(WrittenAttention\) ran and called neither"),
+        (lambda: Partly(StrangeNorm), r"second: \(StrangeNorm\) is neither an RMS norm nor a layer norm"),
+        (lambda: Partly(lambda: Gates(nn.Hardtanh())), None),
+        (lambda: Partly(nn.Identity), None),
+        (lambda: Partly(lambda: Gates(nn.SiLU())), None),
+    ],
+)
+def test_strict_finds_what_nothing_fired_in(build: Any, message: str | None) -> None:
+    model = build().double().eval()
+    with gim.GIM(model, strict=False) as report:
+        gradient(model)
+    if message is None:
+        assert report.complete
+        with gim.GIM(model):
+            gradient(model)
+        return
+    assert report.unsupported[0][0] == message.split(":")[0]
+    with pytest.raises(UnsupportedModelError, match=message), gim.GIM(model):
+        gradient(model)
+
+
+def test_norms_and_gates_that_cannot_be_applied_are_refused() -> None:
+    class Group(Partly):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.group_norm(super().forward(x).mT, 4).mT
+
+    class Glu(Partly):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.glu(super().forward(x))
+
+    for build, off, message in (
+        (Group, {"freeze_norm": False}, "Group: calls group_norm, whose statistic cannot be frozen"),
+        (Glu, {"gate_scale": None, "up_scale": None}, "Glu: calls glu, a gate that gim does not know"),
+    ):
+        model = build(nn.Identity).double()
+        with gim.GIM(model), pytest.raises(UnsupportedModelError, match=message):
+            model(inputs())
+        with gim.GIM(model, **off):
+            model(inputs())
+
+
+def test_products_that_are_no_gate_are_left_alone() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.full((WIDTH,), 0.3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+            gate = a * 1.5
+            act = F.gelu(gate)
+            return act * self.factor + act * torch.ones_like(act) + act * 2.0 + gate * F.silu(gate)
+
+    model = Products().double()
+    with gim.GIM(model, rules="SCALES_ONLY") as report:
+        got = gradient(model)
+    assert report.counts()["gated_mlp"] == (0, 0)
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (scale(x, factor) for factor in (0.25, 0.25, 0.5))
+        gate = 1.5 * (torch.softmax(q @ k.mT / math.sqrt(WIDTH), -1) @ v)
+        act = F.gelu(gate)
+        return act * model.factor + 3 * act + gate * F.silu(gate)
+
+    assert_close64(got, gradient(by_hand), "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gated_products_of_every_activation(activation: Any, swapped: bool) -> None:
+    class Gated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = F.layer_norm(x, (WIDTH,)).chunk(2, -1)
+            return torch.mul(up, activation(gate)) if swapped else activation(gate) * up
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        gate, up = layer_norm(x, 1.0, 0.0, EagerRules(freeze_norm=False)).chunk(2, -1)
+        return activation(scale(gate, 0.3)) * scale(up, 0.8)
+
+    model = Gated()
+    with gim.GIM(
+        model, freeze_norm=False, softmax_temperature=None, q_scale=None, k_scale=None, v_scale=None,
+        gate_scale=0.3, up_scale=0.8,
+    ):  # fmt: skip
+        got = gradient(model)
+    assert_close64(got, gradient(by_hand), "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_what_is_outside_the_model_is_untouched() -> None:
+    model, other, x = make(Decoder), make(Decoder), inputs()
+
+    def outside(y: torch.Tensor) -> torch.Tensor:
+        """A loss with attention, a norm, a gate and a softmax of its own, and a second model."""
+        normed = F.layer_norm(y, (WIDTH,))
+        seen = F.scaled_dot_product_attention(normed[:, None], y[:, None], y[:, None])[:, 0]
+        return other(seen + F.silu(y) * normed).softmax(-1).log().sum()
+
+    plain = gradient(outside, x)
+    with gim.GIM(model) as report:
+        assert torch.equal(gradient(outside, x), plain)
+        assert report.counts()["attention"] == (0, 0)
+        assert relative_error(gradient(model), gradient(other)) > 1e-3
+    assert torch.equal(gradient(outside, x), plain)
+
+
+def test_a_router_and_a_metric_inside_the_model_keep_their_softmax() -> None:
+    class Routed(Partly):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.softmax(x, -1)
+
+    model = Routed(nn.Identity).double()
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        with gim.GIM(model.first):
+            attended = model.first(x, x, x, need_weights=False)[0]
+        return attended * torch.softmax(x, -1)
+
+    assert_close64(under(model), gradient(by_hand), "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_nested_contexts_follow_the_inner_rules_and_come_back() -> None:
+    model = make(Decoder)
+    gim_gradient, plain = under(model, "GIM"), gradient(model)
+    with gim.GIM(model) as outer:
+        assert_close64(under(model, "GRADIENT"), plain, "inner", relative=FLOAT64_MODEL_RELATIVE)
+        assert outer.forwards == 0
+        assert torch.equal(gradient(model), gim_gradient)
+        with gim.GIM(model.blocks[1], rules="GRADIENT") as part:
+            mixed = gradient(model)
+    assert part.counts()["attention"] == (1, 1)
+
+    rules = eager.PRESETS["GIM"]
+    want = gradient(lambda x: decoder_by_hand(model, x, rules, second=eager.PRESETS["GRADIENT"]))
+    assert_close64(mixed, want, "mixed", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_module_follows_its_own_context_wherever_it_is_called_from() -> None:
+    class Caller(nn.Module):
+        """Calls a module that is not its own."""
+
+        def __init__(self, called: nn.Module) -> None:
+            super().__init__()
+            self.called = [called]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+            return self.called[0](x)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.caller = Caller(self.block)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.caller(x)
+
+    model = make(Both)
+    with gim.GIM(model, rules="GIM"), gim.GIM(model.caller, rules="GRADIENT") as inner:
+        got = gradient(model)
+    assert inner.counts() == {"attention": (1, 1), "norm": (0, 0), "gated_mlp": (0, 0)}
+    x = inputs()
+    with gim.GIM(model.block):
+        want = gradient(
+            lambda y: model.block(F.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None])[:, 0]), x
+        )
+    assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_two_threads_with_two_rule_sets_do_not_see_each_other() -> None:
+    jobs = [(make(Decoder), "GIM"), (make(Decoder), "GRADIENT")]
+    want = [under(model, rules) for model, rules in jobs]
+    assert relative_error(want[0], want[1]) > 1e-3
+    failures: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def work(index: int) -> None:
+        model, rules = jobs[index]
+        barrier.wait()
+        for _ in range(8):
+            if not torch.equal(under(model, rules), want[index]):
+                failures.append(rules)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+class Checkpointed(Decoder):
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(self.norm(x))
+
+
+def test_a_checkpoint_inside_the_context_gives_the_same_gradient_and_counts_once() -> None:
+    model = make(Checkpointed)
+    with gim.GIM(model) as report:
+        got = gradient(model)
+    assert torch.equal(got, under(make(Decoder)))
+    assert report.counts() == {"attention": (2, 2), "norm": (5, 5), "gated_mlp": (2, 2)}
+
+
+def test_a_checkpoint_that_runs_again_after_the_context_raises() -> None:
+    model, x = make(Checkpointed), inputs().requires_grad_(True)
+    with gim.GIM(model):
+        loss = model(x).sum()
+    with pytest.raises(Exception, match=r"tensors was saved during|different metadata|context has closed"):
+        loss.backward()
+    assert x.grad is None
+    model.reentrant = True
+    with gim.GIM(model), pytest.raises(UnsupportedModelError, match=r"blocks\.0: runs in a reentrant checkpoint"):
+        model(x)
+
+
+def test_a_checkpoint_around_a_function_is_refused() -> None:
+    class Inner(Partly):
+        around_attention = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x, x, x, need_weights=False)[0]
+
+            def attend(y: torch.Tensor) -> torch.Tensor:
+                y = F.gelu(y) * 2.0
+                return F.scaled_dot_product_attention(y, y, y) if self.around_attention else y
+
+            return checkpoint(attend, x, use_reentrant=False)
+
+    model = Inner(nn.Identity).double().eval()
+    with (
+        gim.GIM(model),
+        pytest.raises(UnsupportedModelError, match="Inner: calls scaled_dot_product_attention in a ch"),
+    ):
+        model(inputs())
+    with gim.GIM(model, strict=False) as report:
+        gradient(model)
+    assert not report.complete
+    model.around_attention = False  # what follows no rule may be in one
+    with gim.GIM(model) as report:
+        gradient(model)
+    assert report.complete
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    def users_error(*_: Any) -> None:
+        raise KeyError("a user's own error")
+
+    model = make(Decoder)
+    plain = gradient(model)
+    with pytest.raises(RuntimeError), gim.GIM(model):
+        model(torch.randn(1, 2, WIDTH + 1).double())
+    assert torch.equal(gradient(model), plain)
+    with pytest.raises(KeyError), gim.GIM(model):
+        model.head.register_forward_hook(users_error)
+        model(inputs())
+    model.head._forward_hooks.clear()
+    assert torch.equal(gradient(model), plain)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_scripted_modules_are_refused() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS), torch.jit.script(nn.LayerNorm(WIDTH)))
+    with pytest.raises(UnsupportedModelError, match="1: .* is TorchScript, whose calls cannot be seen"), gim.GIM(model):
+        pass
+
+
+def test_a_hugging_face_model_inside_a_plain_one() -> None:
+    from tests.families import ids
+    from tests.families import make as family
+
+    class Reward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = family("qwen3").model
+            self.norm = nn.LayerNorm(48)
+
+        def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.backbone(inputs_embeds=embedded, use_cache=False).last_hidden_state)
+
+    model = Reward().double().eval()
+    embedded = model.backbone.embed_tokens(ids()).detach()
+    with gim.GIM(model) as report:
+        got = gradient(model, embedded)
+    assert report.counts() == {"attention": (3, 3), "norm": (14, 14), "gated_mlp": (3, 3)}
+    assert {a.module for a in report.of("attention")} == {f"backbone.layers.{i}.self_attn" for i in range(3)}
+    with gim.GIM(model.backbone), gim.GIM(model.norm, **OFF):
+        want = gradient(model, embedded)
+    assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+    assert model.backbone.config._attn_implementation == "sdpa"
+
+
+#: Every rule but the norm's.
+OFF: dict[str, Any] = {
+    "softmax_temperature": None, "q_scale": None, "k_scale": None, "v_scale": None,
+    "gate_scale": None, "up_scale": None,
+}  # fmt: skip

@@ -1,0 +1,148 @@
+"""Half precision and quantised weights: every rule still acts, and errs as eager PyTorch does in the same types."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gim
+from tests import eager
+from tests.families import ids, make
+from tests.oracle import assert_within_budget, relative_error
+
+BASELINE, TARGET = 3, 11
+ALONE = ("TSG_ONLY", "FREEZE_ONLY", "SCALES_ONLY", "TRANSFORMER_LRP", "GIM_CONSTANT", "ATTNLRP", "GIM")
+
+
+def explain(model: Any, tokens: torch.Tensor, preset: str) -> torch.Tensor:
+    return gim.explain(model, tokens, baseline_token_id=BASELINE, target_token_id=TARGET, rules=preset)
+
+
+def truth(model: Any, tokens: torch.Tensor, preset: str, dtype: torch.dtype) -> torch.Tensor:
+    rules = eager.PRESETS[preset]
+    return eager.attribution(model, tokens, rules, baseline=BASELINE, target=TARGET, dtype=dtype)[0]
+
+
+def assert_every_rule_acts(model: Any, tokens: torch.Tensor, rounding: float) -> None:
+    """Each preset's result differs from the ordinary gradient by more than rounding explains."""
+    plain = explain(model, tokens, "GRADIENT")
+    for preset in ALONE:
+        assert relative_error(explain(model, tokens, preset), plain) > rounding, preset
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("preset", eager.PRESETS)
+def test_half_precision_errs_at_most_twice_as_much_as_eager(preset: str, family: str, dtype: torch.dtype) -> None:
+    model = make(family, dtype)
+    tokens = ids(64)  # the largest error of few prompts is one draw of a wide distribution
+    got = explain(model, tokens, preset)
+    assert got.dtype == torch.float32  # scores are summed in float32 whatever the model's dtype is
+    want = truth(copy.deepcopy(model).double(), tokens, preset, torch.float64)
+    yardstick = truth(model, tokens, preset, dtype)
+    assert_within_budget(got, want, yardstick.float(), f"{family} {preset}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_every_rule_acts_in_half_precision(dtype: torch.dtype) -> None:
+    assert_every_rule_acts(make("llama", dtype), ids(4), 0.1)
+
+
+def test_scores_are_summed_in_float32() -> None:
+    """A row whose terms cancel: summed in bfloat16 nothing of the result would be left."""
+    model = make("llama", torch.bfloat16)
+    tokens = ids(1)
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    with gim.GIM(model):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    (grad,) = torch.autograd.grad(logits[0, -1, TARGET].float(), embedded)
+    difference = embedded.detach() - model.get_input_embeddings()(torch.tensor([[BASELINE]])).detach()
+    in_half = (difference * grad).sum(-1)
+    want = (
+        (embedded.double() - model.get_input_embeddings()(torch.tensor([[BASELINE]])).double()) * grad.double()
+    ).sum(-1)
+    got = explain(model, tokens, "GIM")
+    assert relative_error(got, want[0]) < 1e-5 < relative_error(in_half, want)
+
+
+def quantised(model: Any, config: Any) -> tuple[Any, Any]:
+    """The model with quantised linear weights, and one whose float weights are what those stand for."""
+    from torchao.quantization import quantize_
+
+    plain = copy.deepcopy(model)
+    quantize_(model, config)
+    count = 0
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        if isinstance(ours, nn.Linear) and type(ours.weight) is not nn.Parameter:
+            theirs.weight = nn.Parameter(ours.weight.dequantize().to(theirs.weight.dtype))
+            count += 1
+    assert count == 7 * model.config.num_hidden_layers + 1
+    return model, plain
+
+
+def torchao_config(bits: int) -> Any:
+    quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quantisation")
+    if bits == 8:
+        return quantization.Int8WeightOnlyConfig()
+    granularity = pytest.importorskip("torchao.quantization.granularity").PerGroup(16)
+    return quantization.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, "int4"),  # noqa: B009 (absent from the stubs)
+        granularity=granularity,
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("preset", eager.PRESETS)
+def test_torchao_weights_give_what_the_dequantised_model_gives(preset: str, bits: int) -> None:
+    model, plain = quantised(make("llama", torch.float32), torchao_config(bits))
+    tokens = ids(16)
+    with gim.GIM(model) as report:
+        model(tokens)
+    assert report.complete and report.counts() == {"attention": (3, 3), "norm": (7, 7), "gated_mlp": (3, 3)}
+    want = truth(copy.deepcopy(plain).double(), tokens, preset, torch.float64)
+    yardstick = truth(plain, tokens, preset, torch.float32)
+    assert_within_budget(explain(model, tokens, preset), want, yardstick, f"{bits} bits, {preset}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_rule_acts_on_quantised_models(bits: int, dtype: torch.dtype) -> None:
+    """In bfloat16 the dequantised weights are rounded themselves, so no float model is the truth for the scores."""
+    model, _ = quantised(make("llama", dtype), torchao_config(bits))
+    assert_every_rule_acts(model, ids(4), 0.1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_weights_give_what_the_dequantised_model_gives(bits: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes, which is in no extra: 125 MB")
+    model = make("llama", torch.float32)
+    plain = copy.deepcopy(model)
+    for ours, theirs in zip(list(model.modules()), list(plain.modules()), strict=True):
+        for name, layer in list(ours.named_children()):
+            if not isinstance(layer, nn.Linear) or name == "lm_head":
+                continue
+            weight = layer.weight.detach()
+            if bits == 4:
+                new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+                new = new.to("cpu")
+                if new.weight.quant_state is None:
+                    new.weight = new.weight._quantize("cpu")
+                stands_for = bnb.functional.dequantize_4bit(new.weight.data, new.weight.quant_state)
+            else:
+                new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+                stands_for = (
+                    new.weight.CB.float() * new.weight.SCB[:, None] / 127 if new.weight.CB is not None else weight
+                )
+            setattr(ours, name, new)
+            getattr(theirs, name).weight = nn.Parameter(stands_for)
+    assert_every_rule_acts(model, ids(4), 0.1)
+    for preset in eager.PRESETS:
+        want = truth(copy.deepcopy(plain).double(), ids(4), preset, torch.float64)
+        yardstick = truth(plain, ids(4), preset, torch.float32)
+        assert_within_budget(explain(model, ids(4), preset), want, yardstick, f"{bits} bits, {preset}")
