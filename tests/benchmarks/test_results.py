@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as program
-from benchmarks import documents, report
+from benchmarks import conftest, documents, report
 from benchmarks.results import SCHEMA, ResultsError, compare, default_name, growth, load, merged, save
 
 RESULTS_FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -112,6 +112,16 @@ def test_different_devices_or_suites_are_not_compared() -> None:
     other = {**results(), "rows": []}
     with pytest.raises(ResultsError, match="no measured case and system in common"):
         compare(results(), other)
+
+
+def test_pytest_benchmark_compares_one_device_only(pytestconfig: pytest.Config) -> None:
+    here: dict[str, Any] = {}
+    conftest.pytest_benchmark_update_machine_info(pytestconfig, here)
+    stored = {"machine_info": dict(here)}
+    conftest.pytest_benchmark_compare_machine_info(pytestconfig, None, here, stored)
+    stored["machine_info"]["device"] = "NVIDIA H100"
+    with pytest.raises(pytest.UsageError, match="different devices cannot be compared: 'NVIDIA H100' and"):
+        conftest.pytest_benchmark_compare_machine_info(pytestconfig, None, here, stored)
 
 
 def test_rows_of_the_same_code_on_the_same_device_are_merged_into_a_file(tmp_path: Path) -> None:
