@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -195,8 +196,21 @@ def apply_patches(model: nn.Module, session: Session) -> None:
         known = set(session.report.unsupported)
         session.report.unsupported.extend(pair for pair in missing if pair not in known)
 
-    for handle in (model.register_forward_pre_hook(begin), model.register_forward_hook(finish)):
-        session.undo.callback(handle.remove)
+    if isinstance(model, PreTrainedModel):
+        for handle in (model.register_forward_pre_hook(begin), model.register_forward_hook(finish)):
+            session.undo.callback(handle.remove)
+        return
+    # Front ends call forward itself (TransformerLens's run_with_hooks does), past the hooks of the model.
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*inputs: Any, **named: Any) -> Any:
+        begin()
+        out = inner(*inputs, **named)
+        finish()
+        return out
+
+    session.replace_forward(model, forward)
 
 
 def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES) -> AppliedReport:

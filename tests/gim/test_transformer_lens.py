@@ -122,7 +122,7 @@ def test_gradients_agree_with_the_hugging_face_model(kind: str, family: str, pre
         "norm": (count * LAYERS + 1, calls),
         "gated_mlp": (LAYERS, LAYERS),
     }
-    assert report.complete and report.notes == []
+    assert report.complete and report.notes == [] and report.forwards == 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bridge"])
@@ -201,14 +201,14 @@ def test_what_is_not_recognised_is_an_error() -> None:
         pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mlp: \(GatedMLP\) is a gated MLP whose"),
         gim.GIM(lens),
     ):
-        lens(ids(1, 9))
+        lens.run_with_hooks(ids(1, 9), fwd_hooks=[])
     lens = hooked(make("llama", torch.float32))
     lens.blocks[2].attn.forward = lambda query_input, **_: query_input
     with (
         pytest.raises(UnsupportedModelError, match=r"blocks\.2\.attn: \(GroupedQueryAttention\) did not compute"),
         gim.GIM(lens),
     ):
-        lens(ids(1, 9))
+        lens.run_with_hooks(ids(1, 9), fwd_hooks=[])
 
 
 @pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
