@@ -206,8 +206,8 @@ def test_documents_take_the_newest_of_a_kind_and_say_what_was_never_measured(
 
     other = "gpu" if kind == "cpu" else "cpu"
     monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    save(tmp_path / "new.json", {**found(), "date": "2026-02-01", "commit": "newest"})
-    save(tmp_path / "old.json", found())
+    save(tmp_path / "attention-a-new.json", {**found(), "date": "2026-02-01", "commit": "newest"})
+    save(tmp_path / "attention-a-old.json", found())
     table = documents.suite_table("attention", kind)
     assert device in table and "commit newest" in table and "25%" in table and "| skipped: needs 99 GiB |" in table
     assert documents.suite_table("attention", other) == documents.suite_table("memory", kind) == "Not measured.\n"
@@ -229,7 +229,7 @@ def test_compare_from_the_command_line(tmp_path: Path) -> None:
         for key in ("median_ms", "q1_ms", "q3_ms"):
             if key in one:
                 one[key] *= 3
-    old, new = written(tmp_path / "old.json", results()), written(tmp_path / "new.json", slower)
+    old, new = written(tmp_path / "old.json", results()), written(tmp_path / "attention-a-new.json", slower)
     shown = cli.invoke(program.app, ["compare", str(old), str(new)])
     assert shown.exit_code == 0 and "3.00x" in shown.output
     assert cli.invoke(program.app, ["compare", str(old), str(new), "--fail-above", "2"]).exit_code == 1

@@ -194,7 +194,7 @@ def test_baselines_are_inferred_as_in_gim_explain() -> None:
     ("arguments", "error", "message"),
     [
         ({"prompt": ""}, ValueError, "prompt must not be empty"),
-        ({"prompt": 3}, TypeError, "prompt must be text, got int"),
+        ({"prompt": 3}, TypeError, "prompt must be text, or messages with role and content, got 3"),
         ({"target": " cat sat", "baseline": "cat sat"}, ValueError, "baseline must be one token, but 'cat sat' is"),
         ({"target": Token(" cat sat")}, ValueError, "target must be one token, but ' cat sat' is 2: "),
         ({"target": 320}, ValueError, "target must be a token id in 0..319, got 320"),
