@@ -5,15 +5,19 @@ from gim.applied import AppliedReport, UnsupportedModelError
 from gim.attribution import Attribution
 from gim.context import GIM
 from gim.explain import attribute, explain
-from gim.memory import MemoryPlan
+from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
 
 __all__ = [
     "GIM",
     "AppliedReport",
     "Attribution",
+    "EstimateError",
+    "MemoryEstimate",
     "MemoryPlan",
+    "OutOfMemoryError",
     "UnsupportedModelError",
     "attribute",
+    "estimate_memory",
     "explain",
     "rules",
     "targets",

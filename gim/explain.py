@@ -13,12 +13,12 @@ from torch import nn
 from gim import targets as target_kinds
 from gim.attribution import Attribution
 from gim.context import resolve_rules
-from gim.inputs import check_ids, check_token_id, infer_baseline, resolve_position
-from gim.memory import MemoryPlan
+from gim.inputs import check_ids, check_length, check_token_id, infer_baseline, resolve_position
+from gim.memory import MemoryPlan, run
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
-from gim.scoring import PREDICTION, Progress, Terms, run
+from gim.scoring import PREDICTION, Progress, Terms
 from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
 
 
@@ -40,6 +40,7 @@ def explain(
     attention_mask: torch.Tensor | None = None,
     rules: Rules | str | None = None,
     memory: MemoryPlan | str = "auto",
+    allow_extrapolation: bool = False,
 ) -> torch.Tensor:
     """Attributions of input tokens to one logit, with the names, defaults and result of gim-explain.
 
@@ -58,7 +59,9 @@ def explain(
         attention_mask: ``[B, T]``, 0 for padding on the left or the right; None where there is none. Each row's
             result equals that of the row alone.
         rules: in place of the single rule arguments: :class:`gim.rules.Rules` or the name of a preset.
-        memory: a :class:`gim.memory.MemoryPlan`, ``"none"``, ``"layer"`` or ``"auto"``.
+        memory: a :class:`gim.MemoryPlan` or its name, such as ``"layer+attention"``; ``"auto"`` is the fastest plan
+            that fits the device's free memory. Every plan gives the same attributions.
+        allow_extrapolation: run prompts longer than the model's position limit.
 
     Returns:
         ``[T]`` for one row, else ``[B, T]``; float32 (float64 for a float64 model), on the model's device, 0 on
@@ -68,6 +71,7 @@ def explain(
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an argument that does not fit; names it, what was wanted and what came.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+        OutOfMemoryError: no plan fits; says the estimate and the longest prompt that would fit.
 
     Source: Edin et al. 2025, arXiv 2505.17630.
 
@@ -89,6 +93,7 @@ def explain(
         up_scale=up_scale,
     )
     ids, mask = check_ids(model, input_ids, attention_mask)
+    check_length(model, ids, mask, allow_extrapolation)
     if baseline_token_id is None:
         if tokenizer is None:
             raise ValueError("baseline_token_id or tokenizer must be given: attributions are relative to a baseline")
@@ -117,6 +122,7 @@ def attribute(
     rules: Rules | str = PAPER_RULES,
     memory: MemoryPlan | str = "auto",
     progress: Progress | None = None,
+    allow_extrapolation: bool = False,
 ) -> Attribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
@@ -130,6 +136,7 @@ def attribute(
         rules: :class:`gim.rules.Rules` or the name of a preset.
         memory: as in :func:`explain`.
         progress: called with ``("forward" or "backward", layers done, layers in all)``.
+        allow_extrapolation: as in :func:`explain`.
 
     Returns:
         The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
@@ -138,6 +145,7 @@ def attribute(
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an empty prompt, a token that is not one, an id out of range, a slow tokenizer.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+        OutOfMemoryError: as in :func:`explain`.
 
     Source: Edin et al. 2025, arXiv 2505.17630.
 
@@ -185,6 +193,7 @@ def attribute(
         targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
 
     ids_tensor, mask = check_ids(model, torch.tensor(token_ids), None)
+    check_length(model, ids_tensor, mask, allow_extrapolation)
     scored = Terms(
         positions=torch.tensor([positions], device=ids_tensor.device),
         token_ids=torch.tensor([targets], device=ids_tensor.device),
@@ -212,7 +221,7 @@ def attribute(
         model=_model_name(model),
         baseline=(baseline_id, tokenizer.decode([baseline_id])),
         versions=_versions(),
-        memory=result.plan.describe(),
+        memory=result.memory,
     )
 
 

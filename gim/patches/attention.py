@@ -232,24 +232,59 @@ def gim_attention(
         )
     rules = GRADIENT if session is None else session.rules
     engine = engines.choose("auto", query)
-    out = gim_kernels.attention(
-        query,
-        key,
-        value,
-        scale=scaling,
-        causal=pattern.causal,
-        window=window,
-        softcap=softcap,
-        sinks=s_aux,
-        key_range=pattern.key_range,
-        softmax_backward=rules.softmax,
-        temperature=rules.temperature,
-        grad_scale=rules.qkv_scale,
-        engine=engine,
-    )
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_range: torch.Tensor | None
+    ) -> torch.Tensor:
+        return gim_kernels.attention(
+            query,
+            key,
+            value,
+            scale=scaling,
+            causal=pattern.causal,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+            key_range=key_range,
+            softmax_backward=rules.softmax,
+            temperature=rules.temperature,
+            grad_scale=rules.qkv_scale,
+            engine=engine,
+        )
+
+    spans = module.__dict__.get(SPANS)
+    if spans is None or pattern.queries != pattern.keys or (window is not None and not pattern.causal):
+        out = attend(query, key, value, pattern.key_range)
+    else:
+        out = _at_spans(attend, spans, query, key, value, pattern)
     if session is not None:
         session.count(name, engine)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _at_spans(
+    attend: Callable[..., torch.Tensor],
+    spans: tuple[tuple[int, int], ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: KeyPattern,
+) -> torch.Tensor:
+    """Attention of the queries in ``spans`` only, 0 for all others; ``[B, HQ, T, D]``."""
+    batch, heads, queries, size = query.shape
+
+    def nothing(tokens: int) -> torch.Tensor:
+        return query.new_zeros(1).expand(batch, tokens, heads, size)
+
+    pieces, done = [], 0
+    for start, stop in spans:
+        # The causal mask is aligned at the last key, which must then be the last query's.
+        end = stop if pattern.causal else pattern.keys
+        key_range = None if pattern.key_range is None else pattern.key_range.clamp(max=end)
+        part = attend(query[:, :, start:stop], key[:, :, :end], value[:, :, :end], key_range)
+        pieces += [nothing(start - done), part.transpose(1, 2)]
+        done = stop
+    return torch.cat([*pieces, nothing(queries - done)], dim=1).transpose(1, 2)
 
 
 def _matters(given: Any) -> bool:
@@ -266,6 +301,8 @@ def _name(module: nn.Module, session: Session | None) -> str:
 
 #: Name under which an attention module holds its own qualified name while a session is open.
 _NAME = "_gim_name"
+#: Name under which an attention module holds the runs ``start:stop`` of queries that it need compute; absent for all.
+SPANS = "_gim_spans"
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
