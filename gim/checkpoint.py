@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gim.applied import UnsupportedModelError
 from gim.context import decoder_layers, refuse_when_closed
 from gim.offload import Offload, Watch, pool_of
-from gim.patches.attention import SPANS
+from gim.patches.attention import SPANS, patched_modules
 from gim.patches.session import Session, session_of
 from gim.plan import MemoryPlan
 from gim.tokenwise import NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
@@ -231,12 +231,10 @@ class _Layers:
         What the layer puts out elsewhere is then not what the model would, and reaches nothing: its gradient is
         checked to be 0.
         """
-        attentions = [a for a in self._session.report.of("attention") if a.module.startswith(f"{name}.")]
-        modules = dict(layer.named_modules())
+        attentions = patched_modules(layer)
         if len(attentions) != 1:
             return False
-        attention = modules[attentions[0].module.removeprefix(f"{name}.")]
-        self._inner.set_attribute(attention, SPANS, spans(kept))
+        self._inner.set_attribute(attentions[0], SPANS, spans(kept))
         for child_name, mlp in mlps:
             self._narrow_mlp(mlp, f"{name}.{child_name}", kept)
 

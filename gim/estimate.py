@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gim import checkpoint
 from gim.context import GIM, decoder_layers
 from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
+from gim.patches.session import SESSION
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -28,8 +29,10 @@ PARTS = ("weights", "embeddings", "checkpoints", "attention", "layer", "head")
 
 #: Prompts longer than this are not looked for.
 LONGEST = 1 << 27
-#: Layers of each kind that a twin runs: what one more layer keeps is seen once copies under way have filled up.
-SHOWN = IN_FLIGHT + 2
+#: Layers of each kind that a twin runs: the second keeps what every further one will.
+SHOWN = 2
+#: The same under a plan that offloads: the copies under way must have filled up first.
+SHOWN_OFFLOADING = IN_FLIGHT + 2
 #: The longest prompt is found to within this share of the memory.
 LONGEST_WITHIN = 0.004
 
@@ -133,21 +136,21 @@ def estimate_memory(
 class _Trace:
     """What one dry run of a twin told."""
 
+    cast: _Cast
     live: Counter[Tag]
     where: Tag
-    peak: int
     host: int
     flops: Counter[Tag]
     #: What was alive when each of the twin's layers was entered.
     entered: list[Counter[Tag]]
 
 
-@dataclass
-class _Kind:
-    """Layers of one kind: the positions of a few of them in the twin, and how many others the last stands for."""
+@dataclass(frozen=True)
+class _Cast:
+    """The layers that run in a dry run, and for each position how many layers it stands for besides itself."""
 
-    shown: list[int] = field(default_factory=list)
-    others: int = 0
+    layers: list[nn.Module]
+    others: dict[int, int]
 
 
 class Twin:
@@ -176,7 +179,7 @@ class Twin:
         self.device = torch.device(device).type
         weighed = model_or_config if isinstance(model_or_config, nn.Module) else self.model
         self.weights = weight_bytes(weighed)
-        self._kinds = _keep_few_layers(self.model)
+        self._layers = _Few(self.model)
         self._mlps: checkpoint.MLPs = {}
         self._open = ExitStack()
         shrink = _shrink(self.model)
@@ -184,6 +187,8 @@ class Twin:
             try:
                 with _stand_in_weights(self.model, attempt):
                     self._open.enter_context(GIM(self.model, rules=rules))
+                    # A dry run leaves layers out, which is no fault of theirs.
+                    self.model.__dict__[SESSION].strict = False
                     self._mlps = checkpoint.mlps_of(self.model, MemoryPlan("mlp"))
                     if attempt == 1 or not any(isinstance(found, str) for found in self._mlps.values()):
                         break
@@ -201,6 +206,7 @@ class Twin:
         Raises:
             EstimateError: as in :func:`estimate_memory`.
         """
+        self._layers.take(SHOWN_OFFLOADING)  # those that the MLPs are filed under
         reason = checkpoint.obstacle(plan, self.model, self._mlps)
         if reason is not None:
             raise EstimateError(reason)
@@ -223,9 +229,7 @@ class Twin:
             relative_cost=flops / everything,
         )
 
-    def longest(
-        self, plan: MemoryPlan, memory: int, *, batch: int = 1, explained: int = 1, near: int = 1 << 16
-    ) -> int:
+    def longest(self, plan: MemoryPlan, memory: int, *, batch: int = 1, explained: int = 1, near: int = 1 << 16) -> int:
         """The most tokens whose attribution under a plan fits in ``memory`` bytes, to within half a percent of it.
 
         Args:
@@ -260,30 +264,29 @@ class Twin:
     def _flops_of_everything(self, tokens: int, batch: int, explained: int) -> int:
         key = (tokens, batch, explained)
         if key not in self._flops:
-            self._flops[key] = self._total_flops(self._run(PLANS[0], tokens, batch, explained, []))
+            self._flops[key] = self._total_flops(self._run(PLANS[0], tokens, batch, explained, {}))
         return self._flops[key]
 
     def _total_flops(self, trace: _Trace) -> int:
-        others = {kind.shown[-1]: kind.others for kind in self._kinds}
-        return sum(flops * (1 + (others.get(tag, 0) if isinstance(tag, int) else 0)) for tag, flops in trace.flops.items())
+        others = trace.cast.others
+        return sum(
+            count * (1 + (others.get(tag, 0) if isinstance(tag, int) else 0)) for tag, count in trace.flops.items()
+        )
 
     def _trace(self, plan: MemoryPlan, tokens: int, batch: int, explained: int) -> _Trace:
-        """A dry run in which each kind's second layer also holds what the layers it stands for would keep."""
-        first = self._run(plan, tokens, batch, explained, [])
-        held: list[tuple[int, Counter[Tag]]] = []
-        for kind in self._kinds:
-            if kind.others:
-                at = kind.shown[-1]
-                kept: Counter[Tag] = Counter()
-                for tag in first.entered[at].keys() | first.entered[at + 1].keys():
-                    more = kind.others * (first.entered[at + 1][tag] - first.entered[at][tag])
-                    kept["checkpoints" if isinstance(tag, int) or tag == "embeddings" else tag] += more
-                held.append((at, kept))
+        """A dry run in which each kind's last layer shown also holds what the layers it stands for would keep."""
+        first = self._run(plan, tokens, batch, explained, {})
+        held: dict[int, Counter[Tag]] = {}
+        for at, others in first.cast.others.items():
+            before, after = first.entered[at], first.entered[at + 1]
+            held[at] = Counter()
+            for tag in before.keys() | after.keys():
+                kept = "checkpoints" if isinstance(tag, int) or tag == "embeddings" else tag
+                held[at][kept] += others * (after[tag] - before[tag])
         return self._run(plan, tokens, batch, explained, held) if held else first
 
-    def _run(
-        self, plan: MemoryPlan, tokens: int, batch: int, explained: int, held: list[tuple[int, Counter[Tag]]]
-    ) -> _Trace:
+    def _run(self, plan: MemoryPlan, tokens: int, batch: int, explained: int, held: dict[int, Counter[Tag]]) -> _Trace:
+        cast = self._layers.take(SHOWN if plan.offload == "none" else SHOWN_OFFLOADING)
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         positions = torch.arange(tokens - explained, tokens)[None].expand(batch, -1)
         scored = Terms(positions, torch.zeros_like(positions), torch.ones_like(positions), "logprob")
@@ -298,7 +301,7 @@ class Twin:
 
         entered: list[Counter[Tag]] = []
         request = Request.of(ids, None, scored)
-        layers = [layer for _, layer in decoder_layers(self.model)]
+        mlps = {name: self._mlps[self._layers.name(layer)] for name, layer in decoder_layers(self.model)}
         try:
             with ExitStack() as stack:
                 plan_at_work = checkpoint.applied(
@@ -306,12 +309,12 @@ class Twin:
                     self.model,
                     request.kept,
                     torch.device("meta"),
-                    mlps=self._mlps,
+                    mlps=mlps,
                     watch=watch,
                     ahead=self.device == "cuda",
                 )
                 stack.enter_context(plan_at_work)
-                stack.enter_context(_following(layers, ledger, entered, dict(held)))
+                stack.enter_context(_following(cast.layers, ledger, entered, held))
                 stack.enter_context(ledger)
                 passes(self.model, request, 0, plan, check=False)
         except Exception as error:
@@ -320,12 +323,12 @@ class Twin:
                 f"{type(error).__name__}: {error}"
             ) from error
         where, live = ledger.at_peak
-        return _Trace(live, where, ledger.peak, hosts[0], ledger.flops, entered)
+        return _Trace(cast, live, where, hosts[0], ledger.flops, entered)
 
 
 @contextmanager
 def _following(
-    layers: list[nn.Module], ledger: Ledger, entered: list[Counter[Tag]], held: dict[int, Counter[Tag]]
+    layers: Sequence[nn.Module], ledger: Ledger, entered: list[Counter[Tag]], held: dict[int, Counter[Tag]]
 ) -> Iterator[None]:
     """Inside, the ledger knows which layer runs, forward and backward, and the held bytes are entered at theirs."""
     handles = []
@@ -391,7 +394,7 @@ def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Modul
     with torch.device("meta"):
         model = type(model_or_config)(config) if is_model else AutoModelForCausalLM.from_config(config)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
                 if parameter.dtype.is_floating_point:
@@ -399,25 +402,47 @@ def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Modul
     return model.eval()
 
 
-def _keep_few_layers(model: nn.Module) -> list[_Kind]:
-    """Leave a model a few layers of each kind and its last, and say which stand for how many others."""
-    found = decoder_layers(model)
-    if not found:
-        return []
-    kinds: OrderedDict[Any, _Kind] = OrderedDict()
-    kept = []
-    for _, layer in found[:-1]:
-        key = (type(layer), tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()))
-        kind = kinds.setdefault(key, _Kind())
-        if len(kind.shown) < SHOWN:
-            kind.shown.append(len(kept))
-            kept.append(layer)
-        else:
-            kind.others += 1
-    kept.append(found[-1][1])
-    layers: Any = model.get_submodule(found[0][0].rpartition(".")[0])
-    layers._modules = {str(index): layer for index, layer in enumerate(kept)}
-    return list(kinds.values())
+class _Few:
+    """Makes a model run a few of its layers: some of each kind, and the last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = decoder_layers(model)
+        self._list: Any = model.get_submodule(found[0][0].rpartition(".")[0]) if found else None
+        self._kinds: list[Any] = []
+        for _, layer in found[:-1]:
+            self._kinds.append(
+                (type(layer), tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()))
+            )
+        self._found = [layer for _, layer in found]
+        #: The layers that any dry run will use, by the names they have while all of those are there.
+        self._names = {}
+        if found:
+            everything = self.take(SHOWN_OFFLOADING)
+            prefix = found[0][0].rpartition(".")[0]
+            self._names = {id(layer): f"{prefix}.{index}" for index, layer in enumerate(everything.layers)}
+
+    def name(self, layer: nn.Module) -> str:
+        """The name that a layer had when the model was patched."""
+        return self._names[id(layer)]
+
+    def take(self, shown: int) -> _Cast:
+        """Leave the model ``shown`` layers of each kind, in their order, and its last."""
+        if not self._found:
+            return _Cast([], {})
+        layers: list[nn.Module] = []
+        others: dict[int, int] = {}
+        last_of: dict[Any, int] = {}
+        count: Counter[Any] = Counter()
+        for kind, layer in zip(self._kinds, self._found[:-1], strict=True):
+            count[kind] += 1
+            if count[kind] <= shown:
+                last_of[kind] = len(layers)
+                layers.append(layer)
+            else:
+                others[last_of[kind]] = others.get(last_of[kind], 0) + 1
+        layers.append(self._found[-1])
+        self._list._modules = {str(index): layer for index, layer in enumerate(layers)}
+        return _Cast(layers, others)
 
 
 @contextmanager
@@ -450,7 +475,8 @@ def _stand_in_weights(model: nn.Module, shrink: int) -> Iterator[None]:
 def _shrink(model: nn.Module) -> int:
     """By how much the insides of MLPs can be narrower, all alike, and still be 16 wide or more."""
     width = hidden_size(model) or 0
-    inside = {size for _, layer in decoder_layers(model) for p in layer.parameters() for size in p.shape if size > width}
+    layers = [layer for _, layer in decoder_layers(model)]
+    inside = {size for layer in layers for p in layer.parameters() for size in p.shape if size > width}
     found = 1
     while inside and all(size % (2 * found) == 0 and size // (2 * found) >= 16 for size in inside):
         found *= 2

@@ -115,7 +115,9 @@ class Ledger(TorchDispatchMode):
                 self._grow(0, blockwise.forward_workspace(query, key, plain))
         elif func is _OPS.attention_backward.default:
             query, key, _, _, _, _, causal, window, softcap, softmax_backward, temperature = args[1:12]
-            self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(query, key, causal, window)
+            self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
+                query, key, causal, window
+            )
             if self.engine == "blockwise":
                 self._grow(0, blockwise.backward_workspace(query, key, softcap, softmax_backward, temperature))
             else:

@@ -101,10 +101,11 @@ def activation_bytes(model: nn.Module, tokens: int) -> int | None:
     return tokens * layers * (numbers * dtype.itemsize + 4 * heads)
 
 
+_twins: weakref.WeakKeyDictionary[nn.Module, dict[Rules, Twin | EstimateError]] = weakref.WeakKeyDictionary()
+
+
 class _Adviser:
     """What memory a request would take on a model, under any plan; made of a twin that is kept with the model."""
-
-    _twins: weakref.WeakKeyDictionary[nn.Module, dict[Rules, Twin | EstimateError]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module, request: Request, rules: Rules) -> None:
         self._model = model
@@ -136,7 +137,7 @@ class _Adviser:
         Raises:
             EstimateError: there is none.
         """
-        twins = self._twins.setdefault(self._model, {})
+        twins = _twins.setdefault(self._model, {})
         if self._rules not in twins:
             try:
                 twins[self._rules] = Twin(self._model, self._rules)
@@ -230,7 +231,9 @@ class _Adviser:
                     leanest = min(known, key=lambda pair: pair[0])[1]
                     budget = self.twin.weights + int(share * self.free)
                     longest = self.twin.longest(leanest, budget, batch=self.batch, near=self.tokens)
-                    parts.append(f"the longest prompt that would fit has about {longest:,} tokens (plan {leanest.name})")
+                    parts.append(
+                        f"the longest prompt that would fit has about {longest:,} tokens (plan {leanest.name})"
+                    )
             except EstimateError:
                 longest = None
         return OutOfMemoryError("; ".join(parts), plan, estimate, longest)

@@ -155,8 +155,8 @@ class Offload:
         if self._ahead:
             for other in self._groups[parked.group]:
                 self._fetch(other)
-            previous = max((group for group, waiting in self._groups.items() if group < parked.group and waiting), default=None)
-            for other in self._groups[previous] if previous is not None else ():
+            before = [group for group, waiting in self._groups.items() if group < parked.group and waiting]
+            for other in self._groups[max(before)] if before else ():
                 self._fetch(other)
         else:
             self._fetch(parked)

@@ -65,12 +65,12 @@ class MemoryPlan:
         if self.checkpoint == "none":
             for name, asked in (("offload", self.offload != "none"), ("mlp_tile", self.mlp_tile is not None)):
                 if asked:
-                    raise ValueError(f'{name} acts on checkpoints, and checkpoint="none" has none: take "mlp" or "layer"')
+                    raise ValueError(f'{name} acts on checkpoints: take checkpoint="mlp" or "layer", not "none"')
 
     @property
     def name(self) -> str:
         """The plan in one word, which :meth:`parse` reads."""
-        parts = [self.checkpoint]
+        parts: list[str] = [self.checkpoint]
         if self.keep_attention and self.checkpoint == "layer":
             parts.append("attention")
         if self.offload == "cpu":

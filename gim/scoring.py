@@ -101,9 +101,9 @@ def run(
 def passes(
     model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward and backward inside a GIM context with its plan applied: scores ``[B, T]``, ids ``[B, P]``, values ``[B]``.
+    """Forward and backward inside a GIM context with its plan applied.
 
-    ``check=False`` looks at no number, for tensors that have none.
+    Scores ``[B, T]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
     """
     arguments = _forward_arguments(model, request, plan)
     with torch.enable_grad(), _frozen_parameters(model), _embedding_leaf(model) as leaves:

@@ -145,7 +145,9 @@ class _Compute(torch.autograd.Function):
         return grads[0], None
 
 
-def run_again(source: torch.Tensor, again: Forward, compute: Callable[[], torch.Tensor], tile: int | None) -> torch.Tensor:
+def run_again(
+    source: torch.Tensor, again: Forward, compute: Callable[[], torch.Tensor], tile: int | None
+) -> torch.Tensor:
     """``compute()``, whose gradient with respect to ``source`` comes from running ``again(source)`` in tiles.
 
     Args:

@@ -315,6 +315,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def patched_modules(module: nn.Module) -> list[nn.Module]:
+    """The attention modules inside ``module`` that go through :func:`gim_attention` in an open session."""
+    return [inner for inner in module.modules() if _NAME in inner.__dict__]
+
+
 def describe(rules: Rules) -> str:
     """The rule of attention's backward, in words."""
     if not rules.modifies_attention:
