@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ __all__ = [
     "MemoryEstimate",
     "MemoryPlan",
     "OutOfMemoryError",
+    "PlanRow",
     "estimate_memory",
     "free_bytes",
+    "plan_rows",
     "run",
     "size",
 ]
@@ -237,6 +240,44 @@ class _Adviser:
             except EstimateError:
                 longest = None
         return OutOfMemoryError("; ".join(parts), plan, estimate, longest)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan for one prompt.
+
+    Args:
+        plan: the plan.
+        estimate: what it takes; None where that cannot be told, for the ``reason``.
+        reason: empty where there is an estimate.
+        longest: the longest prompt that fits, in tokens; None where the memory is not known.
+        fits, chosen: whether this prompt fits, and whether ``"auto"`` would take this plan.
+    """
+
+    plan: MemoryPlan
+    estimate: MemoryEstimate | None
+    reason: str
+    longest: int | None
+    fits: bool
+    chosen: bool
+
+
+def plan_rows(twin: Twin, tokens: int, memory: int | None, *, explained: int = 1) -> list[PlanRow]:
+    """Every plan that makes sense on a twin's device, for ``memory`` bytes there, weights and all."""
+    budget = None if memory is None else twin.weights + int(AUTO_SHARE * (memory - twin.weights))
+    rows: list[PlanRow] = []
+    for plan in PLANS:
+        if plan.offload != "none" and twin.device != "cuda":
+            continue
+        try:
+            found = twin.estimate(plan, tokens, explained=explained)
+            longest = None if budget is None else twin.longest(plan, budget, explained=explained, near=tokens)
+        except EstimateError as error:
+            rows.append(PlanRow(plan, None, str(error), None, False, False))
+            continue
+        fits = budget is None or found.peak <= budget
+        rows.append(PlanRow(plan, found, "", longest, fits, fits and not any(row.fits for row in rows)))
+    return rows
 
 
 def run(
