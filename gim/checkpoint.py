@@ -81,6 +81,7 @@ def applied(
     mlps: MLPs | None = None,
     watch: Watch | None = None,
     ahead: bool | None = None,
+    every_tile: bool = True,
 ) -> Iterator[None]:
     """Inside, the model's layers spend memory by the plan. Must be inside a GIM context, parameters frozen.
 
@@ -95,6 +96,7 @@ def applied(
         mlps: from :func:`mlps_of`; None to find them here where the plan acts on them.
         watch: told ``("checkpoints" | "attention" | "host", tensor)`` of what is kept.
         ahead: as in :class:`gim.offload.Offload`.
+        every_tile: as in :func:`gim.tokenwise.run_again`.
 
     Raises:
         ValueError: the plan acts on layers or MLPs that the model does not have; names them.
@@ -112,7 +114,7 @@ def applied(
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
     inner = Session(session.rules, session.strict)
-    layers = _Layers(plan, session, inner, offload, watch)
+    layers = _Layers(plan, session, inner, offload, watch, every_tile)
     try:
         found = decoder_layers(model)
         for index, (name, layer) in enumerate(found):
@@ -142,13 +144,20 @@ class _Layers:
     """The layers of one model under one plan."""
 
     def __init__(
-        self, plan: MemoryPlan, session: Session, inner: Session, offload: Offload | None, watch: Watch | None
+        self,
+        plan: MemoryPlan,
+        session: Session,
+        inner: Session,
+        offload: Offload | None,
+        watch: Watch | None,
+        every_tile: bool,
     ) -> None:
         self._plan = plan
         self._session = session
         self._inner = inner
         self._offload = offload
         self._watch = watch
+        self._every_tile = every_tile
         #: Name of the layer that ran again last.
         self.running = ""
 
@@ -221,7 +230,7 @@ class _Layers:
                 return in_tiles(forward, hidden.detach(), tile if in_backward() else None)
 
             with self.keeping(index) if outside else nullcontext():
-                return run_again(source, again, compute, tile)
+                return run_again(source, again, compute, tile, self._every_tile)
 
         self._inner.replace_forward(mlp, run)
 

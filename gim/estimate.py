@@ -144,6 +144,10 @@ class _Trace:
     #: What was alive when each of the twin's layers was entered.
     entered: list[Counter[Tag]]
 
+    def peak(self, device: str) -> int:
+        """Bytes on the device beyond the weights; a CPU is its own host."""
+        return sum(size for tag, size in self.live.items() if tag != "host") + (self.host if device == "cpu" else 0)
+
 
 @dataclass(frozen=True)
 class _Cast:
@@ -206,10 +210,7 @@ class Twin:
         Raises:
             EstimateError: as in :func:`estimate_memory`.
         """
-        self._layers.take(SHOWN_OFFLOADING)  # those that the MLPs are filed under
-        reason = checkpoint.obstacle(plan, self.model, self._mlps)
-        if reason is not None:
-            raise EstimateError(reason)
+        self._check(plan)
         trace = self._trace(plan, tokens, batch, explained)
         parts = dict.fromkeys(PARTS, 0)
         for tag, size in trace.live.items():
@@ -238,10 +239,12 @@ class Twin:
             batch, explained: as in :func:`estimate_memory`.
             near: a length to look at first.
         """
+        self._check(plan)
         aim = LONGEST_WITHIN * memory / 2
 
         def room(tokens: int) -> int:
-            return memory - self.estimate(plan, tokens, batch=batch, explained=min(explained, tokens)).peak
+            trace = self._trace(plan, tokens, batch, min(explained, tokens), every_tile=False)
+            return memory - self.weights - trace.peak(self.device)
 
         low, high = 0, LONGEST + 1
         at_low = memory - self.weights
@@ -261,6 +264,13 @@ class Twin:
             tokens = min(max(guess, low + 1), high - 1)
         return low
 
+    def _check(self, plan: MemoryPlan) -> None:
+        """Refuse a plan that does not apply to the model."""
+        self._layers.take(SHOWN_OFFLOADING)  # those that the MLPs are filed under
+        reason = checkpoint.obstacle(plan, self.model, self._mlps)
+        if reason is not None:
+            raise EstimateError(reason)
+
     def _flops_of_everything(self, tokens: int, batch: int, explained: int) -> int:
         key = (tokens, batch, explained)
         if key not in self._flops:
@@ -273,9 +283,9 @@ class Twin:
             count * (1 + (others.get(tag, 0) if isinstance(tag, int) else 0)) for tag, count in trace.flops.items()
         )
 
-    def _trace(self, plan: MemoryPlan, tokens: int, batch: int, explained: int) -> _Trace:
+    def _trace(self, plan: MemoryPlan, tokens: int, batch: int, explained: int, every_tile: bool = True) -> _Trace:
         """A dry run in which each kind's last layer shown also holds what the layers it stands for would keep."""
-        first = self._run(plan, tokens, batch, explained, {})
+        first = self._run(plan, tokens, batch, explained, {}, every_tile=False)
         held: dict[int, Counter[Tag]] = {}
         for at, others in first.cast.others.items():
             before, after = first.entered[at], first.entered[at + 1]
@@ -283,9 +293,17 @@ class Twin:
             for tag in before.keys() | after.keys():
                 kept = "checkpoints" if isinstance(tag, int) or tag == "embeddings" else tag
                 held[at][kept] += others * (after[tag] - before[tag])
-        return self._run(plan, tokens, batch, explained, held) if held else first
+        return self._run(plan, tokens, batch, explained, held, every_tile) if held or every_tile else first
 
-    def _run(self, plan: MemoryPlan, tokens: int, batch: int, explained: int, held: dict[int, Counter[Tag]]) -> _Trace:
+    def _run(
+        self,
+        plan: MemoryPlan,
+        tokens: int,
+        batch: int,
+        explained: int,
+        held: dict[int, Counter[Tag]],
+        every_tile: bool = True,
+    ) -> _Trace:
         cast = self._layers.take(SHOWN if plan.offload == "none" else SHOWN_OFFLOADING)
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         positions = torch.arange(tokens - explained, tokens)[None].expand(batch, -1)
@@ -312,6 +330,7 @@ class Twin:
                     mlps=mlps,
                     watch=watch,
                     ahead=self.device == "cuda",
+                    every_tile=every_tile,
                 )
                 stack.enter_context(plan_at_work)
                 stack.enter_context(_following(cast.layers, ledger, entered, held))

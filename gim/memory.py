@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,18 +179,20 @@ class _Adviser:
             return self.plans[0]
         if self.free is None or not checkpointable:
             return MemoryPlan("layer") if checkpointable else MemoryPlan("none")
-        leanest: tuple[MemoryPlan, MemoryEstimate] | None = None
+        found: list[MemoryEstimate] = []
         for plan in self.plans:
-            found = self.try_estimate(plan)
-            if found is None:
-                continue
-            if found.activations <= AUTO_SHARE * self.free:
-                return plan
-            if leanest is None or found.activations < leanest[1].activations:
-                leanest = plan, found
-        if leanest is None:
+            estimate = self.try_estimate(plan)
+            if estimate is not None:
+                found.append(estimate)
+                if plan == PLANS[0] and estimate.activations <= AUTO_SHARE * self.free:
+                    return plan  # nothing is faster
+        if not found:
             return MemoryPlan("layer")  # nothing can be told of this model: as little as any model can do with
-        raise self.error("no memory plan fits this prompt", leanest[0], leanest[1], AUTO_SHARE)
+        best = fastest([one for one in found if one.activations <= AUTO_SHARE * self.free])
+        if best is not None:
+            return best.plan
+        leanest = min(found, key=lambda one: one.activations)
+        raise self.error("no memory plan fits this prompt", leanest.plan, leanest, AUTO_SHARE)
 
     def check(self, plan: MemoryPlan) -> None:
         """Refuse a plan that cannot fit.
@@ -242,6 +245,11 @@ class _Adviser:
         return OutOfMemoryError("; ".join(parts), plan, estimate, longest)
 
 
+def fastest(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate | None:
+    """The one of least work; one that offloads only where no other is left, for it moves bytes besides."""
+    return min(estimates, key=lambda one: (one.plan.offload != "none", one.relative_cost), default=None)
+
+
 @dataclass(frozen=True)
 class PlanRow:
     """One plan for one prompt.
@@ -266,6 +274,7 @@ def plan_rows(twin: Twin, tokens: int, memory: int | None, *, explained: int = 1
     """Every plan that makes sense on a twin's device, for ``memory`` bytes there, weights and all."""
     budget = None if memory is None else twin.weights + int(AUTO_SHARE * (memory - twin.weights))
     rows: list[PlanRow] = []
+    fitting: list[MemoryEstimate] = []
     for plan in PLANS:
         if plan.offload != "none" and twin.device != "cuda":
             continue
@@ -276,8 +285,11 @@ def plan_rows(twin: Twin, tokens: int, memory: int | None, *, explained: int = 1
             rows.append(PlanRow(plan, None, str(error), None, False, False))
             continue
         fits = budget is None or found.peak <= budget
-        rows.append(PlanRow(plan, found, "", longest, fits, fits and not any(row.fits for row in rows)))
-    return rows
+        if fits:
+            fitting.append(found)
+        rows.append(PlanRow(plan, found, "", longest, fits, False))
+    best = fastest(fitting)
+    return [dataclasses.replace(row, chosen=best is not None and row.estimate is best) for row in rows]
 
 
 def run(

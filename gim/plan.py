@@ -129,8 +129,8 @@ class MemoryPlan:
         return words
 
 
-#: The plans that ``memory="auto"`` chooses among, fastest first: what each runs again is a part of what the next
-#: does. Tiles repeat nothing; offloading moves bytes besides, so it comes last.
+#: The plans that ``memory="auto"`` chooses among, roughly the fastest first: what runs again in a plan is a part of
+#: what runs again in the next. Which of them is the fastest for a prompt, its estimate tells.
 PLANS: tuple[MemoryPlan, ...] = (
     MemoryPlan("none"),
     MemoryPlan("mlp"),

@@ -108,19 +108,20 @@ class _Mark(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, forward: Forward, tile: int | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, forward: Forward, tile: int | None, every_tile: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.forward, ctx.tile = forward, tile
+        ctx.forward, ctx.tile, ctx.every_tile = forward, tile, every_tile
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         (grad_y,) = grads
         tile = x.shape[1] if ctx.tile is None else min(ctx.tile, x.shape[1])
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if tile < x.shape[1] else None
-        for start in range(0, x.shape[1], tile):
+        starts = range(0, x.shape[1], tile)
+        for start in starts if ctx.every_tile else starts[:2]:
             tokens = slice(start, start + tile)
             leaf = x[:, tokens].detach().requires_grad_(True)
             with torch.enable_grad():
@@ -128,9 +129,9 @@ class _Mark(torch.autograd.Function):
             (grad,) = torch.autograd.grad(y, leaf, grad_y[:, tokens])
             del y
             if grad_x is None:
-                return grad, None, None
+                return grad, None, None, None
             grad_x[:, tokens] = grad
-        return grad_x, None, None
+        return grad_x, None, None, None
 
 
 class _Compute(torch.autograd.Function):
@@ -146,7 +147,11 @@ class _Compute(torch.autograd.Function):
 
 
 def run_again(
-    source: torch.Tensor, again: Forward, compute: Callable[[], torch.Tensor], tile: int | None
+    source: torch.Tensor,
+    again: Forward,
+    compute: Callable[[], torch.Tensor],
+    tile: int | None,
+    every_tile: bool = True,
 ) -> torch.Tensor:
     """``compute()``, whose gradient with respect to ``source`` comes from running ``again(source)`` in tiles.
 
@@ -155,8 +160,9 @@ def run_again(
         again: from ``source`` to what ``compute`` gives, each token by itself.
         compute: the output, ``[B, T, H]``.
         tile: tokens at a time; None for all at once.
+        every_tile: False runs two tiles for all, which on tensors without data take the same memory.
     """
-    return _Compute.apply(_Mark.apply(source, again, tile), compute)
+    return _Compute.apply(_Mark.apply(source, again, tile, every_tile), compute)
 
 
 class NormBefore:
