@@ -17,6 +17,10 @@ FACTOR = 2.0
 FLOAT64_RELATIVE = 1e-12
 #: The same for whole models, whose depth multiplies it.
 FLOAT64_MODEL_RELATIVE = 1e-9
+#: The same for one model under two memory plans, which run the same products on other tiles.
+FLOAT64_PLAN_RELATIVE = 1e-10
+#: By how much a predicted peak of memory may miss the measured one.
+MEMORY_RELATIVE = 0.10
 
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
@@ -65,3 +69,9 @@ def assert_within_budget(actual: torch.Tensor, truth: torch.Tensor, yardstick: t
     for measure in (relative_error, largest_error):
         error, allowed = measure(actual, truth), FACTOR * measure(yardstick, truth) + rounding
         assert error <= allowed, f"{what}: {measure.__name__} {error:.3g} > {allowed:.3g}"
+
+
+def assert_memory_close(predicted: int, measured: int, what: str) -> None:
+    """A predicted number of bytes is the measured one, within :data:`MEMORY_RELATIVE`."""
+    error = abs(predicted - measured) / measured
+    assert error <= MEMORY_RELATIVE, f"{what}: predicted {predicted:,} bytes, measured {measured:,} ({error:.1%} off)"
