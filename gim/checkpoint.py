@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gim.applied import UnsupportedModelError
 from gim.context import decoder_layers, refuse_when_closed
 from gim.offload import Offload, Watch, pool_of
-from gim.patches.attention import SPANS, patched_modules
+from gim.patches.attention import SPANS, Spans, patched_modules
 from gim.patches.session import Session, session_of
 from gim.plan import MemoryPlan
 from gim.tokenwise import NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
@@ -86,7 +86,7 @@ def applied(
     """Inside, the model's layers spend memory by the plan. Must be inside a GIM context, parameters frozen.
 
     Layers are wrapped on their instances, and no training flag is touched, so that dropout stays off. Gradient
-    checkpointing that the user has enabled on a layer gives way to the plan's own inside, and is back afterwards.
+    checkpointing that the user has enabled gives way to the plan inside, and is back afterwards.
 
     Args:
         plan: the plan.
@@ -116,12 +116,16 @@ def applied(
     inner = Session(session.rules, session.strict)
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
     try:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                # A checkpoint in a checkpoint would run a layer twice again.
+                inner.set_attribute(module, "gradient_checkpointing", False)
         found = decoder_layers(model)
         for index, (name, layer) in enumerate(found):
             of_layer = mlps.get(name, "")
             of_mlps = [] if isinstance(of_layer, str) else of_layer
             is_last = index == len(found) - 1 and plan.head == "explained"
-            if is_last and layers.narrow(layer, name, kept, of_mlps) and of_mlps:
+            if is_last and layers.narrow(layer, name, kept, of_mlps):
                 continue  # its few queries leave less to keep than a checkpoint would
             if acts_on_mlps(plan):
                 layers.run_mlps_again(layer, name, index, of_mlps)
@@ -164,11 +168,6 @@ class _Layers:
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = refuse_when_closed(layer.forward, name, self._session)
-        for module in layer.modules():
-            if getattr(module, "gradient_checkpointing", False) is True:
-                # A checkpoint in a checkpoint would run the layer twice again.
-                self._inner.set_attribute(module, "gradient_checkpointing", False)
-
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **named)
@@ -235,22 +234,28 @@ class _Layers:
         self._inner.replace_forward(mlp, run)
 
     def narrow(self, layer: nn.Module, name: str, kept: torch.Tensor, mlps: list[tuple[str, nn.Module]]) -> bool:
-        """Run the last layer's attention and MLPs for the explained positions only; whether it has one attention.
+        """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.
 
-        What the layer puts out elsewhere is then not what the model would, and reaches nothing: its gradient is
-        checked to be 0.
+        It is done where every other part of the layer maps each token by itself. What the layer puts out elsewhere is
+        then not what the model would, and reaches nothing: the gradients there are checked to be 0.
         """
         attentions = patched_modules(layer)
-        if len(attentions) != 1:
+        proved = {id(mlp) for _, mlp in mlps} | {id(norm) for norm in norms_of(layer)}
+        others = [child for child in layer.children() if id(child) not in proved and not patched_modules(child)]
+        if len(attentions) != 1 or any(parameter.numel() for child in others for parameter in child.parameters()):
             return False
-        self._inner.set_attribute(attentions[0], SPANS, spans(kept))
+
+        def refuse(grad: torch.Tensor) -> None:
+            _refuse_elsewhere(grad, kept, name)
+
+        self._inner.set_attribute(attentions[0], SPANS, Spans(spans(kept), refuse))
         for child_name, mlp in mlps:
             self._narrow_mlp(mlp, f"{name}.{child_name}", kept)
 
         def check(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda grad: _refuse_elsewhere(grad, kept, name))
+                hidden.register_hook(refuse)
 
         handle = layer.register_forward_hook(check)
         self._inner.undo.callback(handle.remove)
@@ -350,12 +355,12 @@ def _refuse_more(name: str, others: tuple[Any, ...], named: dict[str, Any]) -> N
 
 
 def _refuse_elsewhere(grad: torch.Tensor, kept: torch.Tensor, name: str) -> None:
-    """An error unless a gradient ``[B, T, H]`` is 0 at every position that is not explained."""
+    """An error unless a gradient ``[B, T, ...]`` is 0 at every position that is not explained."""
     if grad.is_meta:
         return
     elsewhere = torch.count_nonzero(grad) - torch.count_nonzero(grad.index_select(1, kept.to(grad.device)))
     if bool(elsewhere):
         raise UnsupportedModelError(
-            f"{name}: what is explained depends on the last layer's output at other positions than the explained, so "
-            "the layer must run for all: add head=all to the memory plan"
+            f"{name}: what is explained depends on the last layer at other positions than the explained, so it must "
+            "run for all: add head=all to the memory plan"
         )

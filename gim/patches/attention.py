@@ -264,7 +264,7 @@ def gim_attention(
 
 def _at_spans(
     attend: Callable[..., torch.Tensor],
-    spans: tuple[tuple[int, int], ...],
+    spans: Spans,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -277,14 +277,17 @@ def _at_spans(
         return query.new_zeros(1).expand(batch, tokens, heads, size)
 
     pieces, done = [], 0
-    for start, stop in spans:
+    for start, stop in spans.runs:
         # The causal mask is aligned at the last key, which must then be the last query's.
         end = stop if pattern.causal else pattern.keys
         key_range = None if pattern.key_range is None else pattern.key_range.clamp(max=end)
         part = attend(query[:, :, start:stop], key[:, :, :end], value[:, :, :end], key_range)
         pieces += [nothing(start - done), part.transpose(1, 2)]
         done = stop
-    return torch.cat([*pieces, nothing(queries - done)], dim=1).transpose(1, 2)
+    out = torch.cat([*pieces, nothing(queries - done)], dim=1)
+    if out.requires_grad:
+        out.register_hook(spans.check)
+    return out.transpose(1, 2)
 
 
 def _matters(given: Any) -> bool:
@@ -301,8 +304,21 @@ def _name(module: nn.Module, session: Session | None) -> str:
 
 #: Name under which an attention module holds its own qualified name while a session is open.
 _NAME = "_gim_name"
-#: Name under which an attention module holds the runs ``start:stop`` of queries that it need compute; absent for all.
+#: Name under which an attention module holds the :class:`Spans` of queries that it need compute; absent for all.
 SPANS = "_gim_spans"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The queries that an attention module need compute.
+
+    Args:
+        runs: of neighbours, ``start:stop``, ascending.
+        check: called with the gradient of the output ``[B, T, HQ, D]``, to refuse one that is not 0 elsewhere.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    check: Callable[[torch.Tensor], None]
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
