@@ -168,6 +168,7 @@ class _Layers:
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = refuse_when_closed(layer.forward, name, self._session)
+
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **named)

@@ -18,6 +18,7 @@ from gim import scoring
 from gim.context import decoder_layers
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
 from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
+from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.scoring import Progress, Request, Result, Terms
 
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryPlan",
     "OutOfMemoryError",
     "PlanRow",
+    "choose",
     "estimate_memory",
     "free_bytes",
     "plan_rows",
@@ -243,6 +245,26 @@ class _Adviser:
             except EstimateError:
                 longest = None
         return OutOfMemoryError("; ".join(parts), plan, estimate, longest)
+
+
+def choose(model: nn.Module, ids: torch.Tensor, rules: Rules = PAPER_RULES, *, free: int | None = None) -> MemoryPlan:
+    """The plan that ``"auto"`` means for a batch ``[B, T]``, its last position explained.
+
+    Args:
+        model: a Hugging Face model.
+        ids: the batch.
+        rules: of the attribution.
+        free: bytes that are free; None for those that are free on the device now.
+
+    Raises:
+        OutOfMemoryError: none fits.
+    """
+    last = torch.full((ids.shape[0], 1), ids.shape[1] - 1)
+    scored = Terms(last, torch.zeros_like(last), torch.ones_like(last), "logit")
+    adviser = _Adviser(model, Request.of(ids, None, scored), rules)
+    if free is not None:
+        adviser.free = free
+    return adviser.choose()
 
 
 def fastest(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate | None:
