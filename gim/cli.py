@@ -598,9 +598,11 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
     console.print(Text.assemble((visible(model), "bold"), f", {tokens:,} tokens on a {where}: memory {has}"))
     console.print(Text.assemble(("weights ", "dim"), size(twin.weights), ("; predicted, not measured", "dim")))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    table.add_column("plan", no_wrap=True)
-    for column in ("memory", "checkpoints", "attention", "layer", "host", "cost", "longest prompt"):
+    # By part only where there is room for it.
+    parts = ("checkpoints", "attention", "layer") if console.width >= 120 else ()
+    table.add_column("", min_width=1)
+    table.add_column("plan", overflow="fold")
+    for column in ("memory", *parts, "host", "cost", "longest"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         found = row.estimate
@@ -613,7 +615,7 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
             mark,
             Text(row.plan.name, style),
             Text(size(found.peak), style if row.fits else "red"),
-            *(size(found.parts[part]) for part in ("checkpoints", "attention", "layer")),
+            *(size(found.parts[part]) for part in parts),
             size(found.host) if found.host else "",
             f"{found.relative_cost:.2f}x",
             "" if row.longest is None else f"{row.longest:,}",
@@ -627,8 +629,8 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
         console.print(Text("no plan fits", "bold red"))
     console.print(
         Text(
-            "cost: operations of matrix products and attention, over those of the plan none. longest prompt: what "
-            f"fits in the weights and {AUTO_SHARE:.0%} of the rest",
+            "cost: operations of matrix products and attention, over those of the plan none. longest: the prompt, "
+            f"in tokens, that fits in the weights and {AUTO_SHARE:.0%} of the rest",
             "dim",
         )
     )
