@@ -5,16 +5,20 @@ from gim.applied import AppliedReport, UnsupportedModelError
 from gim.attribution import Attribution
 from gim.context import GIM
 from gim.explain import attribute, explain
-from gim.memory import MemoryPlan
+from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
 from gim.patches.attention import set_attention_rules
 
 __all__ = [
     "GIM",
     "AppliedReport",
     "Attribution",
+    "EstimateError",
+    "MemoryEstimate",
     "MemoryPlan",
+    "OutOfMemoryError",
     "UnsupportedModelError",
     "attribute",
+    "estimate_memory",
     "explain",
     "rules",
     "set_attention_rules",

@@ -1,4 +1,4 @@
-"""The command line: `gim explain`, `gim check`, `gim demo`, `gim bench`.
+"""The command line: `gim explain`, `gim check`, `gim plan`, `gim demo`, `gim bench`.
 
 Nothing heavy is imported before a command runs, so that `gim --help` answers at once.
 """
@@ -11,6 +11,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gim.applied import AppliedReport
     from gim.attribution import Attribution
+    from gim.memory import PlanRow
     from gim.rules import Rules
     from gim.targets import Target
 
@@ -47,14 +49,6 @@ class Measure(StrEnum):
 
     LOGIT = "logit"
     LOGPROB = "logprob"
-
-
-class Memory(StrEnum):
-    """What is kept between the forward and the backward."""
-
-    AUTO = "auto"
-    NONE = "none"
-    LAYER = "layer"
 
 
 class Dtype(StrEnum):
@@ -79,6 +73,12 @@ _RulesName = Annotated[
 ]
 _Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda:1; auto is a GPU if there is one.")]
 _DtypeOption = Annotated[Dtype, typer.Option(help="Type to load the weights in; auto is the checkpoint's own.")]
+_Memory = Annotated[
+    str, typer.Option(help="What is kept for the backward: auto, or a plan as `gim plan` names it, such as layer.")
+]
+_Extrapolate = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Run prompts longer than the model's position limit.")
+]
 _Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Off by default.")
 ]
@@ -147,9 +147,8 @@ def explain(
     top: _Top = 10,
     device: _Device = "auto",
     dtype: _DtypeOption = Dtype.AUTO,
-    memory: Annotated[Memory, typer.Option(help="Activations to keep: none checkpointed, each layer, or auto.")] = (
-        Memory.AUTO
-    ),
+    memory: _Memory = "auto",
+    allow_extrapolation: _Extrapolate = False,
     trust_remote_code: _Trust = False,
     debug: _Debug = False,
 ) -> None:
@@ -167,7 +166,7 @@ def explain(
             wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
 
-            with _progress() as progress:
+            with _progress(_token_count(tokenizer, text)) as progress:
                 attribution = gim.attribute(
                     loaded,
                     tokenizer,
@@ -175,8 +174,9 @@ def explain(
                     target=wanted,
                     baseline=baseline,
                     rules=chosen,
-                    memory=memory.value,
+                    memory=memory,
                     progress=progress,
+                    allow_extrapolation=allow_extrapolation,
                 )
         _show(attribution, top)
         _write(attribution, outputs, top)
@@ -208,6 +208,43 @@ def check(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a causal language model; its config is enough.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Length of the prompt.")],
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of the GPU, such as 80GiB; by default that of the device that is there."),
+    ] = None,
+    explained: Annotated[int, typer.Option(min=1, help="How many positions are explained.")] = 1,
+    rules: _RulesName = "GIM",
+    dtype: _DtypeOption = Dtype.AUTO,
+    trust_remote_code: _Trust = False,
+    debug: _Debug = False,
+) -> None:
+    """Predict the memory of an attribution under every plan, before anything is loaded.
+
+    Exits with 1 where no plan fits.
+    """
+    with _handled(debug):
+        chosen = _rules(rules, None)
+        if explained > tokens:
+            raise UserError(f"--explained must be at most the {tokens} tokens, got {explained}")
+        memory = None if gpu_memory is None else _bytes(gpu_memory)
+        import torch
+
+        from gim.memory import free_bytes, plan_rows
+
+        _quieten()
+        device = torch.device("cuda" if memory is not None or torch.cuda.is_available() else "cpu")
+        twin = _twin(model, chosen, device, dtype, trust_remote_code)
+        total = free_bytes(device) if memory is None else memory
+        rows = plan_rows(twin, tokens, total, explained=explained)
+        _show_plans(type(twin.model).__name__, twin, tokens, total, gpu_memory is not None, rows)
+    if not any(row.chosen for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     html: _Html = None,
     json: _Json = None,
@@ -229,7 +266,7 @@ def demo(
             prompt = gim.demo.prompt()
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
-        with _refused(), _progress() as progress:
+        with _refused(), _progress(_token_count(tokenizer, prompt.text)) as progress:
             attribution = gim.attribute(model, tokenizer, prompt.text, rules=chosen, progress=progress)
         _show(attribution, top)
         _show_demo(attribution, prompt)
@@ -362,14 +399,17 @@ def _target(target: str | None, contrast: str | None, measure: Measure | None, t
     return wanted if measure is None else dataclasses.replace(wanted, measure=measure.value)
 
 
-def _load(
-    name: str, device: str, dtype: Dtype, trust_remote_code: bool, *, with_tokenizer: bool = True
-) -> tuple[Any, Any]:
-    """The model, in evaluation mode on its device, and its tokenizer."""
+def _check_folder(name: str) -> None:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if not name or (looks_like_path and not Path(name).is_dir()):
         raise UserError(f"model: there is no folder {name!r}")
 
+
+def _load(
+    name: str, device: str, dtype: Dtype, trust_remote_code: bool, *, with_tokenizer: bool = True
+) -> tuple[Any, Any]:
+    """The model, in evaluation mode on its device, and its tokenizer."""
+    _check_folder(name)
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -421,6 +461,39 @@ def _quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def _token_count(tokenizer: Any, text: str) -> int:
+    """How many tokens a prompt has."""
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def _bytes(text: str) -> int:
+    """Bytes from text such as 80GiB, 80GB, 512 MiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    count = 0.0
+    if found is not None:
+        count = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+    if count < 1:
+        raise UserError(f"--gpu-memory must be a size such as 80GiB or 80GB, got {text!r}")
+    return int(count)
+
+
+def _twin(name: str, rules: Rules, device: Any, dtype: Dtype, trust_remote_code: bool) -> Any:
+    """A model's stand-in without memory, from its config."""
+    import torch
+    import transformers
+
+    from gim.estimate import EstimateError, Twin
+
+    _check_folder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return Twin(config, rules, device=device, dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model: cannot load the config of {name!r}: {error}") from error
+    except EstimateError as error:
+        raise UserError(f"model: {error}") from error
+
+
 def _device(name: str) -> Any:
     """The device of that name, if it is there."""
     import torch
@@ -468,7 +541,7 @@ def _refused() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the device is out of memory (--memory layer needs the least): {error}") from error
+        raise UserError(str(error)) from error
     except (ValueError, FloatingPointError, UnsupportedModelError) as error:
         raise UserError(str(error)) from error
 
@@ -482,20 +555,31 @@ def _line(console: Console, word: str, style: str, message: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each stage on standard error; nothing where that is not a terminal."""
+def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each stage on standard error, with its tokens per second; nothing where that is not a terminal."""
     err = Console(stderr=True)
     if not err.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
     with Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
+        started: dict[str, float] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+                started[stage] = time.perf_counter()
+            seconds = time.perf_counter() - started[stage]
+            rate = f"{tokens * done / total / seconds:,.0f} tokens/s" if done and total and seconds > 0 else ""
+            bars.update(tasks[stage], completed=done, total=total, rate=rate)
 
         yield report
 
@@ -557,6 +641,59 @@ def _show_report(model: str, rules: Rules, report: AppliedReport) -> None:
         ("every rule can be applied", "green") if report.complete else ("NOT every rule can be applied", "bold red")
     )
     console.print(Text.assemble(verdict))
+
+
+def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given: bool, rows: list[PlanRow]) -> None:
+    """Every plan's predicted memory and cost, the one that `auto` would take marked."""
+    from gim.inputs import position_limit
+    from gim.memory import AUTO_SHARE, size
+    from gim.render import visible
+
+    console = Console()
+    where = "GPU" if twin.device == "cuda" else "CPU"
+    has = "unknown" if memory is None else f"{size(memory)} {'given' if is_given else 'free'}"
+    console.print(Text.assemble((visible(model), "bold"), f", {tokens:,} tokens on a {where}: memory {has}"))
+    console.print(Text.assemble(("weights ", "dim"), size(twin.weights), ("; predicted, not measured", "dim")))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # By part only where there is room for it.
+    parts = ("checkpoints", "attention", "layer") if console.width >= 120 else ()
+    table.add_column("", min_width=1)
+    table.add_column("plan", overflow="fold")
+    for column in ("memory", *parts, "host", "cost", "longest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        found = row.estimate
+        mark = Text("*", "bold green") if row.chosen else Text("")
+        if found is None:
+            table.add_row(mark, row.plan.name, Text(visible(row.reason), "dim"))
+            continue
+        style = "bold" if row.chosen else "" if row.fits else "dim"
+        table.add_row(
+            mark,
+            Text(row.plan.name, style),
+            Text(size(found.peak), style if row.fits else "red"),
+            *(size(found.parts[part]) for part in parts),
+            size(found.host) if found.host else "",
+            f"{found.relative_cost:.2f}x",
+            "" if row.longest is None else f"{row.longest:,}",
+        )
+    console.print(table)
+    if any(row.chosen for row in rows):
+        console.print(
+            Text.assemble(("*", "bold green"), (" the fastest plan that fits: --memory auto takes it", "dim"))
+        )
+    else:
+        console.print(Text("no plan fits", "bold red"))
+    console.print(
+        Text(
+            "cost: operations of matrix products and attention, over those of the plan none. longest: the prompt, "
+            f"in tokens, that fits in the weights and {AUTO_SHARE:.0%} of the rest",
+            "dim",
+        )
+    )
+    limit = position_limit(twin.model)
+    if limit is not None and tokens > limit:
+        console.print(Text(f"the model has {limit:,} positions: more needs --allow-extrapolation", "yellow"))
 
 
 def _numbered(modules: list[str]) -> str:

@@ -15,6 +15,7 @@ from gim.attribution import Attribution
 from gim.context import resolve_rules
 from gim.inputs import (
     check_ids,
+    check_length,
     check_positions,
     check_target,
     check_token_id,
@@ -22,11 +23,11 @@ from gim.inputs import (
     infer_baseline,
     resolve_position,
 )
-from gim.memory import MemoryPlan
+from gim.memory import MemoryPlan, run
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
-from gim.scoring import PREDICTION, Progress, Terms, run
+from gim.scoring import PREDICTION, Progress, Terms
 from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
 
 
@@ -49,6 +50,7 @@ def explain(
     position_ids: torch.Tensor | None = None,
     rules: Rules | str | None = None,
     memory: MemoryPlan | str = "auto",
+    allow_extrapolation: bool = False,
 ) -> torch.Tensor:
     """Attributions of input tokens to one logit, with the names, defaults and result of gim-explain.
 
@@ -70,7 +72,9 @@ def explain(
         position_ids: ``[T]`` or ``[B, T]``; None to count each row's tokens. Where they start again, transformers'
             models treat what follows as another document.
         rules: in place of the single rule arguments: :class:`gim.rules.Rules` or the name of a preset.
-        memory: a :class:`gim.memory.MemoryPlan`, ``"none"``, ``"layer"`` or ``"auto"``.
+        memory: a :class:`gim.MemoryPlan` or its name, such as ``"layer+attention"``; ``"auto"`` is the fastest plan
+            that fits the device's free memory. Every plan gives the same attributions.
+        allow_extrapolation: run prompts longer than the model's position limit.
 
     Returns:
         ``[T]`` for one row, else ``[B, T]``; float32 (float64 for a float64 model), on the model's device, 0 on
@@ -80,6 +84,7 @@ def explain(
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an argument that does not fit; names it, what was wanted and what came.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+        OutOfMemoryError: no plan fits; says the estimate and the longest prompt that would fit.
 
     Source: Edin et al. 2025, arXiv 2505.17630.
 
@@ -101,6 +106,7 @@ def explain(
         up_scale=up_scale,
     )
     ids, mask = check_ids(model, input_ids, attention_mask)
+    check_length(model, ids, mask, allow_extrapolation)
     if baseline_token_id is None:
         if tokenizer is None:
             raise ValueError("baseline_token_id or tokenizer must be given: attributions are relative to a baseline")
@@ -131,6 +137,7 @@ def attribute(
     rules: Rules | str = PAPER_RULES,
     memory: MemoryPlan | str = "auto",
     progress: Progress | None = None,
+    allow_extrapolation: bool = False,
 ) -> Attribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
@@ -147,6 +154,7 @@ def attribute(
         rules: :class:`gim.rules.Rules` or the name of a preset.
         memory: as in :func:`explain`.
         progress: called with ``("forward" or "backward", layers done, layers in all)``.
+        allow_extrapolation: as in :func:`explain`.
 
     Returns:
         The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
@@ -155,6 +163,7 @@ def attribute(
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an empty prompt, a token that is not one, an id out of range, a slow tokenizer.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
+        OutOfMemoryError: as in :func:`explain`.
 
     Source: Edin et al. 2025, arXiv 2505.17630.
 
@@ -209,6 +218,7 @@ def attribute(
         targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
 
     ids_tensor, mask = check_ids(model, torch.tensor(token_ids), None)
+    check_length(model, ids_tensor, mask, allow_extrapolation)
     scored = Terms(
         positions=torch.tensor([positions], device=ids_tensor.device),
         token_ids=torch.tensor([targets], device=ids_tensor.device),
@@ -237,7 +247,7 @@ def attribute(
         model=_model_name(model),
         baseline=(baseline_id, tokenizer.decode([baseline_id])),
         versions=_versions(),
-        memory=result.plan.describe(),
+        memory=result.memory,
     )
 
 

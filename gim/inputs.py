@@ -124,6 +124,27 @@ def check_positions(ids: torch.Tensor, position_ids: torch.Tensor | None) -> tor
     return given.to(ids.device)
 
 
+def position_limit(model_or_config: Any) -> int | None:
+    """How many positions a model was made for, by its config; None where that does not say."""
+    config = getattr(model_or_config, "config", model_or_config)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, allow_extrapolation: bool) -> None:
+    """Raise a ValueError where a row has more tokens than the model has positions, unless that is asked for."""
+    limit = position_limit(model)
+    length = ids.shape[1] if mask is None else int(mask.sum(-1).max())
+    if limit is not None and length > limit and not allow_extrapolation:
+        raise ValueError(
+            f"the prompt has {length:,} tokens, and {type(model).__name__} has {limit:,} positions "
+            "(max_position_embeddings): shorten it, or allow extrapolation (allow_extrapolation=True, "
+            "--allow-extrapolation), whose attributions explain a model beyond what it was made for"
+        )
+
+
 def embedding_device(model: nn.Module) -> torch.device:
     """Where ids must be."""
     parameter = next(embeddings(model).parameters(), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,18 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim import memory as memory_plans
+from gim import checkpoint
 from gim.applied import AppliedReport
 from gim.context import GIM, decoder_layers
-from gim.inputs import embeddings
-from gim.memory import MemoryPlan
+from gim.inputs import embedding_device, embeddings, head_of
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.patches import transformer_lens
+from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
 
 #: Called with ("forward" or "backward", layers done, layers in all).
 Progress = Callable[[str, int, int], None]
+
+#: Tokens whose scores are computed at once.
+SCORE_TILE = 4096
 
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
 PREDICTION = -1
@@ -48,98 +52,155 @@ class Result:
     values: torch.Tensor  # [B]
     report: AppliedReport
     plan: MemoryPlan
+    memory: str = ""  # the plan in words
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked batch and what is wanted of it.
+
+    Args:
+        ids, mask: ``[B, T]``, the padding mask as booleans or None.
+        scored: what is explained.
+        kept: ``[K]``, every row's positions together, ascending: the head runs on these.
+        where: ``[B, P]``, each row's positions among ``kept``.
+        position_ids: ``[B, T]``, or None for what the model counts itself.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    scored: Terms
+    kept: torch.Tensor
+    where: torch.Tensor
+    position_ids: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, ids: torch.Tensor, mask: torch.Tensor | None, scored: Terms, position_ids: torch.Tensor | None = None
+    ) -> Request:
+        """The request, its positions collected."""
+        positions = scored.positions.to(ids.device).expand(ids.shape[0], -1)
+        # The head runs on the union of all rows' positions; each row then takes its own.
+        kept, where = torch.unique(positions, return_inverse=True)
+        return cls(ids, mask, scored, kept, where.view(positions.shape), position_ids)
 
 
 def run(
     model: nn.Module,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    scored: Terms,
+    request: Request,
     baseline_id: int,
     rules: Rules,
-    memory: MemoryPlan | str,
+    plan: MemoryPlan,
     progress: Progress | None,
-    position_ids: torch.Tensor | None = None,
 ) -> Result:
-    """One forward and one backward over a checked batch."""
+    """One forward and one backward over a checked batch, its memory spent by a plan."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explain cannot run under torch.inference_mode(): gradients do not exist there")
-    batch, length = ids.shape
-    positions = scored.positions.to(ids.device).expand(batch, -1)
-    # The head runs on the union of all rows' positions; each row then takes its own.
-    kept, where = torch.unique(positions, return_inverse=True)
-    plan = memory_plans.resolve(memory, model, batch * length, ids.device)
-    arguments = _forward_arguments(model, ids, mask, kept, position_ids)
-    context = GIM(model, rules=rules)
-    with torch.enable_grad(), context as report, _frozen_parameters(model), ExitStack() as stack:
-        stack.enter_context(memory_plans.applied(plan, model))
+    if head_of(model) == "class":
+        # A class is read off a token of the model's choice, so the last layer runs for all of them.
+        plan = dataclasses.replace(plan, head="all")
+    with GIM(model, rules=rules) as report, ExitStack() as stack:
+        stack.enter_context(checkpoint.applied(plan, model, request.kept, request.ids.device))
         if progress is not None:
             stack.enter_context(_reporting(model, progress))
-        leaf = stack.enter_context(_embedding_leaf(model))
-        logits = _logits(model(**arguments), arguments, kept)  # [B, K, V]
-        if len(leaf) != 1:
+        scores, wanted, values = passes(model, request, baseline_id, plan)
+    return Result(scores, wanted, values, report, plan)
+
+
+def passes(
+    model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward and backward inside a GIM context with its plan applied.
+
+    Scores ``[B, T]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
+    """
+    arguments = _forward_arguments(model, request, plan)
+    with torch.enable_grad(), _frozen_parameters(model), _embedding_leaf(model) as leaves:
+        total, values, wanted = _explained(model, request, arguments, check)
+        if len(leaves) != 1:
             raise ValueError(
-                f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaf)} times"
+                f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
             )
-        if not bool(torch.isfinite(logits).all()):
-            module = first_nonfinite_output(model, arguments)
-            raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
-        # A model that is spread over devices puts its logits out on the last.
-        wide = logits.to(ids.device, torch.promote_types(logits.dtype, torch.float32))
-        rows = torch.arange(batch, device=ids.device)[:, None]
-        chosen = wide[rows, where.view(positions.shape)]  # [B, P, V]
-        wanted = scored.token_ids.to(ids.device).expand(batch, -1)
-        wanted = torch.where(wanted == PREDICTION, chosen.argmax(-1), wanted)
-        if scored.measure == "logprob":
-            chosen = torch.log_softmax(chosen, dim=-1)
-        terms = chosen.gather(-1, wanted[..., None])[..., 0] * scored.signs.to(ids.device)
-        values = terms.sum(-1)
-        if not values.requires_grad:
+        if not total.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
-        (grad,) = torch.autograd.grad(values.sum(), leaf[0])
-        if not bool(torch.isfinite(grad).all()):
+        (grad,) = torch.autograd.grad(total, leaves[0])
+        del total
+        scores, finite = _scores(model, leaves[0].detach(), grad, baseline_id, check)
+        if not finite:
             module = first_nonfinite_gradient(
-                model,
-                arguments,
-                lambda out: _logits(out, arguments, kept),
-                wanted,
-                where.view(positions.shape),
+                model, arguments, lambda out: _logits(out, arguments, request.kept), wanted, request.where
             )
             raise FloatingPointError(
                 f"the gradient holds NaN or infinity; going backwards, the first module whose output's gradient has "
                 f"one is {module}"
             )
-        with torch.no_grad():
-            embedded = leaf[0].detach()
-            baseline = embeddings(model)(torch.full((1, 1), baseline_id, device=ids.device))
-            wide_dtype = torch.promote_types(embedded.dtype, torch.float32)
-            difference = embedded.to(wide_dtype) - baseline.to(wide_dtype)
-            scores = (difference * grad.to(wide_dtype)).sum(-1)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, 0.0)
-    return Result(scores, wanted.detach(), values.detach(), report, plan)
+        if request.mask is not None:
+            scores = scores.masked_fill(~request.mask, 0.0)
+    return scores, wanted, values
 
 
-def _forward_arguments(
-    model: nn.Module,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    kept: torch.Tensor,
-    position_ids: torch.Tensor | None,
-) -> dict[str, Any]:
+def _explained(
+    model: nn.Module, request: Request, arguments: dict[str, Any], check: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of the explained numbers, those of each row ``[B]``, and the ids ``[B, P]``.
+
+    Logits go out of scope here, so that the backward does not run beside them.
+    """
+    logits = _logits(model(**arguments), arguments, request.kept)  # [B, K, V]
+    if check and not bool(torch.isfinite(logits).all()):
+        module = first_nonfinite_output(model, arguments)
+        raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
+    batch, device = request.ids.shape[0], request.ids.device
+    if logits.device != device and not logits.is_meta:
+        logits = logits.to(device)  # a model that is spread over devices puts its logits out on the last
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows = torch.arange(batch, device=device)[:, None]
+    chosen = wide[rows, request.where]  # [B, P, V]
+    wanted = request.scored.token_ids.to(device).expand(batch, -1)
+    wanted = torch.where(wanted == PREDICTION, chosen.argmax(-1), wanted)
+    if request.scored.measure == "logprob":
+        chosen = torch.log_softmax(chosen, dim=-1)
+    terms = chosen.gather(-1, wanted[..., None])[..., 0] * request.scored.signs.to(device)
+    values = terms.sum(-1)
+    return values.sum(), values.detach(), wanted.detach()
+
+
+@torch.no_grad()
+def _scores(
+    model: nn.Module, embedded: torch.Tensor, grad: torch.Tensor, baseline_id: int, check: bool
+) -> tuple[torch.Tensor, bool]:
+    """``(embedding - baseline embedding) . gradient`` of every token ``[B, T]``, and whether the gradient is finite.
+
+    In tiles of tokens: in half precision, whole products in float32 would be larger than what the backward kept.
+    """
+    baseline = embeddings(model)(torch.full((1, 1), baseline_id, device=embedding_device(model)))
+    wide = torch.promote_types(embedded.dtype, torch.float32)
+    scores = torch.empty(embedded.shape[:-1], dtype=wide, device=embedded.device)
+    finite = True
+    for start in range(0, embedded.shape[1], SCORE_TILE):
+        tokens = slice(start, start + SCORE_TILE)
+        gradient = grad[:, tokens]
+        finite = finite and (not check or bool(torch.isfinite(gradient).all()))
+        difference = embedded[:, tokens].to(wide) - baseline.to(wide)
+        scores[:, tokens] = (difference * gradient.to(wide)).sum(-1)
+    return scores, finite
+
+
+def _forward_arguments(model: nn.Module, request: Request, plan: MemoryPlan) -> dict[str, Any]:
     """What the model is called with."""
     known = inspect.signature(model.forward).parameters
+    mask, position_ids = request.mask, request.position_ids
     arguments: dict[str, Any]
     if transformer_lens.is_one(model):
         if position_ids is not None:
             raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
-        arguments = {"input": ids, "return_type": "logits"}
+        arguments = {"input": request.ids, "return_type": "logits"}
         if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
             arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
         if mask is not None:
             arguments["attention_mask"] = mask.to(torch.int64)
         return arguments
-    arguments = {"input_ids": ids}
+    arguments = {"input_ids": request.ids}
     if "use_cache" in known:
         arguments["use_cache"] = False
     if position_ids is not None:
@@ -151,8 +212,8 @@ def _forward_arguments(
         if "position_ids" in known and position_ids is None:
             # Models count positions from the first column; a row padded on the left starts later.
             arguments["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
-    if "logits_to_keep" in known:
-        arguments["logits_to_keep"] = kept
+    if "logits_to_keep" in known and plan.head == "explained":
+        arguments["logits_to_keep"] = request.kept
     return arguments
 
 

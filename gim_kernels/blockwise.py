@@ -156,15 +156,7 @@ def attention_forward(
     # The layout torch's own CPU kernel returns: the next op reshapes [B, T, H, D] without a copy.
     out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=wide, device=query.device)
-    plain = (
-        query.device.type == "cpu"
-        and options.window is None
-        and options.softcap is None
-        and sinks is None
-        and queries > 0
-        # torch's causal mask starts at the top left; the two agree on squares, and on one query without a mask.
-        and (not options.causal or queries in (1, keys))
-    )
+    plain = query.device.type == "cpu" and runs_torchs_kernel(query, key, options, sinks is None)
     causal = options.causal and queries > 1
     if plain and key_range is None and keys > 0:
         return _fused_forward(query, key, value, options, causal)
@@ -215,6 +207,56 @@ def attention_forward(
                 out[row, head, rows] = (weighted.view(group, length, size) / normaliser).to(out.dtype)
                 lse[row, head, rows] = (top + total.log()).masked_fill(empty, math.inf)[..., 0]
     return out, lse
+
+
+def forward_workspace(query: torch.Tensor, key: torch.Tensor, plain: bool) -> int:
+    """Bytes that :func:`attention_forward` holds besides its arguments and results, at most.
+
+    Args:
+        query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
+        plain: whether torch's own kernel runs, which holds a few tiles for each thread and nothing that grows.
+    """
+    if plain:
+        return 0
+    (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
+    rows = min(_block_size(heads // kv_heads, keys), queries) * (heads // kv_heads)
+    scores = (heads // kv_heads) * _block_size(heads // kv_heads, keys) * keys
+    copies = 2 * keys * size if query.dtype != wide else 0
+    return (scores + copies + 3 * rows * size) * wide.itemsize
+
+
+def backward_workspace(
+    query: torch.Tensor, key: torch.Tensor, softcap: float | None, softmax_backward: str, temperature: float
+) -> int:
+    """Bytes that :func:`attention_backward` holds besides its arguments and results, at most.
+
+    Args:
+        query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
+        softcap, softmax_backward, temperature: as in the backward.
+    """
+    (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
+    group = heads // kv_heads
+    through_scores = softmax_backward != "constant"
+    buffers = 1 + through_scores + (softcap is not None)
+    buffers += softmax_backward == "temperature" and temperature != 1.0
+    scores = group * _block_size(group, keys) * keys
+    # Copies of one head's keys and values, and the sums of their gradients.
+    head = (2 + 1 + through_scores) * keys * size
+    rows = min(_block_size(group, keys), queries) * group
+    return (buffers * scores + head + 4 * rows * size) * wide.itemsize
+
+
+def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options, plain: bool) -> bool:
+    """Whether :func:`attention_forward` is torch's own kernel on a CPU; ``plain`` tells that there are no sinks."""
+    queries, keys = query.shape[2], key.shape[2]
+    return (
+        plain
+        and options.window is None
+        and options.softcap is None
+        and queries > 0
+        # torch's causal mask starts at the top left; the two agree on squares, and on one query without a mask.
+        and (not options.causal or queries in (1, keys))
+    )
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ FACTOR = 2.0
 FLOAT64_RELATIVE = 1e-12
 #: The same for whole models, whose depth multiplies it.
 FLOAT64_MODEL_RELATIVE = 1e-9
+#: The same for one model under two memory plans, which run the same products on other tiles.
+FLOAT64_PLAN_RELATIVE = 1e-10
+#: By how much a predicted peak of memory may miss the measured one.
+MEMORY_RELATIVE = 0.10
 
 #: Relative difference allowed between one model in two libraries, each with float32 steps of its own.
 LIBRARIES_RELATIVE = 1e-5
@@ -84,3 +88,9 @@ def assert_agree(actual: torch.Tensor, other: torch.Tensor, what: str) -> None:
     for measure in (relative_error, largest_error):
         error = measure(actual[finite], other[finite])
         assert error <= LIBRARIES_RELATIVE, f"{what}: {measure.__name__} {error:.3g} > {LIBRARIES_RELATIVE:.3g}"
+
+
+def assert_memory_close(predicted: int, measured: int, what: str) -> None:
+    """A predicted number of bytes is the measured one, within :data:`MEMORY_RELATIVE`."""
+    error = abs(predicted - measured) / measured
+    assert error <= MEMORY_RELATIVE, f"{what}: predicted {predicted:,} bytes, measured {measured:,} ({error:.1%} off)"

@@ -33,7 +33,7 @@ def test_the_readmes_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -52,12 +52,21 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gim.context", "gim.explain", "gim.attribution", "gim_kernels.attention", "gim_kernels.norm"]
+    "name",
+    [
+        "gim.context",
+        "gim.explain",
+        "gim.attribution",
+        "gim.estimate",
+        "gim.plan",
+        "gim_kernels.attention",
+        "gim_kernels.norm",
+    ],
 )
 def test_docstring_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert outcome.failed == 0
-    if name in ("gim.context", "gim.explain"):
+    if name in ("gim.context", "gim.explain", "gim.estimate", "gim.plan"):
         assert outcome.attempted > 0
 
 
@@ -68,7 +77,7 @@ def test_every_public_function_documents_itself() -> None:
     for module in (gim_kernels, gim):
         for name in module.__all__:
             thing = getattr(module, name)
-            if callable(thing) and name not in ("AppliedReport", "UnsupportedModelError", "MemoryPlan"):
+            if callable(thing) and name not in ("AppliedReport", "EstimateError", "UnsupportedModelError"):
                 doc = thing.__doc__ or ""
                 assert "Args:" in doc, f"{module.__name__}.{name}"
     for name in gim_kernels.__all__:

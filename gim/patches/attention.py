@@ -276,19 +276,21 @@ def gim_attention(
         pattern = _packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
     rules = module.__dict__.get(_RULES, GRADIENT) if session is None else session.rules
     engine = engines.choose("auto", query)
-    out = _attend(
-        query,
-        key,
-        value,
-        pattern,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        softmax_backward=rules.softmax,
-        temperature=rules.temperature,
-        grad_scale=rules.qkv_scale,
-        engine=engine,
-    )
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "softmax_backward": rules.softmax,
+        "temperature": rules.temperature,
+        "grad_scale": rules.qkv_scale,
+        "engine": engine,
+    }
+    spans: Spans | None = module.__dict__.get(SPANS)
+    plain = pattern.queries == pattern.keys and pattern.documents is None and pattern.reach is None
+    if spans is not None and plain:
+        out = _at_spans(spans, query, key, value, pattern, **options)
+    else:
+        out = _attend(query, key, value, pattern, **options)
     if session is not None:
         if not session.knows(name):
             session.add(_application(module, name, session.rules))
@@ -365,6 +367,30 @@ def _attend_one(
     return out if head == width else out[..., :width]
 
 
+def _at_spans(
+    spans: Spans, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern, **options: Any
+) -> torch.Tensor:
+    """Attention of the queries in ``spans`` only, 0 for all others; ``[B, HQ, T, D]``."""
+    batch, heads, queries, _ = query.shape
+
+    def nothing(tokens: int) -> torch.Tensor:
+        return query.new_zeros(1).expand(batch, tokens, heads, value.shape[-1])
+
+    pieces, done = [], 0
+    for start, stop in spans.runs:
+        # The causal mask is aligned at the last key, which must then be the last query's.
+        end = stop if pattern.causal else pattern.keys
+        key_range = None if pattern.key_range is None else pattern.key_range.clamp(max=end)
+        inner = KeyPattern(stop - start, end, pattern.causal, pattern.window, key_range)
+        part = _attend_one(query[:, :, start:stop], key[:, :, :end], value[:, :, :end], inner, **options)
+        pieces += [nothing(start - done), part.transpose(1, 2)]
+        done = stop
+    out = torch.cat([*pieces, nothing(queries - done)], dim=1)
+    if out.requires_grad:
+        out.register_hook(spans.check)
+    return out.transpose(1, 2)
+
+
 def _matters(given: Any) -> bool:
     """Whether an unknown argument says anything: None, False and empty values do not."""
     return given is not None and given is not False and not (isinstance(given, dict | tuple | list) and not given)
@@ -379,6 +405,21 @@ def _name(module: nn.Module, session: Session | None) -> str:
 
 #: Name under which an attention module holds its own qualified name while a session is open.
 _NAME = "_gim_name"
+#: Name under which an attention module holds the :class:`Spans` of queries that it need compute; absent for all.
+SPANS = "_gim_spans"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The queries that an attention module need compute.
+
+    Args:
+        runs: of neighbours, ``start:stop``, ascending.
+        check: called with the gradient of the output ``[B, T, HQ, D]``, to refuse one that is not 0 elsewhere.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    check: Callable[[torch.Tensor], None]
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -389,6 +430,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in named.items()
         if not any(other != name and other.startswith(f"{name}." if name else "") for other in named)
     }
+
+
+def patched_modules(module: nn.Module) -> list[nn.Module]:
+    """The attention modules inside ``module`` that go through :func:`gim_attention` in an open session."""
+    return [inner for inner in module.modules() if _NAME in inner.__dict__]
 
 
 def describe(rules: Rules) -> str:

@@ -428,3 +428,93 @@ def test_version_and_help() -> None:
     assert helped.code == 0
     for command in ("explain", "check", "demo"):
         assert command in helped.out
+
+
+# ---- gim plan
+
+
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config alone: no weights, no tokenizer."""
+    from transformers import LlamaConfig
+
+    path = tmp_path_factory.mktemp("config")
+    LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=1024
+    ).save_pretrained(path)
+    return path
+
+
+def test_plan_shows_every_plan_from_the_config_alone(config_folder: Path) -> None:
+    import gim
+    from gim.plan import PLANS
+
+    result = run("plan", config_folder, "--tokens", "2000", "--gpu-memory", "80GiB")
+    assert result.code == 0, result.err
+    assert "80.0 GiB given" in result.out and "predicted, not measured" in result.out
+    for estimate in gim.estimate_memory(_config(config_folder), 2000):
+        row = next(
+            line for line in result.out.splitlines() if re.search(rf"^ [ *] +{re.escape(estimate.plan.name)} ", line)
+        )
+        assert gim.memory.size(estimate.peak) in row and f"{estimate.relative_cost:.2f}x" in row
+        assert row.startswith("*") == (estimate.plan == PLANS[0])
+    assert "the model has 1,024 positions: more needs --allow-extrapolation" in result.out
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def test_plan_marks_what_fits(config_folder: Path) -> None:
+    import gim
+
+    estimates = gim.estimate_memory(_config(config_folder), 20000)
+    layer = next(one for one in estimates if one.plan.name == "layer")
+    memory = layer.parts["weights"] + layer.activations / gim.memory.AUTO_SHARE + 2
+    result = run("plan", config_folder, "-n", "20000", "--gpu-memory", f"{int(memory)}B")
+    assert result.code == 0, result.err
+    marked = [line for line in result.out.splitlines() if line.startswith("* ")]
+    assert len(marked) == 1 and "none" not in marked[0] and "offload" not in marked[0]
+    result = run("plan", config_folder, "-n", "20000", "--gpu-memory", "20MB")
+    assert result.code == 1 and "no plan fits" in result.out
+    assert not [line for line in result.out.splitlines() if line.startswith("* ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "10", "--gpu-memory", "much"], "--gpu-memory must be a size such as 80GiB or 80GB, got 'much'"),
+        (["--tokens", "10", "--gpu-memory", "0GiB"], "--gpu-memory must be a size"),
+        (["--tokens", "10", "--explained", "11"], "--explained must be at most the 10 tokens, got 11"),
+        (["--tokens", "10", "--rules", "none"], "--rules must be Rules or one of"),
+    ],
+)
+def test_plan_refuses(config_folder: Path, arguments: list[str], message: str) -> None:
+    result = run("plan", config_folder, *arguments)
+    assert result.code == 2 and message in result.err
+
+
+def test_plan_needs_a_config(tmp_path: Path) -> None:
+    result = run("plan", tmp_path, "--tokens", "10")
+    assert result.code == 2 and "model: cannot load the config of" in result.err
+    result = run("plan", "./nowhere", "--tokens", "10")
+    assert result.code == 2 and "model: there is no folder './nowhere'" in result.err
+
+
+def test_explain_takes_the_name_of_a_plan(folder: Path, tmp_path: Path, expected: Any) -> None:
+    result = run("explain", "-m", folder, "-p", PROMPT, "--json", tmp_path / "a", "--memory", "layer+attention+tile=4")
+    assert result.code == 0, result.err
+    assert Attribution.from_json(tmp_path / "a").memory == expected(memory="layer+attention+tile=4").memory
+    result = run("explain", "-m", folder, "-p", PROMPT, "--memory", "lean")
+    assert result.code == 2 and "memory must be a MemoryPlan, 'auto' or one of" in result.err
+
+
+def test_a_prompt_beyond_the_position_limit(folder: Path) -> None:
+    config = _config(folder)
+    prompt = "word " * (config.max_position_embeddings + 1)
+    result = run("explain", "-m", folder, "-p", prompt)
+    assert result.code == 2 and f"has {config.max_position_embeddings:,} positions" in result.err
+    result = run("explain", "-m", folder, "-p", prompt, "--allow-extrapolation")
+    assert result.code == 0, result.err

@@ -1,0 +1,367 @@
+"""A memory plan at work: layers and MLPs that run again, what is kept and where, the last layer's few queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gim.applied import UnsupportedModelError
+from gim.context import decoder_layers, refuse_when_closed
+from gim.offload import Offload, Watch, pool_of
+from gim.patches.attention import SPANS, Spans, patched_modules
+from gim.patches.session import Session, session_of
+from gim.plan import MemoryPlan
+from gim.tokenwise import NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
+
+#: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
+MLPs = Mapping[str, list[tuple[str, nn.Module]] | str]
+
+
+def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
+    """What :func:`gim.tokenwise.find_mlps` says of each decoder layer whose MLPs the plan runs in parts.
+
+    It runs those MLPs on a few tokens, so the weights must be there.
+    """
+    session = session_of(model)
+    if session is None:
+        raise RuntimeError("a memory plan is applied inside a GIM context only")
+    layers = decoder_layers(model)
+    if not acts_on_mlps(plan):
+        layers = layers[-1:] if plan.head == "explained" else []
+    width = hidden_size(model)
+    return {name: find_mlps(layer, width, session) for name, layer in layers}
+
+
+def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
+    """Why a plan cannot be applied to a model, in words that name the layer; None where it can.
+
+    Args:
+        plan: the plan.
+        model: the model.
+        mlps: from :func:`mlps_of`.
+    """
+    if plan.checkpoint == "none":
+        return None
+    layers = decoder_layers(model)
+    if not layers:
+        return (
+            f"memory={plan.name!r} needs a list of layers, and {type(model).__name__} has no ModuleList whose entries "
+            "all contain attention"
+        )
+    if acts_on_mlps(plan):
+        for name, layer in layers:
+            found = mlps[name]
+            if isinstance(found, str):
+                return (
+                    f"memory={plan.name!r} runs MLPs in parts, which does not apply to {name} "
+                    f"({type(layer).__name__}): {found}"
+                )
+    return None
+
+
+def acts_on_mlps(plan: MemoryPlan) -> bool:
+    """Whether a plan runs MLPs apart from their layers."""
+    return plan.checkpoint == "mlp" or plan.mlp_tile is not None
+
+
+@contextmanager
+def applied(
+    plan: MemoryPlan,
+    model: nn.Module,
+    kept: torch.Tensor,
+    device: torch.device,
+    *,
+    mlps: MLPs | None = None,
+    watch: Watch | None = None,
+    ahead: bool | None = None,
+    every_tile: bool = True,
+) -> Iterator[None]:
+    """Inside, the model's layers spend memory by the plan. Must be inside a GIM context, parameters frozen.
+
+    Layers are wrapped on their instances, and no training flag is touched, so that dropout stays off. Gradient
+    checkpointing that the user has enabled gives way to the plan inside, and is back afterwards.
+
+    Args:
+        plan: the plan.
+        model: a Hugging Face model.
+        kept: ``[K]`` positions whose logits are wanted, ascending.
+        device: where the hidden states are.
+        mlps: from :func:`mlps_of`; None to find them here where the plan acts on them.
+        watch: told ``("checkpoints" | "attention" | "host", tensor)`` of what is kept.
+        ahead: as in :class:`gim.offload.Offload`.
+        every_tile: as in :func:`gim.tokenwise.run_again`.
+
+    Raises:
+        ValueError: the plan acts on layers or MLPs that the model does not have; names them.
+        UnsupportedModelError: a layer does not do the same when it runs again; names it.
+    """
+    session = session_of(model)
+    if session is None:
+        raise RuntimeError("a memory plan is applied inside a GIM context only")
+    if mlps is None:
+        mlps = mlps_of(model, plan)
+    reason = obstacle(plan, model, mlps)
+    if reason is not None:
+        raise ValueError(reason)
+    offload = None
+    if plan.offload == "cpu":
+        offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
+    inner = Session(session.rules, session.strict)
+    layers = _Layers(plan, session, inner, offload, watch, every_tile)
+    try:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                # A checkpoint in a checkpoint would run a layer twice again.
+                inner.set_attribute(module, "gradient_checkpointing", False)
+        found = decoder_layers(model)
+        for index, (name, layer) in enumerate(found):
+            of_layer = mlps.get(name, "")
+            of_mlps = [] if isinstance(of_layer, str) else of_layer
+            is_last = index == len(found) - 1 and plan.head == "explained"
+            if is_last and layers.narrow(layer, name, kept, of_mlps):
+                continue  # its few queries leave less to keep than a checkpoint would
+            if acts_on_mlps(plan):
+                layers.run_mlps_again(layer, name, index, of_mlps)
+            if plan.checkpoint == "layer":
+                layers.run_again(layer, name, index)
+        try:
+            yield
+        except torch_checkpoint.CheckpointError as error:
+            raise UnsupportedModelError(
+                f"{layers.running}: the layer does not do the same when a checkpoint runs it again, so "
+                f'memory={plan.name!r} cannot be applied; memory="none" can. {error}'
+            ) from error
+    finally:
+        inner.close()
+        if offload is not None:
+            offload.close()
+
+
+class _Layers:
+    """The layers of one model under one plan."""
+
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        session: Session,
+        inner: Session,
+        offload: Offload | None,
+        watch: Watch | None,
+        every_tile: bool,
+    ) -> None:
+        self._plan = plan
+        self._session = session
+        self._inner = inner
+        self._offload = offload
+        self._watch = watch
+        self._every_tile = every_tile
+        #: Name of the layer that ran again last.
+        self.running = ""
+
+    def run_again(self, layer: nn.Module, name: str, index: int) -> None:
+        """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
+        forward = refuse_when_closed(layer.forward, name, self._session)
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **named)
+            # Tensors with a gradient are the checkpoint's arguments, however the model passes them: those are kept.
+            flat, spec = tree_flatten((inputs, named))
+            at = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
+            moving = [flat[place] for place in at]
+            for place in at:
+                flat[place] = None
+
+            def again(*tensors: torch.Tensor) -> Any:
+                self.running = name
+                filled = list(flat)
+                for place, x in zip(at, tensors, strict=True):
+                    filled[place] = x
+                inputs, named = tree_unflatten(filled, spec)
+                return forward(*inputs, **named)
+
+            stash = _Stash(self, index)
+            contexts = (stash.keeping, stash.reusing) if self._plan.keep_attention else (nullcontext, nullcontext)
+            with self.keeping(index):
+                # The random state is not kept: dropout is refused, so nothing in a layer is random.
+                return torch_checkpoint.checkpoint(
+                    again,
+                    *moving,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (contexts[0](), contexts[1]()),
+                )
+
+        self._inner.replace_forward(layer, run)
+
+    def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[tuple[str, nn.Module]]) -> None:
+        """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
+        norm = NormBefore()
+        for child in norms_of(layer):
+            norm.watch(child, self._inner)
+        for child_name, mlp in mlps:
+            self._run_mlp_again(mlp, f"{name}.{child_name}", index, norm)
+        handle = layer.register_forward_hook(lambda *_: norm.forget())
+        self._inner.undo.callback(handle.remove)
+
+    def _run_mlp_again(self, mlp: nn.Module, name: str, index: int, norm: NormBefore) -> None:
+        forward = refuse_when_closed(mlp.forward, name, self._session)
+        tile = self._plan.mlp_tile
+        outside = self._plan.checkpoint == "mlp"
+
+        def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+            _refuse_more(name, others, named)
+            before = norm.take(hidden)
+            if not torch.is_grad_enabled() or not hidden.requires_grad:
+                return forward(hidden)
+            source, again = hidden, forward
+            if before is not None:
+                source, normalise = before
+                again = lambda x: forward(normalise(x))  # noqa: E731
+
+            def compute() -> torch.Tensor:
+                return in_tiles(forward, hidden.detach(), tile if in_backward() else None)
+
+            with self.keeping(index) if outside else nullcontext():
+                return run_again(source, again, compute, tile, self._every_tile)
+
+        self._inner.replace_forward(mlp, run)
+
+    def narrow(self, layer: nn.Module, name: str, kept: torch.Tensor, mlps: list[tuple[str, nn.Module]]) -> bool:
+        """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.
+
+        It is done where every other part of the layer maps each token by itself. What the layer puts out elsewhere is
+        then not what the model would, and reaches nothing: the gradients there are checked to be 0.
+        """
+        attentions = patched_modules(layer)
+        proved = {id(mlp) for _, mlp in mlps} | {id(norm) for norm in norms_of(layer)}
+        others = [child for child in layer.children() if id(child) not in proved and not patched_modules(child)]
+        if len(attentions) != 1 or any(parameter.numel() for child in others for parameter in child.parameters()):
+            return False
+
+        def refuse(grad: torch.Tensor) -> None:
+            _refuse_elsewhere(grad, kept, name)
+
+        self._inner.set_attribute(attentions[0], SPANS, Spans(spans(kept), refuse))
+        for child_name, mlp in mlps:
+            self._narrow_mlp(mlp, f"{name}.{child_name}", kept)
+
+        def check(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                hidden.register_hook(refuse)
+
+        handle = layer.register_forward_hook(check)
+        self._inner.undo.callback(handle.remove)
+        return True
+
+    def _narrow_mlp(self, mlp: nn.Module, name: str, kept: torch.Tensor) -> None:
+        forward = refuse_when_closed(mlp.forward, name, self._session)
+
+        def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
+            if others or named:
+                return forward(hidden, *others, **named)
+            at = kept.to(hidden.device)
+            some = forward(hidden.index_select(1, at))
+            return torch.zeros_like(hidden).index_copy_(1, at, some)
+
+        self._inner.replace_forward(mlp, run)
+
+    def keeping(self, index: int) -> AbstractContextManager[Any]:
+        """Inside, what is saved for the backward is a checkpoint: watched, and offloaded where the plan says so."""
+        if self._offload is None and self._watch is None:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: self.keep(x, index, "checkpoints"), self.give)
+
+    def keep(self, x: torch.Tensor, index: int, part: str) -> Any:
+        """Keep a tensor for the backward."""
+        if self._offload is not None:
+            return self._offload.pack(x, index)
+        if self._watch is not None:
+            self._watch(part, x)
+        return x
+
+    def give(self, kept: Any) -> torch.Tensor:
+        """What :meth:`keep` kept."""
+        if self._offload is None or isinstance(kept, torch.Tensor):
+            return kept
+        return self._offload.unpack(kept)
+
+
+class _Stash:
+    """Attention's outputs of one layer's forward, for the time it runs again."""
+
+    def __init__(self, layers: _Layers, index: int) -> None:
+        self._layers = layers
+        self._index = index
+        self._kept: list[tuple[Any, ...]] = []
+
+    def keeping(self) -> TorchDispatchMode:
+        """Inside, attention's outputs are kept."""
+        return _AtAttention(self._forward)
+
+    def reusing(self) -> TorchDispatchMode:
+        """Inside, attention does not run: its outputs are those kept, in the order they were."""
+        return _AtAttention(self._recompute)
+
+    def _forward(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        out = run()
+        # Detached, or autograd would put the graph on what is kept, and with it everything that the graph holds.
+        self._kept.append(tuple(self._layers.keep(x.detach(), self._index, "attention") for x in out))
+        return out
+
+    def _recompute(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        if not self._kept:
+            raise RuntimeError("attention's kept outputs were used already: a memory plan allows one backward")
+        return tuple(self._layers.give(x).detach() for x in self._kept.pop(0))
+
+
+class _AtAttention(TorchDispatchMode):
+    """Hands every call of the attention operator to a function, below autograd."""
+
+    def __init__(self, handle: Callable[[Callable[[], Any]], Any]) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.gim_kernels.attention.default:
+            return self._handle(lambda: func(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Ascending positions as runs ``start:stop`` of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for position in kept.tolist():
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return tuple(runs)
+
+
+def _refuse_more(name: str, others: tuple[Any, ...], named: dict[str, Any]) -> None:
+    if others or named:
+        raise UnsupportedModelError(
+            f"{name}: the MLP was called with more than its input ({len(others)} positional, {sorted(named)} named "
+            'arguments), so it cannot run in parts: use memory="none" or "layer"'
+        )
+
+
+def _refuse_elsewhere(grad: torch.Tensor, kept: torch.Tensor, name: str) -> None:
+    """An error unless a gradient ``[B, T, ...]`` is 0 at every position that is not explained."""
+    if grad.is_meta:
+        return
+    elsewhere = torch.count_nonzero(grad) - torch.count_nonzero(grad.index_select(1, kept.to(grad.device)))
+    if bool(elsewhere):
+        raise UnsupportedModelError(
+            f"{name}: what is explained depends on the last layer at other positions than the explained, so it must "
+            "run for all: add head=all to the memory plan"
+        )
