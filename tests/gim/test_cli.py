@@ -454,7 +454,7 @@ def test_plan_shows_every_plan_from_the_config_alone(config_folder: Path) -> Non
     assert "80.0 GiB given" in result.out and "predicted, not measured" in result.out
     for estimate in gim.estimate_memory(_config(config_folder), 2000):
         row = next(
-            line for line in result.out.splitlines() if re.search(rf"^ [ *] +{re.escape(estimate.plan.name)} ", line)
+            line for line in result.out.splitlines() if re.search(rf"^[ *] +{re.escape(estimate.plan.name)} ", line)
         )
         assert gim.memory.size(estimate.peak) in row and f"{estimate.relative_cost:.2f}x" in row
         assert row.startswith("*") == (estimate.plan == PLANS[0])
