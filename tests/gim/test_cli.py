@@ -457,7 +457,7 @@ def test_plan_shows_every_plan_from_the_config_alone(config_folder: Path) -> Non
             line for line in result.out.splitlines() if re.search(rf"^ [ *] +{re.escape(estimate.plan.name)} ", line)
         )
         assert gim.memory.size(estimate.peak) in row and f"{estimate.relative_cost:.2f}x" in row
-        assert row.startswith("*") == (estimate.plan == PLANS[0])
+        assert row.startswith(" * ") == (estimate.plan == PLANS[0])
     assert "the model has 1,024 positions: more needs --allow-extrapolation" in result.out
 
 
@@ -475,11 +475,11 @@ def test_plan_marks_what_fits(config_folder: Path) -> None:
     memory = layer.parts["weights"] + layer.activations / gim.memory.AUTO_SHARE + 2
     result = run("plan", config_folder, "-n", "20000", "--gpu-memory", f"{int(memory)}B")
     assert result.code == 0, result.err
-    marked = [line for line in result.out.splitlines() if line.startswith("* ")]
+    marked = [line for line in result.out.splitlines() if line.startswith(" * ")]
     assert len(marked) == 1 and "none" not in marked[0] and "offload" not in marked[0]
     result = run("plan", config_folder, "-n", "20000", "--gpu-memory", "20MB")
     assert result.code == 1 and "no plan fits" in result.out
-    assert not [line for line in result.out.splitlines() if line.startswith("* ")]
+    assert not [line for line in result.out.splitlines() if line.startswith(" * ")]
 
 
 @pytest.mark.parametrize(
