@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 from gim_kernels import aot
 
 ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "benchmarks" / "results" / "compile_report.json"
 #: What the library of this test holds: every rule of attention, one norm, one activation.
 SELECTION = {
     "GIM_TARGETS": "cuda:90:32",
@@ -27,7 +29,7 @@ SELECTION = {
     "GIM_ONLY": "attention_*/causal/general*;attention_*/full/plain*;fold;*layer_bias/128;*layer_bias;"
     "norm_backward/*/layer/live/128;norm_backward/*/layer/live;norm_backward_weight/*/layer;*/silu*",
 }
-#: What is compiled here and held to the bounds: what every user of GIM runs.
+#: What is compiled here and held against the committed report: what every user of GIM runs.
 FRESH = "attention_forward/*/causal/plain;attention_grad*/causal/plain/square;norm_backward/*/rms/frozen/4096"
 FRESH_HEAD_SIZE = 128
 
@@ -43,6 +45,16 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
     )
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@functools.cache
+def committed() -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(REPORT.read_text())
+    return report
+
+
+def rows_of(report: dict[str, Any], target: str) -> list[dict[str, Any]]:
+    return [row for row in report["variants"] if row["target"] == target]
 
 
 def scores_for_each_thread(row: dict[str, Any]) -> int:
@@ -103,6 +115,25 @@ def check(row: dict[str, Any]) -> None:
     check_products(row)
 
 
+def test_every_shipped_variant_is_in_the_committed_report() -> None:
+    for target in aot.TARGETS:
+        shipped = [(entry.key, entry.limit) for entry in aot.shipped(target)]
+        limit = {None: aot.UNLIMITED}
+        reported = [(row["key"], limit.get(row["limit"], row["limit"])) for row in rows_of(committed(), target)]
+        assert reported == shipped, (
+            f"{target}: {set(reported) ^ set(shipped)}: python -m gim_kernels.aot report "
+            "--out benchmarks/results/compile_report"
+        )
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_shipped_variant_spills_and_all_use_the_tensor_cores(target: str) -> None:
+    rows = rows_of(committed(), target)
+    for row in rows:
+        check(row)
+    assert any(row["key"].endswith("plain/square") for row in rows)
+
+
 def test_the_bounds_can_fail() -> None:
     hopper = {
         "key": "attention_grad_query/bf16/128/causal/plain/square", "limit": None, "target": "cuda:90:32",
@@ -125,7 +156,12 @@ def test_the_bounds_can_fail() -> None:
         check({**hopper, "key": "norm_forward/bf16/rms"})
 
 
-def test_what_every_user_of_gim_runs_keeps_the_bounds(tmp_path: Path) -> None:
+def test_the_markdown_holds_every_row_of_the_json() -> None:
+    text = REPORT.with_suffix(".md").read_text()
+    assert text == aot._markdown(committed()["variants"], committed()["triton"])
+
+
+def test_what_is_compiled_here_is_what_the_report_says(tmp_path: Path) -> None:
     run(
         sys.executable, "-m", "gim_kernels.aot", "report", "--head-sizes", FRESH_HEAD_SIZE, "--dtypes", "bf16",
         "--only", FRESH, "--jobs", "1", "--out", tmp_path / "report", env=without_interpreter(),
@@ -134,6 +170,10 @@ def test_what_every_user_of_gim_runs_keeps_the_bounds(tmp_path: Path) -> None:
     assert len(fresh["variants"]) >= 8
     for row in fresh["variants"]:
         check(row)
+    if fresh["triton"] == committed()["triton"]:  # another compiler makes other code
+        known = {(row["target"], row["key"], row["limit"]): row for row in committed()["variants"]}
+        for row in fresh["variants"]:
+            assert row == known[row["target"], row["key"], row["limit"]]
 
 
 def test_blackwell_and_amd_compile_too(tmp_path: Path) -> None:
