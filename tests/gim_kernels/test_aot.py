@@ -83,8 +83,8 @@ def check_exponentials(row: dict[str, Any]) -> None:
 
     Where more keys can be hidden than by causality alone, sinks and caps have exponentials of their own.
     """
-    _, *options = row["key"].split("/")
-    if options[-1] == "square" and options[3] == "plain":
+    operator, *options = row["key"].split("/")
+    if operator.startswith("attention") and options[-1] == "square" and options[3] == "plain":
         assert row["exponentials"] == 2 * row["passes"] * scores_for_each_thread(row), f"{row['target']} {row['key']}"
 
 
