@@ -3,20 +3,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+LIGHT := .venv/.demo
+CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)
 PACKAGES := gim gim_kernels tests benchmarks examples
 
 .PHONY: demo test lint format bench gpu clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)'
+	@$(PYTHON) -c '$(CHECK)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,transformer-lens]'
 	# Its import name is ours, so it is put where only the test that runs it in another process looks.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/gim-explain --upgrade gim-explain==0.1.4
 	touch $(STAMP)
 
-demo: $(STAMP)
+# What the demo needs, and no more.
+$(LIGHT): pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(CHECK)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[report]'
+	touch $(LIGHT)
+
+demo: $(LIGHT)
 	$(BIN)/gim demo --html demo.html --json demo.json
 
 # One worker for each core; a test that needs a GPU is for `make gpu`.
