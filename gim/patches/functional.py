@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 import gim_kernels
 from gim.applied import Application, Part, UnsupportedModelError
 from gim.patches import attention, dense_masks, gated_mlps, norms
+from gim.patches.products import PRODUCTS
 from gim.patches.session import Session, original_forward
 from gim_kernels import engines, reference
 from gim_kernels.gated import Activation
@@ -601,19 +602,8 @@ def _other_gate(calls: Calls, frame: Frame, func: Callable[..., Any], *args: Any
 
 _GELUS = frozenset({F.gelu})
 _IN_PLACE = frozenset({torch.Tensor.mul_, torch.Tensor.multiply_, torch.Tensor.__imul__})
-_PRODUCTS = frozenset(
-    {
-        torch.mul,
-        torch.multiply,
-        torch.Tensor.mul,
-        torch.Tensor.multiply,
-        torch.Tensor.__mul__,
-        torch.Tensor.__rmul__,
-    }
-)
-
 #: Activations and products, which are watched for gates and most often are none.
-_UNTOUCHED_IN_CHECKPOINTS = _PRODUCTS | _IN_PLACE | {F.silu, F.gelu}
+_UNTOUCHED_IN_CHECKPOINTS = PRODUCTS | _IN_PLACE | {F.silu, F.gelu}
 
 #: What is done with each function of torch that a module of the model calls.
 HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -632,7 +622,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     F.silu: _activation,
     F.gelu: _activation,
     F.glu: _other_gate,
-    **dict.fromkeys(_PRODUCTS | _IN_PLACE, _product),
+    **dict.fromkeys(PRODUCTS | _IN_PLACE, _product),
 }
 
 
