@@ -31,6 +31,9 @@ class Wide(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and args[0].dtype != args[1].dtype:
+            # Rotations multiply frequencies, which stayed wide, by positions, which are integers made float32.
+            args = tuple(x.double() for x in args)
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if func is torch.Tensor.float:
                 return args[0]
