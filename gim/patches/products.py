@@ -21,6 +21,7 @@ from gim.applied import UnsupportedModelError
 from gim.rules import Rules
 from gim_kernels import engines
 from gim_kernels.gated import Activation
+from gim_kernels.reference import scale_gradient
 
 PRODUCTS = frozenset(
     {
@@ -88,19 +89,6 @@ ARRANGERS = frozenset(
 )
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
 class RatioActivation(torch.autograd.Function):
     """``activation(x)`` with ``activation(x) / x`` in place of its derivative, and the derivative where x is 0."""
 
@@ -121,11 +109,6 @@ class RatioActivation(torch.autograd.Function):
         return grads[0] * ratio, None
 
 
-def scaled_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """``x``, with its gradient times ``factor``."""
-    return x if factor == 1.0 else ScaledGradient.apply(x, factor)
-
-
 def product(
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -144,9 +127,9 @@ def product(
     """
     if known is not None and up.dtype == gate.dtype and gate.dtype in engines.DTYPES:
         return gim_kernels.gated(gate, up, known, grad_scale=rules.gate_up_scale, activation_backward=rules.activation)
-    branch = scaled_gradient(gate, rules.gate_up_scale[0])
+    branch = scale_gradient(gate, rules.gate_up_scale[0])
     activated = RatioActivation.apply(branch, activation) if rules.activation == "ratio" else activation(branch)
-    return activated * scaled_gradient(up, rules.gate_up_scale[1])
+    return activated * scale_gradient(up, rules.gate_up_scale[1])
 
 
 def hooked_product(activated: torch.Tensor, up: torch.Tensor, rules: Rules) -> torch.Tensor:
@@ -160,7 +143,7 @@ def hooked_product(activated: torch.Tensor, up: torch.Tensor, rules: Rules) -> t
             "a forward hook on an activation stands between it and its product, so act(x) / x cannot take the place of "
             "its derivative: remove the hook, or use rules with the exact derivative"
         )
-    return scaled_gradient(activated, rules.gate_up_scale[0]) * scaled_gradient(up, rules.gate_up_scale[1])
+    return scale_gradient(activated, rules.gate_up_scale[0]) * scale_gradient(up, rules.gate_up_scale[1])
 
 
 class Site:
