@@ -8,6 +8,19 @@ from typing import Any, Literal
 Part = Literal["attention", "norm", "gated_mlp"]
 PARTS: tuple[Part, ...] = ("attention", "norm", "gated_mlp")
 
+#: Notes that a rule has nothing to act on; each stands only until something of its part is found.
+ABSENT: dict[Part, str] = {
+    "norm": "freeze_norm: the model has no norm",
+    "gated_mlp": "gate_scale and up_scale: the model has no gated MLP",
+}
+#: The same where parts are found by the functions that a model calls.
+UNSEEN: dict[Part, str] = {
+    "norm": "freeze_norm: no norm was seen: neither a module that is one nor a call of F.layer_norm or F.rms_norm",
+    "gated_mlp": "gate_scale and up_scale: no gated MLP was recognised: neither a module with gate, up and down "
+    "projections nor a product of F.silu(gate) or F.gelu(gate) with another branch; one written in another form "
+    "cannot be seen",
+}
+
 
 class UnsupportedModelError(RuntimeError):
     """A rule that was asked for could not be applied to a part of the model, which the message names."""
@@ -77,6 +90,10 @@ class AppliedReport:
     def complete(self) -> bool:
         """Whether every rule that was asked for acts on every part it should act on."""
         return not self.unsupported
+
+    def found(self, part: Part) -> None:
+        """Take back the note that there is nothing of a part, if it stands."""
+        self.notes[:] = [note for note in self.notes if note not in (ABSENT.get(part), UNSEEN.get(part))]
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each part: modules a rule acts on, and calls of them."""

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from transformers import PreTrainedModel
 
 import gim_kernels
-from gim.applied import Application, Part, UnsupportedModelError
+from gim.applied import ABSENT, UNSEEN, Application, Part, UnsupportedModelError
 from gim.patches import attention, dense_masks, gated_mlps, norms
 from gim.patches.products import PRODUCTS
 from gim.patches.session import Session, original_forward
@@ -41,19 +41,8 @@ from gim_kernels.gated import Activation
 #: Attribute of a ``forward`` made here that holds the one it runs.
 _INNER = "_gim_inner_forward"
 
-#: Notes that say a rule has nothing to act on; they stand only while no call has been seen.
-_NOTES: dict[Part, str] = {
-    "norm": "freeze_norm: the model has no norm",
-    "gated_mlp": "gate_scale and up_scale: the model has no gated MLP",
-}
 #: Stands until a forward pass has been seen.
 _LATER = "attention, and norms and gates that are calls of functions, are found when the model runs"
-_UNSEEN: dict[Part, str] = {
-    "norm": "freeze_norm: no norm was seen: neither a module that is one nor a call of F.layer_norm or F.rms_norm",
-    "gated_mlp": "gate_scale and up_scale: no gated MLP was recognised: neither a module with gate, up and down "
-    "projections nor a product of F.silu(gate) or F.gelu(gate) with another branch; one written in another form "
-    "cannot be seen",
-}
 
 
 @dataclass(frozen=True)
@@ -136,9 +125,7 @@ def count(row: Application, session: Session, state: State, engine: str) -> None
         return
     row.calls += 1
     row.engine = engine
-    for note in (_NOTES.get(row.part), _UNSEEN.get(row.part)):
-        if note in session.report.notes:
-            session.report.notes.remove(note)
+    session.report.found(row.part)
 
 
 class Calls(TorchFunctionMode):
@@ -726,9 +713,9 @@ def patch(model: nn.Module, session: Session) -> None:
     passive = set(roots) | {application.module for application in session.report.of("gated_mlp")}
     known = {application.module for application in session.report.applications}
     watch(model, session, state, HANDLERS, modules=modules, patched=known, passive=passive)
-    for part, note in _NOTES.items():
+    for part, note in ABSENT.items():
         if note in session.report.notes:
-            session.report.notes[session.report.notes.index(note)] = _UNSEEN[part]
+            session.report.notes[session.report.notes.index(note)] = UNSEEN[part]
 
 
 def watch(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim.applied import Application, UnsupportedModelError
+from gim.applied import ABSENT, Application, UnsupportedModelError
 from gim.patches.products import FunctionalActivations, Site, product
 from gim.patches.session import Session, original_forward, probing
 from gim.rules import GRADIENT, Rules
@@ -308,7 +308,7 @@ def patch(model: nn.Module, session: Session) -> None:
             session.add(application)
         _patch_one(module, mlp, application, session)
     if rules.modifies_gated_mlps and not found:
-        session.report.notes.append("gate_scale and up_scale: the model has no gated MLP")
+        session.report.notes.append(ABSENT["gated_mlp"])
 
 
 def _switches(module: nn.Module) -> tuple[tuple[str, Any], ...]:

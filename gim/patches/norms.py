@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gim_kernels
-from gim.applied import Application, UnsupportedModelError
+from gim.applied import ABSENT, Application, UnsupportedModelError
 from gim.patches.session import Session, original_forward
 from gim_kernels import engines, reference
 
@@ -178,7 +178,7 @@ def patch(model: nn.Module, session: Session) -> None:
         )
         session.replace_forward(module, _patched_forward(module, name, norm, session))
     if frozen and not found:
-        session.report.notes.append("freeze_norm: the model has no norm")
+        session.report.notes.append(ABSENT["norm"])
 
 
 def _patched_forward(module: nn.Module, name: str, norm: Norm, session: Session) -> Any:

@@ -63,6 +63,7 @@ class Session:
         """Enter a module in the report."""
         self._by_module[application.module] = application
         self.report.applications.append(application)
+        self.report.found(application.part)
 
     def knows(self, module: str) -> bool:
         """Whether a module is in the report."""

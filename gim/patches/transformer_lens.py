@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim.applied import Application
+from gim.applied import ABSENT, Application
 from gim.patches import attention, functional, norms
 from gim.patches.functional import HANDLERS, Calls, Expected, Frame, State
 from gim.patches.session import Session, original_forward
@@ -199,7 +199,7 @@ def patch(model: nn.Module, session: Session) -> None:
         )
         state.expected[name] = Expected("attention", reason)
     if not any(expected.part == "gated_mlp" for expected in state.expected.values()):
-        session.report.notes.append("gate_scale and up_scale: the model has no gated MLP")
+        session.report.notes.append(ABSENT["gated_mlp"])
     session.start_of_forward.append(progress.clear)
     functional.watch(
         model,

@@ -285,6 +285,44 @@ def test_one_model_in_two_threads_is_refused() -> None:
     assert len(errors) == 1 and "another thread" in str(errors[0])
 
 
+class GatedByAnother(torch.nn.Module):
+    """A gated MLP that wants a second argument, so that it cannot be run to see what it computes."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.mlp, self.act_fn = torch.nn.ModuleList([mlp.gate_proj, mlp.up_proj, mlp.down_proj]), mlp.act_fn
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.mlp
+        out: torch.Tensor = down(self.act_fn(gate(x)) * up(x)) * mask
+        return out
+
+
+class Called(torch.nn.Module):
+    """Gives its one argument, and another, to the module that it holds."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x, torch.ones_like(x))
+        return out
+
+
+def test_a_gated_mlp_that_is_seen_only_when_it_runs_is_no_longer_said_to_be_absent() -> None:
+    model, tokens = make("llama"), ids()
+    want = gim.explain(model, tokens, baseline_token_id=BASELINE)
+    for layer in model.model.layers:
+        layer.mlp = Called(GatedByAnother(layer.mlp))
+    with gim.GIM(model) as report:
+        assert report.notes == ["gate_scale and up_scale: the model has no gated MLP"]
+        model(tokens)
+        assert report.notes == [] and report.counts()["gated_mlp"] == (len(model.model.layers), len(model.model.layers))
+    got = gim.explain(model, tokens, baseline_token_id=BASELINE)
+    assert_close64(got, want, "a gated MLP found when it runs", relative=FLOAT64_MODEL_RELATIVE)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_report_counts_the_models_own_layers(family: str) -> None:
     model = make(family)
