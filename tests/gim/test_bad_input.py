@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gim
 from gim.applied import UnsupportedModelError
 from gim.context import inspect
-from gim.patches.attention import gim_attention, key_pattern
+from gim.patches.attention import gim_attention
+from gim.patches.key_patterns import key_pattern
 from tests.families import SHARED, VOCABULARY, ids, make
 from tests.oracle import assert_within_budget
 

@@ -15,7 +15,8 @@ from transformers import AttentionInterface
 import gim
 from gim.context import inspect
 from gim.patches import gated_mlps
-from gim.patches.attention import KeyPattern, gim_attention, key_pattern
+from gim.patches.attention import gim_attention
+from gim.patches.key_patterns import KeyPattern, key_pattern
 from gim.patches.session import SESSION, Session
 from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make

@@ -1,0 +1,180 @@
+"""The masks of Hugging Face models as patterns, in place of tensors of T x S entries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gim.applied import UnsupportedModelError
+from gim_kernels import engines
+
+
+@dataclass(frozen=True)
+class KeyPattern:
+    """Which keys the queries of a batch see: what the mask interface returns in place of a T x S tensor.
+
+    Args:
+        queries, keys: T and S.
+        causal: query i sees keys up to ``i + S - T``.
+        window: causal only: query i sees keys ``j > i + S - T - window`` only; None for all.
+        key_range: ``[B, 2]`` int32, first and one-past-last key of each row; None where every key exists.
+        reach: not causal only: query i sees keys j with ``|i + S - T - j| <= reach``; None for all.
+        documents: for each row, where its documents start, 0 first; a query sees keys of its own document only.
+            None where each row is one document. Rows that are alike share one entry.
+        refused: why the mask cannot be applied; an error once attention is called with it, and empty where it can.
+    """
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+    key_range: torch.Tensor | None
+    reach: int | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
+    refused: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _MaskUsedError(
+            f"attention_mask: the model's own code asks the mask for its {name}, and there is no mask of T x S "
+            "entries to give it: what it makes of the mask cannot be applied in O(T) memory"
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return getattr(self, "entries")  # noqa: B009 (raises)
+
+
+class _MaskUsedError(UnsupportedModelError, AttributeError):
+    """A model treats the pattern as a tensor; an AttributeError too, so that ``hasattr`` works."""
+
+
+def key_pattern(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> KeyPattern:
+    """The entry of the mask interface: a mask function in, the pattern it describes out, in O(T) memory.
+
+    The function is evaluated where a causal, windowed or bidirectional mask has its edges, for every query. A mask
+    of another shape disagrees there with all three and is refused.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset: sizes, and positions of query 0 and key 0.
+        mask_function: ``(batch, head, query, key) -> bool`` over index tensors.
+        attention_mask: padding mask ``[B, S]``, True where the token exists, or None.
+        local_size: the window that the model announces, or None.
+        use_vmap: the model added a mask function of its own.
+        device: where the model's inputs are.
+
+    Raises:
+        UnsupportedModelError: the mask is none of the patterns.
+        ValueError: a padding mask with holes.
+    """
+    if use_vmap:
+        reason = "is made with a function of the model's own (use_vmap), which cannot be applied in O(T) memory"
+        return KeyPattern(q_length, kv_length, True, None, None, refused=reason)
+    first_query = int(q_offset)
+    if first_query + q_length != kv_offset + kv_length and q_length > 1:
+        raise UnsupportedModelError(
+            f"attention_mask: queries {first_query}..{first_query + q_length} do not end where keys "
+            f"{kv_offset}..{kv_offset + kv_length} end (a static cache?): run with use_cache=False"
+        )
+    pattern = _classify(mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device)
+    key_range = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise UnsupportedModelError(
+                f"attention_mask: must be [B, S] with one entry for each token, got shape {tuple(attention_mask.shape)}"
+            )
+        exists = attention_mask[:, -kv_length:].to(torch.bool)
+        if exists.shape[1] != kv_length or not bool(exists.all()):
+            if exists.shape[1] < kv_length:
+                raise UnsupportedModelError(f"attention_mask: has {exists.shape[1]} entries for {kv_length} keys")
+            key_range = engines.key_range_of(exists, "attention_mask").to(device)
+    return dataclasses.replace(pattern, key_range=key_range)
+
+
+def _classify(
+    mask_function: Callable[..., torch.Tensor] | None,
+    batch: int,
+    queries: int,
+    keys: int,
+    first_query: int,
+    first_key: int,
+    local_size: int | None,
+    device: torch.device | str,
+) -> KeyPattern:
+    """The pattern that a mask function has at its edges; an error where it has none of those that exist."""
+    if mask_function is None:
+        return KeyPattern(queries, keys, True, local_size, None)
+    query = (torch.arange(queries, device=device) + first_query).expand(batch, queries)  # [B, T]
+    row = torch.arange(batch, device=device)[:, None]
+    last_key = first_key + keys - 1
+
+    def sees(key: torch.Tensor) -> torch.Tensor:
+        """Whether each query sees its ``key`` ``[B, T]``; False outside the keys."""
+        visible = torch.as_tensor(mask_function(row, 0, query, key.clamp(first_key, last_key)), device=device)
+        return visible.expand(batch, queries) & (key >= first_key) & (key <= last_key)
+
+    # A document starts where a query does not see the key before its own. With a window of 1, every query is so.
+    starts = ~sees(query - 1) & (query > first_key)
+    if local_size == 1 or queries != keys:
+        starts = torch.zeros_like(starts)
+    first = torch.where(starts, query, first_key).cummax(dim=1).values  # [B, T]
+    following = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], dim=1)
+    ends = torch.where(following, query, last_key).flip(1).cummin(dim=1).values.flip(1)
+    ends = torch.where(ends == query[:, -1:], last_key, ends)
+
+    def agrees(low: torch.Tensor, high: torch.Tensor) -> bool:
+        """Whether what each query sees starts at ``low`` and ends at ``high``."""
+        low, high = torch.maximum(low, first), torch.minimum(high, ends)
+        return bool((sees(low) & sees(high) & sees(query) & ~sees(low - 1) & ~sees(high + 1)).all())
+
+    documents = None
+    if bool(starts.any()):
+        each = [(0, *one.nonzero()[:, 0].tolist()) for one in starts]
+        documents = (each[0],) if all(one == each[0] for one in each) else tuple(each)
+    shape = KeyPattern(queries, keys, True, None, None, None, documents)
+    if agrees(first, ends):
+        # One key, or one query that sees all of them, is causal and bidirectional at once.
+        return dataclasses.replace(shape, causal=False)
+    if agrees(first, query):
+        return shape
+    if local_size is not None and agrees(query - local_size + 1, query):
+        return dataclasses.replace(shape, window=local_size)
+    if local_size is not None and agrees(query - local_size, query + local_size):
+        return dataclasses.replace(shape, causal=False, reach=local_size)
+    reason = (
+        "is neither causal, windowed nor bidirectional, over whole rows or over documents (blocks that see ahead, or "
+        "a mask of another kind), and an arbitrary mask cannot be applied in O(T) memory"
+    )
+    return dataclasses.replace(shape, refused=reason)
+
+
+def packed(name: str, pattern: KeyPattern, queries: torch.Tensor, keys: torch.Tensor | None) -> KeyPattern:
+    """A pattern with the documents that start where cumulative lengths say."""
+    starts = [int(one) for one in queries]
+    if keys is not None and starts != [int(one) for one in keys]:
+        raise UnsupportedModelError(f"{name}: cu_seq_lens_q and cu_seq_lens_k differ")
+    if starts[0] != 0 or starts[-1] != pattern.queries or pattern.queries != pattern.keys:
+        raise UnsupportedModelError(
+            f"{name}: cu_seq_lens_q must start at 0 and end at {pattern.queries}, got {starts[:8]}"
+        )
+    documents = (tuple(dict.fromkeys(starts[:-1])),)
+    if pattern.documents not in (None, documents):
+        raise UnsupportedModelError(
+            f"{name}: cu_seq_lens_q says that documents start at {documents[0][:8]}, and the mask says "
+            f"{pattern.documents[0][:8] if pattern.documents else ''}"
+        )
+    return pattern if len(documents[0]) == 1 else dataclasses.replace(pattern, documents=documents)
