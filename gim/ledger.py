@@ -67,13 +67,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         func_args, func_kwargs = _on_one_device(func, args, kwargs)
-        eager = _EAGER.get(func) if self.engine == "blockwise" else None
-        if eager is not None:
-            # Norms and products allocate as they go: their own code is run on the tensors without data.
-            with self:
-                out = eager(*func_args)
-        else:
-            out = func(*func_args, **func_kwargs)
+        out = func(*func_args, **func_kwargs)
         for x in tree_flatten(out)[0]:
             if isinstance(x, torch.Tensor):
                 self._enter(x, None)
@@ -123,6 +117,9 @@ class Ledger(TorchDispatchMode):
             else:
                 # Two or three numbers for each row, handed from one kernel to the next.
                 self._grow(0, 3 * 4 * query.shape[:3].numel())
+        elif func in _WORKSPACE:
+            if self.engine == "blockwise":
+                self._grow(0, _WORKSPACE[func](*args))
         elif func.overloadpacket in flop_registry:
             self.flops[self.where] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
 
@@ -153,27 +150,16 @@ def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
     return args, kwargs
 
 
-def _some(like: torch.Tensor, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+def _norm_backward(*args: Any) -> int:
+    frozen, _, (_, need_weight, _) = args[6:]
+    return pointwise.norm_backward_workspace(args[0], frozen, need_weight)
 
 
-def _norm_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    grad_y, x, weight, mean, inverse, offset, frozen, _, needs = args
-    grads = pointwise.norm_backward(grad_y, x, weight, mean, inverse, offset, frozen=frozen, needs=tuple(needs))
-    return _some(inverse, grads)
-
-
-def _gated_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    grad_y, gate, up, activation, scale, rule, _, needs = args
-    named: dict[str, Any] = {"grad_scale": tuple(scale), "activation_backward": rule, "needs": tuple(needs)}
-    return _some(gate, pointwise.gated_backward(grad_y, gate, up, activation, **named))
-
-
-#: The code that runs an operator on a CPU, with the operator's own arguments.
-_EAGER: dict[Any, Callable[..., Any]] = {
-    _OPS.rms_norm.default: lambda x, weight, eps, offset, *_: pointwise.rms_norm_forward(x, weight, eps, offset),
-    _OPS.layer_norm.default: lambda x, weight, bias, eps, *_: pointwise.layer_norm_forward(x, weight, bias, eps),
-    _OPS.gated.default: lambda gate, up, activation, *_: pointwise.gated_forward(gate, up, activation),
+#: What the code that runs an operator on a CPU holds for a moment, from the operator's own arguments.
+_WORKSPACE: dict[Any, Callable[..., int]] = {
+    _OPS.rms_norm.default: lambda x, *_: pointwise.forward_workspace(x),
     _OPS.norm_backward.default: _norm_backward,
-    _OPS.gated_backward.default: _gated_backward,
+    _OPS.gated_backward.default: lambda grad_y, gate, up, activation, scale, rule, *_: (
+        pointwise.gated_backward_workspace(gate, activation, rule)
+    ),
 }

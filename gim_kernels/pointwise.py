@@ -1,23 +1,80 @@
 """Norms and the gated product in plain PyTorch: forward and backward of what Triton fuses on a GPU.
 
 Every function takes and returns plain tensors and knows nothing of autograd; ``gim_kernels.triton`` has functions of
-the same names and signatures.
+the same names and signatures. Each works through its rows in blocks that stay in the cores' caches, and writes into
+its results: fresh memory for whole intermediate tensors would cost more than the arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from gim_kernels.reference import activation_function, activation_ratio
+from gim_kernels.reference import activation_ratio
+
+#: Numbers of a block for each thread: 2 MiB in float32. Smaller ones stay in nearer caches, but threads then wait for
+#: one another more often, which costs most where a machine is busy.
+NUMBERS_PER_THREAD = 2**19
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+#: Intermediate tensors that :func:`gim_kernels.reference.activation_ratio` holds at once.
+_RATIO_TILES = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_wide_dtype(x.dtype))
+
+
+def _shape(x: torch.Tensor) -> tuple[int, int]:
+    """N and D of a tensor of any rank."""
+    width = x.shape[-1] if x.dim() else 1
+    return x.numel() // max(1, width), width
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as ``[N, D]``, to sum over everything but its last dimension."""
-    return x.reshape(-1, x.shape[-1])
+    """``x`` as ``[N, D]``."""
+    return x.reshape(_shape(x))
+
+
+def _step(width: int) -> int:
+    """Rows of a block."""
+    return max(1, NUMBERS_PER_THREAD * torch.get_num_threads() // max(1, width))
+
+
+def _blocks(rows: torch.Tensor) -> Iterator[slice]:
+    """The rows of ``[N, D]``, a block at a time."""
+    step = _step(rows.shape[1])
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+def _work_tile(out: torch.Tensor) -> torch.Tensor:
+    """Where a block of results is computed: in place, or in wider numbers that are rounded at the end."""
+    wide = _wide_dtype(out.dtype)
+    return out if out.dtype == wide else torch.empty_like(out, dtype=wide)
+
+
+def _store(tile: torch.Tensor, out: torch.Tensor) -> None:
+    """Round a tile of :func:`_work_tile` into its place, where it is not there already."""
+    if tile is not out:
+        out.copy_(tile)
+
+
+def _factor(weight: torch.Tensor | None, weight_offset: float) -> torch.Tensor | None:
+    """What a norm multiplies by, in wide numbers; None for 1."""
+    if weight is None:
+        return None
+    return _wide(weight) + weight_offset if weight_offset else _wide(weight)
+
+
+def _bytes(x: torch.Tensor, tiles: int) -> int:
+    """Of ``tiles`` blocks of ``x`` in wide numbers."""
+    rows, width = _shape(x)
+    return tiles * min(rows, _step(width)) * width * _wide_dtype(x.dtype).itemsize
 
 
 def rms_norm_forward(
@@ -34,12 +91,17 @@ def rms_norm_forward(
     Returns:
         ``[..., D]`` in x's dtype, and ``[..., 1]`` in float32 (float64 for float64).
     """
-    wide = _wide(x)
-    inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y = wide * inverse_rms
-    if weight is not None:
-        y.mul_(_wide(weight) + weight_offset if weight_offset else _wide(weight))
-    return y.to(x.dtype), inverse_rms
+    y, inverse_rms = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=_wide_dtype(x.dtype))
+    rows, y_rows, inverse_rows = _rows(x), _rows(y), _rows(inverse_rms)
+    factor = _factor(weight, weight_offset)
+    for block in _blocks(rows):
+        wide, tile, inverse = _wide(rows[block]), _work_tile(y_rows[block]), inverse_rows[block]
+        torch.rsqrt(torch.square(wide, out=tile).mean(-1, keepdim=True).add_(eps), out=inverse)
+        torch.mul(wide, inverse, out=tile)
+        if factor is not None:
+            tile.mul_(factor)
+        _store(tile, y_rows[block])
+    return y, inverse_rms
 
 
 def layer_norm_forward(
@@ -56,15 +118,13 @@ def layer_norm_forward(
     Returns:
         ``[..., D]`` in x's dtype, and twice ``[..., 1]`` in float32 (float64 for float64).
     """
-    wide = _wide(x)
-    mean = wide.mean(-1, keepdim=True)
-    y = wide - mean
-    inverse_std = y.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y.mul_(inverse_std)
-    if weight is not None:
-        y.mul_(_wide(weight))
-    if bias is not None:
-        y.add_(_wide(bias))
+    # torch's kernel for CPUs gives its statistics in the dtype of the weight and takes a narrower x as it is; other
+    # devices want one dtype.
+    given = x if x.device.type in ("cpu", "meta") else _wide(x)
+    factor = _factor(weight, 0.0)
+    if factor is None:
+        factor = x.new_ones(x.shape[-1], dtype=_wide_dtype(x.dtype))
+    y, mean, inverse_std = torch.native_layer_norm(given, x.shape[-1:], factor, _factor(bias, 0.0), eps)
     return y.to(x.dtype), mean, inverse_std
 
 
@@ -102,29 +162,49 @@ def norm_backward(
         rounded to theirs by the caller), None where not needed.
     """
     need_x, need_weight, need_bias = needs
-    wide = _wide(grad_y)
-    normalised = None
-    if x is not None and (need_weight or not frozen):
-        normalised = (_wide(x) if mean is None else _wide(x) - mean) * inverse
-    grad_x = grad_weight = grad_bias = None
-    if need_x:
-        scaled = wide
-        if weight is not None:
-            scaled = wide * (_wide(weight) + weight_offset if weight_offset else _wide(weight))
-        total = scaled if mean is None else scaled - scaled.mean(-1, keepdim=True)
-        if not frozen and normalised is not None:
-            total = total - normalised * (scaled * normalised).mean(-1, keepdim=True)
-        grad_x = (total * inverse).to(grad_y.dtype)
-    if need_weight and normalised is not None:
-        grad_weight = _rows(wide * normalised).sum(0)
-    if need_bias:
-        grad_bias = _rows(wide).sum(0)
+    width, wide_dtype = grad_y.shape[-1], inverse.dtype
+    grad_x = grad_y.new_empty(grad_y.shape) if need_x else None
+    grad_weight = grad_y.new_zeros(width, dtype=wide_dtype) if need_weight and x is not None else None
+    grad_bias = grad_y.new_zeros(width, dtype=wide_dtype) if need_bias else None
+    factor = _factor(weight, weight_offset)
+    rows, inverses = _rows(grad_y), _rows(inverse)
+    for block in _blocks(rows):
+        wide, scale = _wide(rows[block]), inverses[block]
+        normalised = None
+        if x is not None and (need_weight or not frozen):
+            given = _wide(_rows(x)[block])
+            normalised = given * scale if mean is None else (given - _rows(mean)[block]).mul_(scale)
+        if grad_x is not None:
+            out = _rows(grad_x)[block]
+            tile = _work_tile(out)
+            _ = tile.copy_(wide) if factor is None else torch.mul(wide, factor, out=tile)
+            along = None if frozen or normalised is None else (tile * normalised).mean(-1, keepdim=True)
+            if mean is not None:
+                tile.sub_(tile.mean(-1, keepdim=True))
+            if along is not None and normalised is not None:
+                tile.addcmul_(normalised, along, value=-1)
+            _store(tile.mul_(scale), out)
+        if grad_weight is not None and normalised is not None:
+            grad_weight += normalised.mul_(wide).sum(0)
+        if grad_bias is not None:
+            grad_bias += wide.sum(0)
     return grad_x, grad_weight, grad_bias
+
+
+def _activate(gate: torch.Tensor, activation: str, out: torch.Tensor) -> torch.Tensor:
+    """``activation(gate)`` into ``out``."""
+    if activation == "silu":
+        return torch.ops.aten.silu.out(gate, out=out)
+    return torch.ops.aten.gelu.out(gate, approximate=_APPROXIMATE[activation], out=out)
 
 
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """``activation(gate) * up`` for ``[..., D]`` tensors."""
-    return activation_function(gate, activation) * up
+    y = gate.new_empty(gate.shape)
+    gates, ups, rows = _rows(gate), _rows(up), _rows(y)
+    for block in _blocks(rows):
+        _activate(gates[block], activation, rows[block]).mul_(ups[block])
+    return y
 
 
 def gated_backward(
@@ -138,20 +218,40 @@ def gated_backward(
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of :func:`gated_forward`; ``act(gate) / gate`` takes the place of ``act'(gate)`` under ``"ratio"``."""
-    grad_gate = grad_up = None
-    if needs[0]:
-        through_product = grad_y * up
-        if activation_backward == "ratio":
-            grad_gate = through_product.mul_(activation_ratio(gate, activation))
-        elif activation == "silu":
-            grad_gate = torch.ops.aten.silu_backward(through_product, gate)
-        else:
-            approximate = "tanh" if activation == "gelu_tanh" else "none"
-            grad_gate = torch.ops.aten.gelu_backward(through_product, gate, approximate=approximate)
-        if grad_scale[0] != 1.0:
-            grad_gate = grad_gate * grad_scale[0]
-    if needs[1]:
-        grad_up = grad_y * activation_function(gate, activation)
-        if grad_scale[1] != 1.0:
-            grad_up.mul_(grad_scale[1])
+    grad_gate, grad_up = (gate.new_empty(gate.shape) if need else None for need in needs)
+    grads, gates, ups = _rows(grad_y), _rows(gate), _rows(up)
+    for block in _blocks(gates):
+        grad, branch = grads[block], gates[block]
+        if grad_gate is not None:
+            tile = _rows(grad_gate)[block]
+            torch.mul(grad, ups[block], out=tile)
+            if activation_backward == "ratio":
+                tile.mul_(activation_ratio(branch, activation))
+            elif activation == "silu":
+                torch.ops.aten.silu_backward.grad_input(tile, branch, grad_input=tile)
+            else:
+                approximate = _APPROXIMATE[activation]
+                torch.ops.aten.gelu_backward.grad_input(tile, branch, approximate=approximate, grad_input=tile)
+            if grad_scale[0] != 1.0:
+                tile.mul_(grad_scale[0])
+        if grad_up is not None:
+            tile = _activate(branch, activation, _rows(grad_up)[block]).mul_(grad)
+            if grad_scale[1] != 1.0:
+                tile.mul_(grad_scale[1])
     return grad_gate, grad_up
+
+
+def forward_workspace(x: torch.Tensor) -> int:
+    """Bytes that :func:`rms_norm_forward` holds for a moment besides its arguments and results, at most."""
+    return _bytes(x, 2 if x.dtype != _wide_dtype(x.dtype) else 0)
+
+
+def norm_backward_workspace(grad_y: torch.Tensor, frozen: bool, need_weight: bool) -> int:
+    """The same of :func:`norm_backward`."""
+    tiles = 0 if frozen and not need_weight else 2
+    return _bytes(grad_y, tiles + (3 if grad_y.dtype != _wide_dtype(grad_y.dtype) else 0))
+
+
+def gated_backward_workspace(gate: torch.Tensor, activation: str, activation_backward: str) -> int:
+    """The same of :func:`gated_backward`; that of :func:`gated_forward` is nothing."""
+    return _bytes(gate, _RATIO_TILES[activation] if activation_backward == "ratio" else 0)

@@ -71,13 +71,16 @@ def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
     assert state(model) == before
     from_config = gim.estimate_memory(model.config, LENGTH, plans=SOME, device="cpu", dtype=torch.float32)
     assert [one.parts for one in from_config] == [one.parts for one in estimates]
+    peaks = set()
     for estimate in estimates:
         assert estimate.parts["weights"] == sum(p.numel() * 4 for p in model.parameters()) + sum(
             b.numel() * b.element_size() for b in model.buffers()
         )
         measured = measure(model, estimate.plan)
         assert_memory_close(estimate.activations, measured, f"{family} {size} {estimate.plan.name}")
-    assert len({one.activations for one in estimates}) == len(estimates)
+        peaks.add(measured)
+    # Plans that the estimate cannot tell apart cost the same indeed: their peaks are not where they differ.
+    assert len({one.activations for one in estimates}) == len(peaks) >= len(SOME) - 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gim_kernels
-from gim_kernels import reference
+from gim_kernels import pointwise, reference
 from tests.oracle import assert_close64, assert_within_budget
 
 
@@ -22,10 +22,20 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> t
 
 def differentiate(function: Any, tensors: list[torch.Tensor | None], grad: torch.Tensor) -> list[torch.Tensor]:
     """The output and the gradient of every tensor."""
-    leaves = [None if x is None else x.detach().clone().requires_grad_(True) for x in tensors]
+    leaves = [None if x is None else x.detach().requires_grad_(True) for x in tensors]
     out = function(*leaves)
     asked = [x for x in leaves if x is not None]
     return [out.detach(), *torch.autograd.grad(out, asked, grad)]
+
+
+@pytest.fixture(params=[None, 1], ids=["one-block", "row-by-row"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of a test at once, as their number has it, and one row at a time, as long tensors are cut."""
+    if request.param is not None:
+        monkeypatch.setattr(pointwise, "NUMBERS_PER_THREAD", request.param)
+
+
+in_blocks = pytest.mark.usefixtures("blocks")
 
 
 def rms_by_hand(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, eps: float, frozen: bool) -> list[torch.Tensor]:
@@ -60,6 +70,7 @@ def layer_by_hand(
     return [y, dx, dw, db]
 
 
+@in_blocks
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
@@ -70,6 +81,7 @@ def test_rms_norm_is_its_equation(module: Any, offset: float, frozen: bool) -> N
         assert_close64(a, b, name)
 
 
+@in_blocks
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
 def test_layer_norm_is_its_equation(module: Any, frozen: bool) -> None:
@@ -115,6 +127,32 @@ def test_norms_stay_within_the_error_budget(data: st.DataObject) -> None:
         tensors = [convert(x), convert(w), convert(b)]
         return differentiate(lambda *t: module.layer_norm(*t, 1e-5, frozen=frozen), tensors, convert(dy))
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pointwise, "NUMBERS_PER_THREAD", draw(st.sampled_from([1, 400, 2**19])))
+        got = run(gim_kernels, lambda t: t)
+    yardstick = run(reference, lambda t: t)
+    for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
+        assert_within_budget(a, truth, c, f"output {index}")
+
+
+@in_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_views_are_read_as_they_lie(dtype: torch.dtype) -> None:
+    both = numbers(3, 50, 2 * 24, dtype=dtype)
+    gate, up = both[..., :24], both[..., 24:]  # halves of a fused projection
+    heads = numbers(3, 50, 4, 24, seed=1, dtype=dtype).transpose(1, 2)
+    weight, grad = numbers(24, seed=2, dtype=dtype), numbers(3, 50, 24, seed=3, dtype=dtype)
+
+    def run(module: Any, convert: Any) -> list[torch.Tensor]:
+        w = convert(weight)
+        results = differentiate(lambda g, u: module.gated(g, u, "gelu"), [convert(gate), convert(up)], convert(grad))
+        for norm in (
+            lambda x: module.rms_norm(x, w, 1e-6, weight_offset=1.0),
+            lambda x: module.layer_norm(x, None, w, 1e-6, frozen=True),
+        ):
+            results += differentiate(norm, [convert(heads)], convert(heads).flip(1))
+        return results
+
     got, yardstick = run(gim_kernels, lambda t: t), run(reference, lambda t: t)
     for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
         assert_within_budget(a, truth, c, f"output {index}")
@@ -150,6 +188,7 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
+@in_blocks
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backward", ["exact", "ratio"])
 @pytest.mark.parametrize("module", [gim_kernels, reference], ids=["engine", "reference"])
@@ -174,6 +213,7 @@ def test_gated_is_its_equation(module: Any, backward: str, activation: str) -> N
     assert_close64(got[2], 0.3 * dy * values, "dup")
 
 
+@in_blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backward", ["exact", "ratio"])
