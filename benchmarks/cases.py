@@ -27,6 +27,12 @@ PRODUCTS: dict[Rule, int] = {"exact": 7, "temperature": 7, "constant": 4}
 CHECK_TOKENS = 256
 
 
+def _visible(tokens: int, window: int | None = None) -> float:
+    """Scores of one head that a causal mask, and a window, leave."""
+    reach = tokens if window is None else min(window, tokens)
+    return reach * (reach + 1) / 2 + (tokens - reach) * reach
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """Attention alone: forward, or forward and backward.
@@ -63,7 +69,7 @@ class AttentionCase:
 
     @property
     def _scores(self) -> float:
-        return self.heads * self.tokens * (self.tokens + 1) / 2 if self.causal else self.heads * self.tokens**2
+        return self.heads * (_visible(self.tokens) if self.causal else self.tokens**2)
 
     @property
     def products(self) -> int:
@@ -195,6 +201,13 @@ class Decoder:
         tied = self.options.get("tie_word_embeddings", False)
         return self.parameters_in_layers + (1 if tied else 2) * self.vocabulary * self.hidden
 
+    @functools.cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer; None for attention to everything before."""
+        config = self.config()
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.layers
+        return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
     def config(self) -> Any:
         """The Hugging Face config, for prompts of any length here."""
         from transformers import AutoConfig
@@ -256,6 +269,7 @@ class ExplainCase:
         tokens: prompt length T.
         dtype: of the weights.
         decoder: other sizes than those of the name.
+        rule: the softmax's backward.
     """
 
     op: ClassVar[str] = "explain"
@@ -264,6 +278,7 @@ class ExplainCase:
     tokens: int
     dtype: str
     decoder: Decoder | None = None
+    rule: Rule = "temperature"
 
     @property
     def sizes(self) -> Decoder:
@@ -281,11 +296,19 @@ class ExplainCase:
         return f"{self.op} {self.config} T{self.tokens}"
 
     def flops(self) -> float:
-        """Linear layers: forward and the gradient of the input (weights are frozen); attention: 7 causal products."""
+        """Linear layers, forward and the gradient of their input, and attention's products over visible scores.
+
+        Weights are frozen. The last layer needs keys and values of every token, and all else at one position, which
+        is not counted. Where the softmax is a constant, nothing flows back into queries and keys.
+        """
         one = self.sizes
-        linear = 2 * 2 * one.parameters_in_layers * self.tokens
-        attention = one.layers * 7 * 2 * one.heads * one.head_size * self.tokens**2 / 2
-        return float(linear + attention)
+        keys = one.hidden * one.kv_heads * one.head_size
+        whole = (one.layers - 1) * one.parameters_in_layers // one.layers
+        linear = 2 * (whole + 2 * keys)
+        if self.rule == "constant":
+            linear -= (one.layers - 1) * one.hidden * one.heads * one.head_size + one.layers * keys
+        scores = one.heads * sum(_visible(self.tokens, window) for window in one.windows[:-1])
+        return 2.0 * self.tokens * linear + 2.0 * PRODUCTS[self.rule] * one.head_size * scores
 
     def bytes(self) -> float:
         """The weights of all layers, read by each pass."""

@@ -151,23 +151,30 @@ def available_bytes(device: torch.device | None = None) -> int:
 # ------------------------------------------------------------------------------------------ what the machine can do
 
 
+def _least_seconds(device: torch.device, run: Callable[[], Any], seconds: float = 1.5) -> float:
+    """Of repetitions of a call for that long, and of seven at least: a machine is seldom undisturbed at once."""
+    watch = Stopwatch(device)
+    run()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - start < seconds:
+        times.append(watch(run))
+    return min(times)
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy, read and written, the best of several."""
     elements = (1 << 28) if device.type == "cuda" else (1 << 25)
     source = torch.ones(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    watch = Stopwatch(device)
-    target.copy_(source)
-    return 2 * source.nbytes / min(watch(lambda: target.copy_(source)) for _ in range(7))
+    return 2 * source.nbytes / _least_seconds(device, lambda: target.copy_(source))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large square matrix product, the best of several."""
     size = {"cuda": 8192, "cpu": 1536}.get(device.type, 1536)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    watch = Stopwatch(device)
-    torch.mm(a, b)
-    return 2 * size**3 / min(watch(lambda: torch.mm(a, b)) for _ in range(7))
+    return 2 * size**3 / _least_seconds(device, lambda: torch.mm(a, b))
 
 
 # --------------------------------------------------------------------------------------- description of the machine

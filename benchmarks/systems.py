@@ -182,7 +182,12 @@ def _attention_eager_bytes(case: AttentionCase) -> int:
 
 
 def own_case(case: Case, system: System) -> Case:
-    """The case with the rule that the system really computes: whose operations its rate counts."""
+    """The case with the rule that the system really computes: whose operations its rate counts.
+
+    A rival of another environment is counted as the case is: how it comes by its rules is not known.
+    """
+    if isinstance(case, ExplainCase) and system.rule in gim.rules.PRESETS:
+        return dataclasses.replace(case, rule=gim.rules.get(system.rule).softmax)
     if isinstance(case, AttentionCase) and system.rule != "case":
         return dataclasses.replace(case, rule=system.rule)  # type: ignore[arg-type]
     return case

@@ -196,6 +196,9 @@ def _attend_one(
         if options["scale"] is None:
             options["scale"] = head**-0.5
         query, key, value = (nn.functional.pad(x, (0, max(head, width) - x.shape[-1])) for x in (query, key, value))
+    if options["softmax_backward"] == "constant":
+        # Nothing flows back through the scores: zeros would be sent through rotations and projections for nothing.
+        query, key = query.detach(), key.detach()
     out = gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
     return out if head == width else out[..., :width]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +40,50 @@ def test_operations_as_flashattention_counts_them() -> None:
     assert dataclasses.replace(CASE, part="forward").flops() == 2 * 2 * 4 * 64**2 * 16
     visible = torch.ones(64, 64).tril().sum().item()
     assert dataclasses.replace(CASE, causal=True).flops() == 7 * 2 * 4 * visible * 16
+
+
+#: Rows of the numbers on which norms and MLPs are recognised.
+PROBES = (2, 3, 5)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts the operations of matrix products in the backward too; attention's own are inside its operators."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].shape[0] not in PROBES:
+            self.operations += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["GIM", "GRADIENT", "GIM_CONSTANT"])
+def test_operations_of_an_attribution_are_those_that_torch_counts(preset: str) -> None:
+    case = ExplainCase("llama-4x256", 64, "float32", dataclasses.replace(DECODERS["llama-4x256"], layers=3))
+    system = next(one for one in SYSTEMS["explain"] if one.rule == preset)
+    run = system.prepare(case, case.build(CPU), CPU)
+    with MatrixProducts() as products:
+        run()
+    one, own = case.sizes, own_case(case, system)
+    constant = preset == "GIM_CONSTANT"
+    # What is needed at the explained position alone: the head and the last layer's MLP, which run there alone, and
+    # its queries and output, which we compute everywhere.
+    alone = 2 * 2 * (one.vocabulary * one.hidden + 3 * one.hidden * one.inner)
+    everywhere = (2 * 2 - constant) * 2 * one.hidden * one.heads * one.head_size * 64
+    scores = (one.layers - 1) * one.heads * 64 * 65 / 2
+    attention = (4 if constant else 7) * 2 * one.head_size * scores
+    assert own.flops() - attention + alone + everywhere == products.operations
+
+
+def test_operations_of_windows_are_those_of_the_scores_they_leave() -> None:
+    assert ExplainCase("Gemma-2-2B", 8, "float32").sizes.windows == (4096, None) * 13
+    case = ExplainCase("Gemma-2-2B", 6000, "float32")
+    position = torch.arange(6000)
+    visible = position[None, :] <= position[:, None]
+    inside = visible & (position[None, :] > position[:, None] - 4096)
+    wide = dataclasses.replace(case, decoder=dataclasses.replace(case.sizes, options={"sliding_window": None}))
+    hidden = 13 * 8 * int(visible.sum() - inside.sum())
+    assert wide.flops() - case.flops() == 7 * 2 * 256 * hidden
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
