@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,12 +20,13 @@ import gim_kernels
 from gim_kernels import triton as kernels
 from gim_kernels.triton import device, pointwise_tiles, tiles
 from tests.gim_kernels.sanitizer import Sanitizer, SanitizerError, sanitize
-from tests.gim_kernels.test_attention import RULE_IDS, RULES, differentiate, make
+from tests.gim_kernels.test_attention import RULE_IDS, RULES, make
 from tests.gim_kernels.test_triton_pointwise import kernel_norm, normal, views
 
 pytestmark = [
     pytest.mark.skipif(not device.interpreted(), reason="compiled kernels are for compute-sanitizer"),
     pytest.mark.usefixtures("fresh_memory_is_nan"),
+    pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated"),
     # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which the interpreter is, says so.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
@@ -97,10 +98,7 @@ def bytes_kernel(x_ptr: Any, y_ptr: Any, first: Any, block: tl.constexpr) -> Non
 @triton.jit
 def block_pointer_kernel(x_ptr: Any, y_ptr: Any, size: Any, checked: tl.constexpr, block: tl.constexpr) -> None:
     x = tl.make_block_ptr(x_ptr, (size,), (1,), (0,), (block,), (0,))
-    if checked:
-        tile = tl.load(x, boundary_check=(0,), padding_option="zero")
-    else:
-        tile = tl.load(x)
+    tile = tl.load(x, boundary_check=(0,), padding_option="zero") if checked else tl.load(x)
     tl.store(tl.make_block_ptr(y_ptr, (size,), (1,), (0,), (block,), (0,)), tile, boundary_check=(0,))
 
 
@@ -202,7 +200,7 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: sum_kernel[(4,)](ones(4), ones(1), 0, atomic=False),
     ),
     "read what an earlier program writes": (
-        r"racecheck: exchange_kernel, program \(1, 0, 0\): load .* after the store of program \(0, 0, 0\), at byte .*x_ptr",
+        r"racecheck: exchange_kernel, program \(1, 0, 0\): load .* after the store of program .* x_ptr",
         lambda: [exchange_kernel[(4,)](x, x, 1, 4) for x in [ones(4)]],
     ),
     "read what a later program writes": (
@@ -222,7 +220,7 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: signal_kernel[(2,)](ones(1, dtype=torch.int32), ones(2, dtype=torch.int32), 1),
     ),
     "word of which another program writes a byte": (
-        r"racecheck: bytes_kernel, program \(1, 0, 0\): load of 4 bytes, after the store of program \(0, 0, 0\), .*x_ptr",
+        r"racecheck: bytes_kernel, program \(1, 0, 0\): load of 4 bytes, after the store of program .*x_ptr",
         lambda: [bytes_kernel[(2,)](x, x, 0, block=4) for x in [ones(4)]],
     ),
     "two values to one address": (
@@ -278,3 +276,230 @@ def test_a_faulty_store_is_not_carried_out_and_the_next_launch_is_checked_afresh
 def test_an_error_of_the_kernel_is_not_hidden() -> None:
     with sanitize(), pytest.raises(Exception, match="unsupported operand|NoneType"):
         unmasked_kernel[(1,)](None, ones(8), block=8)
+
+
+# ---- attention
+
+DTYPES = [torch.float32, torch.float16]
+ATTENTION_KERNELS = {"attention_forward_kernel", "grad_query_kernel", "grad_key_value_kernel"}
+#: Queries and keys: one row, tiles cut short, whole tiles, a row or two more; more of one than of the other.
+LENGTHS = [(1, 1), (1, 130), (63, 128), (111, 111), (111, 63), (128, 128), (128, 1), (130, 111), (130, 130)]
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": 20, "softcap": 5.0},
+    "everything": {"causal": True, "window": 40, "softcap": 2.0, "sinks": True, "key_range": (5, 61)},
+}
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    """The same in memory ``[B, T, H, D]`` with NaN before, between and after the rows."""
+    batch, heads, length, size = x.shape
+    memory = torch.full((batch, length + 2, heads + 2, size + 16), torch.nan, dtype=x.dtype)
+    view = memory[:, 1:-1, 1:-1, 8:-8].transpose(1, 2)
+    view.copy_(x)
+    return view
+
+
+def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """The same as columns of one fused projection, each the neighbour of the next."""
+    memory = torch.cat([query, key, value], 1).transpose(1, 2).contiguous()
+    heads = [x.shape[1] for x in (query, key, value)]
+    return [x.transpose(1, 2) for x in memory.split(heads, 2)]
+
+
+def check_attention(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    architecture: str = "interpreter",
+    layout: str = "gaps",
+    needs: tuple[str, ...] = ("query", "key", "value", "sinks"),
+    sinks: bool = False,
+    key_range: tuple[int, int] | None = None,
+    **options: Any,
+) -> Sanitizer:
+    """Forward and backward with the tiles of ``architecture``; every result must have been written."""
+    query, key, value, grad_out = make(*shape, dtype=dtype)
+    if layout == "packed":
+        query, key, value = packed(query, key, value)
+    elif layout == "gaps":
+        query, key, value, grad_out = (with_gaps(x) for x in (query, key, value, grad_out))
+    tensors = {"query": query, "key": key, "value": value}
+    if sinks:
+        tensors["sinks"] = torch.linspace(-1, 1, shape[1])
+    if key_range is not None:
+        # Another range for each row of the batch, one of them past the last key.
+        options["key_range"] = torch.tensor([[key_range[0] - b, key_range[1] + b * 100] for b in range(shape[0])]).int()
+    leaves = {name: x.detach().requires_grad_(name in needs) for name, x in tensors.items()}
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    with pytest.MonkeyPatch.context() as patch, sanitize(initcheck=True) as sanitizer:
+        patch.setattr(tiles, "architecture_of", lambda x: architecture)
+        out = gim_kernels.attention(**leaves, engine="triton", **options)
+        grads = torch.autograd.grad(out, wanted, grad_out)
+    assert all(bool(x.isfinite().all()) for x in (out, *grads))
+    return sanitizer
+
+
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_under_every_rule_and_mask(mask: str, rule: str, temperature: float) -> None:
+    # Every mask and every rule meets both dtypes and both layouts, not every pair of them.
+    other = (list(MASKS).index(mask) + RULES.index((rule, temperature))) % 2
+    dtype, layout = [(torch.float32, "packed"), (torch.float16, "gaps")][other]
+    options = {**MASKS[mask], "softmax_backward": rule, "temperature": temperature}
+    shape = (2 if mask == "everything" else 1, 2, 1, 66, 66, 24)
+    seen = check_attention(shape, dtype, layout=layout, **options)
+    assert set(seen.launches) == ATTENTION_KERNELS - ({"grad_query_kernel"} if rule == "constant" else set())
+
+
+@pytest.mark.parametrize(("queries", "keys"), LENGTHS)
+def test_attention_of_many_lengths(queries: int, keys: int) -> None:
+    options: dict[str, Any] = {"causal": queries > 1, "window": 50 if keys == 128 else None}
+    seen = check_attention((1, 1, 1, queries, keys, 16), torch.float32, softmax_backward="temperature", **options)
+    assert set(seen.launches) == ATTENTION_KERNELS
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("cuda:80", torch.float16), ("cuda:90", torch.float16), ("cuda:80", torch.float32)],
+    ids=["sm80-fp16", "sm90-fp16", "fp32"],
+)
+def test_attention_in_the_tiles_of_a_gpu(architecture: str, dtype: torch.dtype, size: int) -> None:
+    shape = (1, 2, 2, 33, 35, size) if dtype == torch.float32 else (1, 1, 1, 130, 133, size)
+    rule = "exact" if size == 80 else "temperature"
+    seen = check_attention(shape, dtype, architecture=architecture, causal=True, softmax_backward=rule)
+    assert set(seen.launches) == ATTENTION_KERNELS
+
+
+@pytest.mark.parametrize("needs", ["query", "key", "value", "sinks"])
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+def test_attention_of_one_gradient(rule: str, temperature: float, needs: str) -> None:
+    options: dict[str, Any] = {"softmax_backward": rule, "temperature": temperature, "sinks": True}
+    check_attention((1, 2, 1, 20, 33, 16), torch.float16, needs=(needs,), causal=True, **options)
+
+
+@settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
+@given(data=st.data())
+def test_attention_of_any_shape_and_option(data: st.DataObject) -> None:
+    draw = data.draw
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    queries, keys = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    shape = (draw(st.integers(1, 2)), kv_heads * group, kv_heads, queries, keys, draw(st.integers(1, 40)))
+    rule, temperature = draw(st.sampled_from(RULES))
+    check_attention(
+        shape,
+        draw(st.sampled_from(DTYPES)),
+        layout=draw(st.sampled_from(["gaps", "dense"])),
+        sinks=draw(st.booleans()),
+        key_range=draw(st.none() | st.tuples(st.integers(0, keys), st.integers(0, keys))),
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 80)),
+        softcap=draw(st.none() | st.floats(0.5, 30.0)),
+        softmax_backward=rule,
+        temperature=temperature,
+    )
+
+
+# ---- norms and gated products
+
+
+def check_norm(x: torch.Tensor, grad_y: torch.Tensor, kind: str, frozen: bool, affine: bool = True) -> None:
+    """Forward and backward with every gradient; each result must have been written."""
+    weight = torch.linspace(-1, 1, x.shape[-1]).to(x.dtype) if affine else None
+    bias = weight if kind == "layer" else None
+    with sanitize(initcheck=True) as sanitizer:
+        results = kernel_norm(kind, x, weight, bias, grad_y, frozen)
+    assert all(bool(t.isfinite().all()) for t in results)
+    sums = {"norm_backward_weight_kernel", "fold_kernel"}
+    assert set(sanitizer.launches) == {"norm_forward_kernel", "norm_backward_kernel"} | (sums if affine else set())
+
+
+def check_gated(
+    gate: torch.Tensor, up: torch.Tensor, grad_y: torch.Tensor, activation: str, backward: str, needs: tuple[bool, bool]
+) -> None:
+    """Forward and backward; each result must have been written."""
+    with sanitize(initcheck=True) as sanitizer:
+        y = kernels.gated_forward(gate, up, activation)
+        choice: dict[str, Any] = {"grad_scale": (0.5, 0.25), "activation_backward": backward, "needs": needs}
+        grads = kernels.gated_backward(grad_y, gate, up, activation, **choice)
+    assert all(bool(t.isfinite().all()) for t in (y, *grads) if t is not None)
+    assert sanitizer.launches == {"gated_forward_kernel": 1, "gated_backward_kernel": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+@pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
+def test_norms(kind: str, frozen: bool, dtype: torch.dtype) -> None:
+    for shape in [(1, 1), (3, 63), (2, 5, 111), (33, 128), (9, 130), (1, 2560)]:
+        x, grad_y = (normal(*shape, seed=seed, dtype=dtype) for seed in (0, 1))
+        check_norm(x, grad_y, kind, frozen)
+    check_norm(x, grad_y, kind, frozen, affine=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_in_blocks_of_columns(kind: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise_tiles, "WIDEST", 256)
+    monkeypatch.setattr(pointwise_tiles, "LOOP", 256)
+    for width in (257, 512):
+        assert not pointwise_tiles.norm_tile(width).one_pass
+        check_norm(*(normal(3, width, seed=seed, dtype=torch.float32) for seed in (0, 1)), kind, frozen)
+
+
+def test_weight_gradients_of_many_chunks() -> None:
+    count, width = 1050, 5
+    assert -(-count // pointwise_tiles.rows_per_chunk(count, width)) > pointwise_tiles.FOLD.rows
+    check_norm(*(normal(count, width, seed=seed, dtype=torch.float32) for seed in (0, 1)), "rms", frozen=False)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_frozen_norms_that_kept_no_input(kind: str) -> None:
+    for width in (63, 16385):
+        grad_y, inverse = normal(5, width, seed=0, dtype=torch.float32), torch.ones(5, 1)
+        mean = inverse.new_empty(0) if kind == "layer" else None
+        with sanitize(initcheck=True) as sanitizer:
+            grads = kernels.norm_backward(
+                grad_y, None, None, mean, inverse, 0.0, frozen=True, needs=(True, False, kind == "layer")
+            )
+        assert all(bool(t.isfinite().all()) for t in grads if t is not None)
+        assert sanitizer.launches["norm_backward_kernel"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", ["exact", "ratio"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_products(activation: str, backward: str, dtype: torch.dtype) -> None:
+    for shape in [(1,), (3, 63), (2, 5, 111), (130, 130), (2, 2500)]:
+        gate, up, grad_y = (normal(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
+        check_gated(gate, up, grad_y, activation, backward, (True, True))
+    for needs in ((True, False), (False, True)):
+        check_gated(gate, up, grad_y, activation, backward, needs)
+
+
+@pytest.mark.parametrize("name", views(torch.float32, 0))
+def test_views(name: str) -> None:
+    x, other = views(torch.float16, 0)[name], views(torch.float16, 1)[name]
+    dense = normal(2, 3, 4, 24, seed=2, dtype=torch.float16)
+    for grad_y, kind in itertools.product((other, dense), ("rms", "layer")):
+        check_norm(x, grad_y, kind, frozen=False)
+    for up, grad_y in itertools.product((other, dense), repeat=2):
+        check_gated(x, up, grad_y, "silu", "exact", (True, True))
+
+
+@given(
+    kind=st.sampled_from(["rms", "layer", "gated"]),
+    shape=st.lists(st.integers(1, 6), max_size=3),
+    width=st.integers(1, 300),
+    gaps=st.lists(st.integers(0, 3), min_size=2, max_size=2),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=15)
+def test_pointwise_of_any_shape(kind: str, shape: list[int], width: int, gaps: list[int], dtype: torch.dtype) -> None:
+    # Rows that end before the next one starts.
+    x, grad_y = (normal(*shape, width + gap, seed=gap, dtype=dtype)[..., gap:] for gap in gaps)
+    if kind == "gated":
+        check_gated(x, grad_y, x, "gelu", "exact", (True, True))
+    else:
+        check_norm(x, grad_y, kind, frozen=False)
