@@ -445,13 +445,15 @@ def test_norms_in_blocks_of_columns(kind: str, frozen: bool, monkeypatch: pytest
     monkeypatch.setattr(pointwise_tiles, "LOOP", 256)
     for width in (257, 512):
         assert not pointwise_tiles.norm_tile(width).one_pass
-        check_norm(*(normal(3, width, seed=seed, dtype=torch.float32) for seed in (0, 1)), kind, frozen)
+        x, grad_y = (normal(3, width, seed=seed, dtype=torch.float32) for seed in (0, 1))
+        check_norm(x, grad_y, kind, frozen)
 
 
 def test_weight_gradients_of_many_chunks() -> None:
     count, width = 1050, 5
     assert -(-count // pointwise_tiles.rows_per_chunk(count, width)) > pointwise_tiles.FOLD.rows
-    check_norm(*(normal(count, width, seed=seed, dtype=torch.float32) for seed in (0, 1)), "rms", frozen=False)
+    x, grad_y = (normal(count, width, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    check_norm(x, grad_y, "rms", frozen=False)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
