@@ -152,7 +152,7 @@ def run(
     budget: Annotated[float | None, typer.Option(min=0, help="No further case after this many seconds.")] = None,
     outside: Annotated[
         Path | None,
-        typer.Option(help="Python of an environment with gim-explain, and TransformerLens: two rivals of explain."),
+        typer.Option(help="Python of an environment with gim-explain, and TransformerLens: three rivals of explain."),
     ] = None,
 ) -> None:
     """Run a suite: every system of every case, interleaved."""

@@ -1,6 +1,7 @@
 """Rivals that live in another environment, since their package has our package's name.
 
-``--outside PYTHON`` names its interpreter; :mod:`benchmarks.outside_worker` runs there, one process for each rival and
+``--outside PYTHON`` names its interpreter, of an environment made with ``pip install -c constraints.txt
+gim-explain==0.1.4 transformer-lens``; :mod:`benchmarks.outside_worker` runs there, one process for each rival and
 case, driven over a pipe, so that repetitions interleave with ours. Each is labelled with the rules that it really
 applies: its scores are held against every combination of the rules in float64.
 """
@@ -28,7 +29,11 @@ from tests.oracle import assert_within_budget, relative_error
 
 WORKER = Path(__file__).with_name("outside_worker.py")
 #: Name in results, and what the worker calls it.
-RIVALS = {"gim-explain, Hugging Face": "hugging_face", "gim-explain, TransformerLens": "transformer_lens"}
+RIVALS = {
+    "gim-explain, Hugging Face": "hugging_face",
+    "gim-explain, TransformerLens bridge": "bridge",
+    "gim-explain, TransformerLens HookedTransformer": "hooked_transformer",
+}
 
 _PAPER, _PLAIN = EagerRules(), EagerRules(None, False, False, (1, 1, 1), (1, 1))
 
@@ -115,15 +120,21 @@ def _start(python: Path, rival: str, model: Any, ids: torch.Tensor, device: torc
     folder = tempfile.mkdtemp(prefix="gim-bench-")
     try:
         model.save_pretrained(folder)
-        threads = torch.get_num_threads()
-        versions = pipe.ask("load", system=rival, folder=folder, device=device.type, threads=threads)["versions"]
+        answer = pipe.ask(
+            "load",
+            system=rival,
+            folder=folder,
+            device=device.type,
+            threads=torch.get_num_threads(),
+            tokens=ids.shape[1],
+        )
         pipe.ask("set_ids", ids=ids[0].tolist())
     except BaseException:
         pipe.close()
         raise
     finally:
         shutil.rmtree(folder)
-    return pipe, str(versions)
+    return pipe, str(answer["versions"])
 
 
 def rules_applied(scores: torch.Tensor, model: Any, ids: torch.Tensor) -> str:
@@ -175,7 +186,7 @@ class Outside:
                     "outside",
                     functools.partial(self._prepare, rival),
                     backend=self._labels[key],
-                    bytes_needed=ExplainCase.eager_bytes if rival == "transformer_lens" else lambda case: 0,
+                    bytes_needed=ExplainCase.eager_bytes if rival != "hugging_face" else lambda case: 0,
                 )
             )
         return tuple(found)
@@ -188,6 +199,7 @@ class Outside:
     def _identify(self, rival: str, case: ExplainCase, device: torch.device) -> str:
         small = dataclasses.replace(case.small(), dtype="float32")
         model, ids = small.build(device)
+        versions = ""
         try:
             pipe, versions = _start(self.python, rival, model, ids, device)
             try:
@@ -195,5 +207,5 @@ class Outside:
             finally:
                 pipe.close()
         except UnavailableError as error:
-            return f"does not run: {error}"
+            return "; ".join(filter(None, (versions, f"does not run: {error}")))
         return f"{versions}; {rules_applied(scores, model, ids)}"

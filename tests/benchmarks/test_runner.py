@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
+import types
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,10 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as program
-from benchmarks import check, measure, runner
+from benchmarks import check, measure, outside_worker, runner
 from benchmarks.cases import AttentionCase, Case, ExplainCase, PointwiseCase
 from benchmarks.check import Checks, wrong
-from benchmarks.outside import Outside, combinations, rules_applied
+from benchmarks.outside import RIVALS, Outside, combinations, rules_applied
 from benchmarks.results import load
 from benchmarks.runner import BenchmarkError, Settings, Suite, cases_of, device_of, run_case
 from benchmarks.systems import SYSTEMS, System, inputs_of, systems_of
@@ -31,6 +34,8 @@ EXPLAIN = dataclasses.replace(ExplainCase("llama-4x256", 24, "float32").small(),
 LIMITS = {"copy_gb_per_s": 10.0, "matrix_gflops": {"float32": 50.0, "bfloat16": 50.0}}
 FAST = Settings(repeats=2, least=1, case_seconds=0.0)
 OURS = SYSTEMS["attention"][0]
+#: Where `make` puts gim-explain, whose import name is ours.
+GIM_EXPLAIN = Path(sys.prefix) / "gim-explain"
 
 
 def system(name: str, change: Callable[[tuple[torch.Tensor, ...]], Any]) -> System:
@@ -312,12 +317,124 @@ def test_there_are_all_combinations_and_the_paper_has_all_rules() -> None:
 def test_an_environment_without_the_rival_says_so(tmp_path: Path) -> None:
     # This environment has no gim-explain: the worker must find that out, and not run our package in its name.
     found = Outside(Path(sys.executable)).systems(EXPLAIN, CPU)
-    assert [one.name for one in found] == ["gim-explain, Hugging Face", "gim-explain, TransformerLens"]
+    assert [one.name for one in found] == list(RIVALS)
     assert all("does not run: PackageNotFoundError" in one.backend for one in found)
     rows = run_case(EXPLAIN, CPU, LIMITS, Checks(CPU), FAST, (SYSTEMS["explain"][0], *found))
     assert all("refused: UnavailableError: PackageNotFoundError" in row["note"] for row in rows[1:])
     missing = Outside(tmp_path / "python").systems(EXPLAIN, CPU)
     assert "cannot start" in missing[0].backend
+
+
+@pytest.fixture
+def rival(tmp_path: Path) -> Path:
+    """Python of an environment with gim-explain and all packages of this one but ours."""
+    folder = tmp_path / "rival"
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    paths = (GIM_EXPLAIN, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    # Folders named in such a file are searched, and the file there that leads to our package is not read.
+    (site / "rival.pth").write_text("\n".join(map(str, dict.fromkeys(paths))) + "\n", encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+@pytest.mark.skipif(not GIM_EXPLAIN.exists(), reason="gim-explain is installed apart by make")
+def test_the_released_rivals_are_labelled_with_what_they_apply(rival: Path) -> None:
+    lens = pytest.importorskip("transformer_lens", reason="needs the extra transformer-lens")
+    found = {one.name: one for one in Outside(rival).systems(EXPLAIN, CPU)}
+    labels = {name: one.backend for name, one in found.items()}
+    assert all("gim-explain 0.1.4" in labels[name] for name in labels if "has no" not in labels[name])
+    assert labels["gim-explain, Hugging Face"].endswith("; rules really applied: q/k/v")
+    # Its softmax takes no dtype, which the attention inside the bridge passes.
+    assert "; does not run: TypeError" in labels["gim-explain, TransformerLens bridge"]
+    hooked = "gim-explain, TransformerLens HookedTransformer"
+    if "HookedTransformer" not in vars(lens):
+        assert labels[hooked].endswith("has no HookedTransformer")
+        return
+    assert labels[hooked].endswith("; rules really applied: softmax, norm, q/k/v")
+    rows = run_case(EXPLAIN, CPU, LIMITS, Checks(CPU), FAST, (SYSTEMS["explain"][0], found[hooked]))
+    assert "median_ms" in rows[1] and rows[1]["peak_mib"] > 0 and rows[1]["backend"] == labels[hooked]
+
+
+def small(name: str, kv_heads: int = 2, **options: Any) -> Any:
+    """A small model of a benchmark, with biases that are not zero."""
+    case = ExplainCase(name, 24, "float32").small()
+    sizes = dataclasses.replace(case.sizes, kv_heads=kv_heads, options={**case.sizes.options, **options})
+    model, _ = dataclasses.replace(case, decoder=sizes).build(CPU)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture
+def _hooked_transformer() -> None:
+    lens = pytest.importorskip("transformer_lens", reason="needs the extra transformer-lens")
+    if "HookedTransformer" not in vars(lens):
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+
+
+@pytest.mark.usefixtures("_hooked_transformer")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-4x256", {}),
+        ("llama-4x256", {"kv_heads": 4}),
+        ("Qwen2.5-1.5B", {}),
+        ("Qwen2.5-1.5B", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}),
+    ],
+)
+def test_a_converted_model_is_the_same_model(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = small(name, **options).to(dtype)
+    lens = outside_worker.hooked_transformer(model, 24)
+    outside_worker.check_logits(lens, model, 24)
+    lens.unembed.W_U.data[:, 0] += 1.0
+    with pytest.raises(RuntimeError, match=r"the converted model's logits are .* off"):
+        outside_worker.check_logits(lens, model, 24)
+
+
+@pytest.mark.usefixtures("_hooked_transformer")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Gemma-2-2B", {}, "gemma2 is not converted to a HookedTransformer here"),
+        (
+            "llama-4x256",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            "rotary angles of type linear",
+        ),
+        (
+            "Qwen2.5-1.5B",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding windows are not converted here",
+        ),
+    ],
+)
+def test_what_is_not_converted_says_so(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        outside_worker.hooked_transformer(small(name, **options), 24)
+
+
+def test_a_release_of_transformer_lens_without_a_class_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformer_lens", reason="needs the extra transformer-lens")
+
+    def removed(name: str) -> Any:
+        raise ImportError(f"{name} was removed", name=name)  # as 4.0 does
+
+    def broken(name: str) -> Any:
+        raise ImportError("no einops", name="einops")
+
+    monkeypatch.setitem(sys.modules, "transformer_lens", types.ModuleType("transformer_lens"))
+    monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
+    for arguments in (("HookedTransformer",), ("TransformerBridge", "transformer_lens.model_bridge")):
+        with pytest.raises(RuntimeError, match=rf"transformer-lens [\d.]+ has no {arguments[0]}"):
+            outside_worker.of_transformer_lens(*arguments)
+    monkeypatch.setattr(sys.modules["transformer_lens"], "__getattr__", removed, raising=False)
+    with pytest.raises(RuntimeError, match="has no HookedTransformer"):
+        outside_worker.of_transformer_lens("HookedTransformer")
+    monkeypatch.setattr(sys.modules["transformer_lens"], "__getattr__", broken)
+    with pytest.raises(ImportError, match="no einops"):
+        outside_worker.of_transformer_lens("HookedTransformer")
 
 
 def test_results_are_json_with_plain_numbers(suite: Suite) -> None:
