@@ -153,7 +153,17 @@ def suite_table(suite: str, kind: str) -> str:
                 ]
             )
     header = ["case", "system", "median ms", "spread", "of ours", "peak MiB", "GFLOP/s", "share of roofline"]
-    return _table(header, rows) + f"\nThe roofline: {roofline_line(results)}.\n" + _measured(results)
+    roofline = f"\nThe roofline: {roofline_line(results)}.\n"
+    return _table(header, rows) + _backends(results["rows"]) + roofline + _measured(results)
+
+
+def _backends(rows: list[Row]) -> str:
+    """What each system of a suite was pinned to, or found to apply; a line for each."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if "backend" in row and row["backend"] not in found.setdefault(row["system"], []):
+            found[row["system"]].append(row["backend"])
+    return "".join(["\n", *(f"- {system}: {' / '.join(given)}.\n" for system, given in found.items())]) if found else ""
 
 
 #: What the README shows of attention: lengths, and what else the config must be. The results page has everything.

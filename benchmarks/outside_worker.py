@@ -143,7 +143,8 @@ class Worker:
             lens = hooked_transformer(model, tokens)
             check_logits(lens, model, tokens)
             model = lens
-        self.model = model
+        # As our own cases have it: no gradient of a weight is computed, which nobody asked for.
+        self.model = model.requires_grad_(False)
         return {"versions": versions}
 
     def set_ids(self, ids: list[int]) -> dict[str, Any]:
@@ -176,6 +177,9 @@ class Worker:
 
 def main() -> None:
     """Answer commands until standard input ends."""
+    # Whole score matrices may not fit: where memory runs out, it is this process that ends, and a row says so.
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     # Libraries print: only answers may go to the pipe.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)

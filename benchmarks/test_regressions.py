@@ -1,7 +1,8 @@
 """The suite ``quick`` under pytest-benchmark: ``pytest benchmarks``.
 
-Save on a machine with ``--benchmark-save=NAME``, compare on the same one with ``--benchmark-compare``. Only our own
-systems run here; what they are worth beside others, ``gim bench`` says.
+``--benchmark-save=NAME`` saves beside the committed results, ``--benchmark-compare=NUMBER`` compares with one of them
+and refuses those of another device. Only our own systems run here; what they are worth beside others, ``gim bench``
+says.
 """
 
 from __future__ import annotations

@@ -115,8 +115,9 @@ def test_different_devices_or_suites_are_not_compared() -> None:
 
 
 def test_pytest_benchmark_compares_one_device_only(pytestconfig: pytest.Config) -> None:
-    here: dict[str, Any] = {}
+    here: dict[str, Any] = {"node": "somebodys-laptop"}
     conftest.pytest_benchmark_update_machine_info(pytestconfig, here)
+    assert list(here) == ["device"]
     stored = {"machine_info": dict(here)}
     conftest.pytest_benchmark_compare_machine_info(pytestconfig, None, here, stored)
     stored["machine_info"]["device"] = "NVIDIA H100"

@@ -264,7 +264,7 @@ def test_rows_without_a_key_are_zero(rule: str, temperature: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_keys_that_do_not_exist_are_never_read() -> None:
+def test_keys_that_do_not_exist_are_never_used() -> None:
     query, key, value, grad_out = inputs(1, 2, 1, 50, 50, 16)
     key_range = torch.tensor([[7, 33]], dtype=torch.int32, device=DEVICE)
     options: dict[str, Any] = {"key_range": key_range, "softmax_backward": "temperature"}
