@@ -244,7 +244,8 @@ def _version(package: str) -> str:
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Device, versions, commit and date of a run."""
     device = device or torch.device("cpu")
-    versions = {name: _version(name) for name in ("torch", "triton", "transformers")}
+    # What a build of torch is for stands in its own version only.
+    versions = {"torch": str(torch.__version__), **{name: _version(name) for name in ("triton", "transformers")}}
     versions["gim-kernels"] = _version("gim-kernels")
     if device.type == "cuda":
         versions["CUDA"] = str(torch.version.cuda)

@@ -282,7 +282,8 @@ class _Layers:
 
     def keep(self, x: torch.Tensor, index: int, part: str) -> Any:
         """Keep a tensor for the backward."""
-        if self._offload is not None:
+        # Older releases of torch save an empty tensor with every checkpoint.
+        if self._offload is not None and x.numel() > 0:
             return self._offload.pack(x, index)
         if self._watch is not None:
             self._watch(part, x)

@@ -106,14 +106,15 @@ class Ledger(TorchDispatchMode):
             self.flops[self.where] += 2 * _product(query, key, causal, window)
             if self.engine == "blockwise":
                 plain = blockwise.runs_torchs_kernel(query, key, options, sinks is None)
-                self._grow(0, blockwise.forward_workspace(query, key, plain))
+                self._grow(0, blockwise.forward_workspace(query, key, options, plain))
         elif func is _OPS.attention_backward.default:
-            query, key, _, _, _, _, causal, window, softcap, softmax_backward, temperature = args[1:12]
+            query, key, _, _, _, scale, causal, window, softcap, softmax_backward, temperature = args[1:12]
             self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
                 query, key, causal, window
             )
             if self.engine == "blockwise":
-                self._grow(0, blockwise.backward_workspace(query, key, softcap, softmax_backward, temperature))
+                options = Options(scale, causal, window, softcap)
+                self._grow(0, blockwise.backward_workspace(query, key, options, softmax_backward, temperature))
             else:
                 # Two or three numbers for each row, handed from one kernel to the next.
                 self._grow(0, 3 * 4 * query.shape[:3].numel())

@@ -15,9 +15,13 @@ import torch
 
 from gim_kernels.engines import Options
 
-#: Rows of scores held at once (query block times the query heads of one group). 64 to 256 rows were within 10 %
+#: Rows of scores of one key head (query block times the query heads of its group). 64 to 256 rows were within 10 %
 #: of each other on a 2-core x86-64 machine (T = 4096, D = 64, float32); more rows only cost memory.
 ROWS = 128
+#: Scores held at once, to which a block takes key heads together: threads then work on a head each, and a short row
+#: costs fewer calls. Two heads are taken where the next limit allows it. On the same machine, half as many took a tenth
+#: longer, and twice as many no less.
+SCORES = 1 << 21
 #: No score buffer holds more elements than this; longer key ranges get fewer rows, at least MIN_BLOCK queries.
 MAX_ELEMENTS = 1 << 23
 MIN_BLOCK = 16
@@ -60,7 +64,7 @@ def blocks(queries: int, keys: int, options: Options, first: int, end: int, bloc
 
 
 def _erase_hidden(scores: torch.Tensor, block: Block, options: Options) -> None:
-    """Set to 0, in place, every entry of ``scores`` ``[G, BLOCK, KEYS]`` whose key its query does not see."""
+    """Set to 0, in place, every entry of ``scores`` ``[H, BLOCK, KEYS]`` whose key its query does not see."""
     position = block.start + block.offset  # the key position of the block's first query
     if options.causal:
         column = max(block.first, position)  # every query sees the keys up to its first query's position
@@ -75,7 +79,7 @@ def _erase_hidden(scores: torch.Tensor, block: Block, options: Options) -> None:
 
 
 def _hide(scores: torch.Tensor, block: Block, options: Options) -> None:
-    """Set to -inf, in place, every entry of ``scores`` ``[G, BLOCK, KEYS]`` whose key its query does not see."""
+    """Set to -inf, in place, every entry of ``scores`` ``[H, BLOCK, KEYS]`` whose key its query does not see."""
     position = torch.arange(block.start, block.stop, device=scores.device)[:, None] + block.offset
     if options.causal:
         column = max(block.first, block.start + block.offset)
@@ -94,9 +98,35 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _block_size(group: int, keys: int) -> int:
+@dataclass(frozen=True)
+class Tile:
+    """What a block holds at once: ``heads`` key heads, ``queries`` of each query head, at most ``keys`` keys."""
+
+    heads: int
+    queries: int
+    keys: int
+    group: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of scores of one key head."""
+        return self.queries * self.group
+
+    @property
+    def scores(self) -> int:
+        """Elements of one buffer of scores."""
+        return self.heads * self.rows * self.keys
+
+
+def tile_of(queries: int, keys: int, kv_heads: int, group: int, options: Options) -> Tile:
+    """The tile of an attention of T and S, HK key heads and ``group`` query heads for each of them."""
     rows = min(ROWS, max(1, MAX_ELEMENTS // max(1, keys)))
-    return max(MIN_BLOCK, rows // group)
+    block = min(max(MIN_BLOCK, rows // group), max(1, queries))
+    if options.causal and options.window is not None:
+        keys = min(keys, options.window + block - 1)
+    one = max(1, group * block * keys)
+    heads = max(SCORES // one, min(2, MAX_ELEMENTS // one), 1)
+    return Tile(min(heads, kv_heads), block, keys, group)
 
 
 def _ranges(key_range: torch.Tensor | None, batch: int, keys: int) -> list[tuple[int, int]]:
@@ -174,26 +204,28 @@ def attention_forward(
                 out[one, :, end:], lse[one, :, end:] = _fused_forward(query[one, :, end:], k, v, options, False)
             continue
         group = heads // kv_heads
-        size_of_block = _block_size(group, keys)
-        buffers = _Buffers(group * size_of_block * keys, wide, query.device)
-        for kv_head in range(kv_heads):
-            head = slice(kv_head * group, (kv_head + 1) * group)
-            k, v = key[row, kv_head].to(wide), value[row, kv_head].to(wide)
-            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]
-            for block in blocks(queries, keys, options, first, end, size_of_block):
+        tile = tile_of(queries, keys, kv_heads, group, options)
+        buffers = _Buffers(tile.scores, wide, query.device)
+        for first_head in range(0, kv_heads, tile.heads):
+            kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
+            count = kv_head.stop - kv_head.start
+            head = slice(kv_head.start * group, kv_head.stop * group)
+            k, v = key[row, kv_head].to(wide), value[row, kv_head].to(wide)  # [HEADS, S, D]
+            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
+            for block in blocks(queries, keys, options, first, end, tile.queries):
                 rows = slice(block.start, block.stop)
                 length = block.stop - block.start
                 if block.keys == 0:
                     out[row, head, rows] = 0
                     lse[row, head, rows] = math.inf if sink is None else sink[..., 0]
                     continue
-                q = query[row, head, rows].to(wide).reshape(group * length, size)
+                q = query[row, head, rows].to(wide).reshape(count, group * length, size)
                 seen = slice(block.first, block.end)
-                scores = _scores(q, k[seen], options, buffers.get("s", group * length, block.keys))
-                scores = scores.view(group, length, block.keys)  # [G, BLOCK, KEYS]
+                scores = _scores(q, k[:, seen], options, buffers.get("s", count, group * length, block.keys))
+                scores = scores.view(count * group, length, block.keys)
                 if block.partial:
                     _hide(scores, block, options)
-                top = scores.amax(-1, keepdim=True)  # [G, BLOCK, 1]
+                top = scores.amax(-1, keepdim=True)  # [HEADS * G, BLOCK, 1]
                 if sink is not None:
                     top = torch.maximum(top, sink)
                 top.masked_fill_(top == -math.inf, 0.0)
@@ -201,49 +233,47 @@ def attention_forward(
                 total = scores.sum(-1, keepdim=True)
                 if sink is not None:
                     total += torch.exp(sink - top)
-                weighted = scores.view(group * length, block.keys) @ v[seen]
+                weighted = scores.view(count, group * length, block.keys) @ v[:, seen]
                 empty = total == 0
                 normaliser = total.masked_fill(empty, 1.0)
-                out[row, head, rows] = (weighted.view(group, length, size) / normaliser).to(out.dtype)
+                out[row, head, rows] = (weighted.view(count * group, length, size) / normaliser).to(out.dtype)
                 lse[row, head, rows] = (top + total.log()).masked_fill(empty, math.inf)[..., 0]
     return out, lse
 
 
-def forward_workspace(query: torch.Tensor, key: torch.Tensor, plain: bool) -> int:
+def forward_workspace(query: torch.Tensor, key: torch.Tensor, options: Options, plain: bool) -> int:
     """Bytes that :func:`attention_forward` holds besides its arguments and results, at most.
 
     Args:
         query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
+        options: scale and mask.
         plain: whether torch's own kernel runs, which holds a few tiles for each thread and nothing that grows.
     """
     if plain:
         return 0
     (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
-    rows = min(_block_size(heads // kv_heads, keys), queries) * (heads // kv_heads)
-    scores = (heads // kv_heads) * _block_size(heads // kv_heads, keys) * keys
-    copies = 2 * keys * size if query.dtype != wide else 0
-    return (scores + copies + 3 * rows * size) * wide.itemsize
+    tile = tile_of(queries, keys, kv_heads, heads // kv_heads, options)
+    copies = 2 * keys if query.dtype != wide else 0
+    return tile.heads * (tile.rows * tile.keys + (copies + 3 * tile.rows) * size) * wide.itemsize
 
 
 def backward_workspace(
-    query: torch.Tensor, key: torch.Tensor, softcap: float | None, softmax_backward: str, temperature: float
+    query: torch.Tensor, key: torch.Tensor, options: Options, softmax_backward: str, temperature: float
 ) -> int:
     """Bytes that :func:`attention_backward` holds besides its arguments and results, at most.
 
     Args:
         query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
-        softcap, softmax_backward, temperature: as in the backward.
+        options, softmax_backward, temperature: as in the backward.
     """
     (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
-    group = heads // kv_heads
+    tile = tile_of(queries, keys, kv_heads, heads // kv_heads, options)
     through_scores = softmax_backward != "constant"
-    buffers = 1 + through_scores + (softcap is not None)
-    buffers += softmax_backward == "temperature" and temperature != 1.0
-    scores = group * _block_size(group, keys) * keys
-    # Copies of one head's keys and values, and the sums of their gradients.
-    head = (2 + 1 + through_scores) * keys * size
-    rows = min(_block_size(group, keys), queries) * group
-    return (buffers * scores + head + 4 * rows * size) * wide.itemsize
+    second = through_scores or (softmax_backward == "temperature" and temperature != 1.0)
+    buffers = 1 + second + (options.softcap is not None)
+    # Copies of the heads' keys and values, and the sums of their gradients.
+    copies = (2 + 1 + through_scores) * keys if query.dtype != wide else 0
+    return tile.heads * (buffers * tile.rows * tile.keys + (copies + 4 * tile.rows) * size) * wide.itemsize
 
 
 def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options, plain: bool) -> bool:
@@ -260,8 +290,8 @@ def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options,
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torch.Tensor) -> torch.Tensor:
-    """``softcap(scale * query @ key.T)``, written into ``into`` ``[ROWS, KEYS]``."""
-    torch.mm(query, key.mT, out=into)
+    """``softcap(scale * query @ key.T)``, written into ``into`` ``[HEADS, ROWS, KEYS]``."""
+    torch.bmm(query, key.mT, out=into)
     if options.softcap is None:
         return into.mul_(options.scale)
     return into.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap)
@@ -274,12 +304,12 @@ def _exponentials(
     inverse: float,
     options: Options,
     buffers: _Buffers,
-    shape: tuple[int, int],
+    shape: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope ``1 - (S / c)^2`` of the scores; else None."""
     if options.softcap is None:
         e = buffers.get("e", *shape)
-        torch.addmm(lse, query, key.mT, beta=-inverse, alpha=options.scale * inverse, out=e)
+        torch.baddbmm(lse, query, key.mT, beta=-inverse, alpha=options.scale * inverse, out=e)
         return e.exp_(), None
     capped = _scores(query, key, options, buffers.get("slope", *shape))
     e = torch.sub(capped, lse, out=buffers.get("e", *shape)).mul_(inverse).exp_()
@@ -288,11 +318,19 @@ def _exponentials(
 
 
 def _row_sum(e: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
-    """Sums of the rows and their sinks' shares ``[ROWS, 1]``; 1 for a row that sees nothing (its entries are 0)."""
+    """Sums of rows and their sinks' shares ``[HEADS, ROWS, 1]``; 1 for a row that sees nothing (its entries are 0)."""
     total = e.sum(-1, keepdim=True)
     if sink is not None:
         total += sink
     return total.masked_fill_(total == 0, 1.0)
+
+
+def _sums(grad: torch.Tensor | None, row: int, kv_head: slice, wide: torch.dtype) -> torch.Tensor | None:
+    """Where a gradient ``[B, HK, S, D]`` of zeros is summed for some heads: in place, or in wider numbers."""
+    if grad is None:
+        return None
+    own = grad[row, kv_head]
+    return own if own.dtype == wide else torch.zeros_like(own, dtype=wide)
 
 
 def attention_backward(
@@ -346,63 +384,70 @@ def attention_backward(
     grad_value = torch.zeros_like(value) if need_value else None
     grad_sinks = torch.zeros(heads, dtype=wide, device=query.device) if need_sinks else None
 
-    block_size = _block_size(group, keys)
-    buffers = _Buffers(group * block_size * keys, wide, query.device)
+    tile = tile_of(queries, keys, kv_heads, group, options)
+    buffers = _Buffers(tile.scores, wide, query.device)
     for row, (first, end) in enumerate(_ranges(key_range, batch, keys)):
-        for kv_head in range(kv_heads):
-            head = slice(kv_head * group, (kv_head + 1) * group)
-            k = key[row, kv_head].to(wide).contiguous()  # [S, D]
-            v = value[row, kv_head].to(wide).contiguous()  # [S, D]
-            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [G, 1, 1]
-            sum_key = torch.zeros_like(k) if need_key and through_scores else None
-            sum_value = torch.zeros_like(v) if need_value else None
-            for block in blocks(queries, keys, options, first, end, block_size):
+        for first_head in range(0, kv_heads, tile.heads):
+            kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
+            count = kv_head.stop - kv_head.start
+            head = slice(kv_head.start * group, kv_head.stop * group)
+            k = key[row, kv_head].to(wide)  # [HEADS, S, D]
+            v = value[row, kv_head].to(wide)  # [HEADS, S, D]
+            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
+            sum_key = _sums(grad_key, row, kv_head, wide) if through_scores else None
+            sum_value = _sums(grad_value, row, kv_head, wide)
+            for block in blocks(queries, keys, options, first, end, tile.queries):
                 if block.keys == 0:
                     continue
                 rows = slice(block.start, block.stop)
                 seen = slice(block.first, block.end)
                 length = block.stop - block.start
-                flat = (group * length, block.keys)
-                cube = (group, length, block.keys)
-                q = query[row, head, rows].to(wide).reshape(group * length, size)
-                grad = grad_out[row, head, rows].to(wide).reshape(group * length, size)
-                row_lse = lse[row, head, rows].reshape(group * length, 1)
-                e, slope = _exponentials(q, k[seen], row_lse, inverse, options, buffers, flat)
+                flat = (count, group * length, block.keys)
+                cube = (count * group, length, block.keys)
+                q = query[row, head, rows].to(wide).reshape(count, group * length, size)
+                grad = grad_out[row, head, rows].to(wide).reshape(count, group * length, size)
+                row_lse = lse[row, head, rows].reshape(count, group * length, 1)
+                e, slope = _exponentials(q, k[:, seen], row_lse, inverse, options, buffers, flat)
                 if block.partial:
                     _erase_hidden(e.view(cube), block, options)
-                sink_share = None  # [G * BLOCK, 1]
+                sink_share = None  # [HEADS, ROWS, 1]
                 if sink is not None:
-                    sink_share = (sink.expand(group, length, 1).reshape(-1, 1) - row_lse).mul_(inverse).exp_()
+                    sink_score = sink.expand(-1, length, 1).reshape(row_lse.shape)
+                    sink_share = (sink_score - row_lse).mul_(inverse).exp_()
                 z = _row_sum(e, sink_share)
                 if sum_value is not None:
                     p, p_sum = e, z
                     if inverse != 1.0:
                         p = (
-                            torch.mul(e, e, out=buffers.get("p", *flat))
+                            torch.mul(e, e, out=buffers.get("p or dp", *flat))
                             if inverse == 0.5
-                            else (torch.pow(e, temperature, out=buffers.get("p", *flat)))
+                            else (torch.pow(e, temperature, out=buffers.get("p or dp", *flat)))
                         )
                         p_sum = _row_sum(p, None if sink_share is None else sink_share.pow(temperature))
                     # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
-                    sum_value[seen].addmm_(p.mT, grad / p_sum)
+                    sum_value[:, seen].baddbmm_(p.mT, grad / p_sum)
                 if not through_scores:
                     continue
-                grad_p = torch.mm(grad, v[seen].mT, out=buffers.get("dp", *flat)).mul_(e)
+                grad_p = torch.bmm(grad, v[:, seen].mT, out=buffers.get("p or dp", *flat)).mul_(e)
                 delta = grad_p.sum(-1, keepdim=True) / z
                 if grad_sinks is not None and sink_share is not None:
-                    grad_sinks[head] -= (sink_share * delta / z).view(group, length).sum(-1)
+                    grad_sinks[head] -= (sink_share * delta / z).view(count * group, length).sum(-1)
                 grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
                 if slope is not None:
                     grad_s.mul_(slope)
                 if grad_query is not None:
-                    grad_q = (grad_s @ k[seen]).div_(z).mul_(options.scale * grad_scale[0])
-                    grad_query[row, head, rows] = grad_q.view(group, length, size).to(query.dtype)
+                    grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
+                    grad_query[row, head, rows] = grad_q.view(count * group, length, size).to(query.dtype)
                 if sum_key is not None:
-                    sum_key[seen].addmm_(grad_s.mT, q / z)
-            if sum_key is not None and grad_key is not None:
-                grad_key[row, kv_head] = sum_key.mul_(options.scale * grad_scale[1]).to(key.dtype)
-            if sum_value is not None and grad_value is not None:
-                grad_value[row, kv_head] = sum_value.mul_(grad_scale[2]).to(value.dtype)
+                    sum_key[:, seen].baddbmm_(grad_s.mT, q / z)
+            for sums, grads, factor in (
+                (sum_key, grad_key, options.scale * grad_scale[1]),
+                (sum_value, grad_value, grad_scale[2]),
+            ):
+                if sums is not None and grads is not None:
+                    sums.mul_(factor)
+                    if sums.dtype != grads.dtype:
+                        grads[row, kv_head] = sums.to(grads.dtype)
     if grad_sinks is not None and sinks is not None:
         return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
     return grad_query, grad_key, grad_value, None

@@ -70,7 +70,16 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_of("Mistral", sliding_window=7), products={"MistralMLP": "separate"}),
     "gemma": Family(_of("Gemma", head_dim=16, **SPECIAL), products={"GemmaMLP": "separate"}),
     "gemma2": Family(
-        _of("Gemma2", head_dim=16, sliding_window=6, query_pre_attn_scalar=16, attn_logit_softcapping=3.0, **SPECIAL),
+        # The sdpa attention of transformers 5.17 leaves the softcap out without a word.
+        _of(
+            "Gemma2",
+            attn_implementation="eager",
+            head_dim=16,
+            sliding_window=6,
+            query_pre_attn_scalar=16,
+            attn_logit_softcapping=3.0,
+            **SPECIAL,
+        ),
         4,
         products={"Gemma2MLP": "separate"},
     ),

@@ -161,8 +161,9 @@ def test_cost_counts_what_runs_again() -> None:
 
 def test_a_gpu_is_accounted_with_its_own_kernels() -> None:
     config = LlamaConfig(**SIZES["small"], num_key_value_heads=2, vocab_size=500)
-    (cpu,) = gim.estimate_memory(config, 2048, plans=PLANS[:1], device="cpu")
-    (gpu,) = gim.estimate_memory(config, 2048, plans=PLANS[:1])
+    tiled = MemoryPlan("layer", mlp_tile=128)  # attention is its peak, whose scores only a CPU holds
+    (cpu,) = gim.estimate_memory(config, 2048, plans=[tiled], device="cpu")
+    (gpu,) = gim.estimate_memory(config, 2048, plans=[tiled])
     assert gpu.device == "cuda" and gpu.activations < cpu.activations
     plan = MemoryPlan("layer", offload="cpu", mlp_tile=128)
     (gpu,) = gim.estimate_memory(config, 2048, plans=[plan])

@@ -316,6 +316,29 @@ def test_live_and_saved_bytes_are_linear_in_length(rule: str, temperature: float
     assert largest[2048] < 2048 * 2048 / 4
 
 
+@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
+def test_key_heads_in_one_block_or_several(
+    dtype: torch.dtype, rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = make(2, 6, 3, 70, 90, 8, dtype=dtype)
+    options: dict[str, Any] = {"causal": True, "window": 40, "softcap": 3.0, "sinks": torch.linspace(-1, 1, 6)}
+    options |= {"key_range": torch.tensor([[0, 90], [7, 80]], dtype=torch.int32)}
+    options |= {"softmax_backward": rule, "temperature": temperature, "grad_scale": (0.5, 0.25, 2.0)}
+
+    def run(function: Any, convert: Any) -> dict[str, torch.Tensor]:
+        given = {**options, "sinks": convert(options["sinks"].to(dtype))}
+        return differentiate(function, *(convert(x) for x in tensors), **given)
+
+    truth, yardstick = (run(reference.attention, convert) for convert in (torch.Tensor.double, lambda x: x))
+    for scores, heads in ((1 << 21, 3), (1, 2)):  # two of three heads, and then the third
+        monkeypatch.setattr(blockwise, "SCORES", scores)
+        assert blockwise.tile_of(70, 90, 3, 2, Options(1.0, True, 40)).heads == heads
+        for name, got in run(gim_kernels.attention, lambda x: x).items():
+            assert_within_budget(got, truth[name], yardstick[name], f"{name}, {heads} heads")
+    assert blockwise.tile_of(1 << 17, 1 << 17, 8, 1, Options(1.0, True)).heads == 1
+
+
 def test_empty_tiles_are_not_visited() -> None:
     options = Options(scale=1.0, causal=True, window=64)
     blocks = list(blockwise.blocks(1024, 1024, options, 0, 1024, 32))
