@@ -19,12 +19,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """The device that figures are compared by; the machine's own name is nobody's business."""
+    """The device that figures are compared by, and what it runs; the machine's own name is nobody's business."""
     from benchmarks.measure import device_name
     from benchmarks.runner import device_of
 
-    machine_info.pop("node", None)
-    machine_info["device"] = device_name(device_of("auto"))
+    kept: dict[str, Any] = {
+        name: machine_info[name] for name in ("machine", "system", "python_version") if name in machine_info
+    }
+    machine_info.clear()
+    machine_info.update(kept, device=device_name(device_of("auto")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """A case is its name: what else it is parametrised with says nothing outside its process."""
+    for row in output_json["benchmarks"]:
+        row["params"] = None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -61,7 +61,7 @@ def case_table(rows: list[Row]) -> Group:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("system", no_wrap=True)
+    table.add_column("system", overflow="fold")  # a name may take two lines; a number must not be cut
     for column in ("ms", "spread", "vs ours", "MiB", "GFLOP/s", "roof"):
         table.add_column(column, justify="right", no_wrap=True)
     ours = next((row["median_ms"] for row in rows if "median_ms" in row), None)

@@ -115,11 +115,14 @@ def test_different_devices_or_suites_are_not_compared() -> None:
 
 
 def test_pytest_benchmark_compares_one_device_only(pytestconfig: pytest.Config) -> None:
-    here: dict[str, Any] = {"node": "somebodys-laptop"}
+    here: dict[str, Any] = {"node": "somebodys-laptop", "system": "Linux"}
     conftest.pytest_benchmark_update_machine_info(pytestconfig, here)
-    assert list(here) == ["device"]
+    assert list(here) == ["system", "device"] and "threads" in here["device"]
     stored = {"machine_info": dict(here)}
     conftest.pytest_benchmark_compare_machine_info(pytestconfig, None, here, stored)
+    saved = {"benchmarks": [{"name": "a", "params": {"case": "UNSERIALIZABLE[...]"}}]}
+    conftest.pytest_benchmark_update_json(pytestconfig, None, saved)
+    assert saved == {"benchmarks": [{"name": "a", "params": None}]}
     stored["machine_info"]["device"] = "NVIDIA H100"
     with pytest.raises(pytest.UsageError, match="different devices cannot be compared: 'NVIDIA H100' and"):
         conftest.pytest_benchmark_compare_machine_info(pytestconfig, None, here, stored)
@@ -189,6 +192,16 @@ def test_tables_show_ratios_shares_and_notes() -> None:
     assert "gim-kernels 128 ±5% 1.00x 24.0 10 25%" in shown
     assert "torch SDPA, exact 102 ±5% 0.80x" in shown and "FLASH_ATTENTION" in shown
     assert "eager GIM skipped: needs 99 GiB" in shown
+
+
+def test_a_narrow_terminal_cuts_no_number() -> None:
+    console = Console(record=True, width=80)
+    name = "gim-explain, TransformerLens HookedTransformer"
+    console.print(report.case_table([row("gim-kernels", 8192, 54321.0, 12345.6), row(name, 8192, 99999.0, 54321.0)]))
+    shown = console.export_text()
+    for number in ("54,321", "99,999", "1.84x", "12,346", "54,321"):
+        assert number in shown
+    assert "\u2026" not in shown and name in " ".join(line[:30].strip() for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
