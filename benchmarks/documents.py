@@ -78,6 +78,7 @@ def explain_table() -> str:
                 f"{lean['peak_mib']:.0f} MiB",
                 f"{memory:.0f} MiB" if memory else "",
                 f"{memory / ours['peak_mib']:.0f}x" if memory else "",
+                _time_and_peak(by_system.get("gim-explain, TransformerLens HookedTransformer")),
             ]
         )
     header = [
@@ -90,8 +91,15 @@ def explain_table() -> str:
         "peak, checkpoints",
         "peak, eager",
         "less",
+        "gim-explain on TransformerLens",
     ]
     return _table(header, rows) + _measured(results)
+
+
+def _time_and_peak(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    return f"{row['median_ms'] / 1000:.2f} s, {row['peak_mib']:.0f} MiB" if "median_ms" in row else str(row["note"])
 
 
 def statements_table() -> str:
