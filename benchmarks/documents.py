@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import coverage
 from benchmarks.report import milliseconds, roofline_line, spread
-from benchmarks.results import Results, Row, growth, load
+from benchmarks.results import Results, Row, default_name, growth, load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,7 +162,14 @@ def suite_table(suite: str, kind: str) -> str:
             )
     header = ["case", "system", "median ms", "spread", "of ours", "peak MiB", "GFLOP/s", "share of roofline"]
     roofline = f"\nThe roofline: {roofline_line(results)}.\n"
-    return _table(header, rows) + _backends(results["rows"]) + roofline + _measured(results)
+    return _table(header, rows) + _backends(results["rows"]) + roofline + _measured(results) + _picture(results)
+
+
+def _picture(results: Results) -> str:
+    """The results' plot, where there is one beside them."""
+    name = Path(default_name(results)).with_suffix(".png").name
+    drawn = (RESULTS / name).exists()
+    return f"\n![time and memory over length, {results['suite']}, {results['device']}]({name})\n" if drawn else ""
 
 
 def _backends(rows: list[Row]) -> str:

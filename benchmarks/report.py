@@ -120,7 +120,7 @@ def plot(results: Results, path: Path) -> None:
     Raises:
         ModuleNotFoundError, ValueError: as :func:`figure`.
     """
-    figure(results).savefig(path, format="png", dpi=130)
+    figure(results).savefig(path, format="png", dpi=100)
 
 
 def figure(results: Results) -> Any:
@@ -147,7 +147,7 @@ def figure(results: Results) -> Any:
     # One colour for each system in all panels.
     systems = list(dict.fromkeys(row["system"] for row in rows))
     colours = dict(zip(systems, itertools.cycle(f"C{i}" for i in range(10)), strict=False))
-    drawn = Figure(figsize=(12, 3.6 * len(panels) + 0.8), layout="constrained")
+    drawn = Figure(figsize=(12, 3.6 * len(panels) + 1.4), layout="constrained")
     axes = drawn.subplots(len(panels), 2, squeeze=False)
     for (op, config), (time_axis, memory_axis) in zip(panels, axes, strict=True):
         own = [row for row in rows if (row["op"], row["config"]) == (op, config)]
@@ -162,7 +162,12 @@ def figure(results: Results) -> Any:
             for tokens, value in floor:
                 lowest[tokens] = min(value, lowest.get(tokens, value))
             time_axis.plot(list(lowest), list(lowest.values()), "k--", linewidth=1, label="roofline")
-        time_axis.legend(fontsize=7)
+    # One legend below all panels: inside one it would hide lines.
+    shown: dict[str, Any] = {}
+    for axis in axes[:, 0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
     drawn.suptitle(headline(results), fontsize=8, x=0.01, ha="left")
     return drawn
 
