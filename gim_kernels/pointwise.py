@@ -95,12 +95,13 @@ def rms_norm_forward(
     rows, y_rows, inverse_rows = _rows(x), _rows(y), _rows(inverse_rms)
     factor = _factor(weight, weight_offset)
     for block in _blocks(rows):
-        wide, tile, inverse = _wide(rows[block]), _work_tile(y_rows[block]), inverse_rows[block]
+        wide, out, inverse = _wide(rows[block]), y_rows[block], inverse_rows[block]
+        tile = _work_tile(out)
         torch.rsqrt(torch.square(wide, out=tile).mean(-1, keepdim=True).add_(eps), out=inverse)
         torch.mul(wide, inverse, out=tile)
         if factor is not None:
             tile.mul_(factor)
-        _store(tile, y_rows[block])
+        _store(tile, out)
     return y, inverse_rms
 
 
