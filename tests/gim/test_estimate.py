@@ -28,7 +28,7 @@ from tests.live import peak_bytes
 from tests.oracle import assert_memory_close
 
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "small": {"hidden_size": 64, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 4},
     "wide": {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3},
     "deep": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6},
 }
@@ -71,16 +71,13 @@ def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
     assert state(model) == before
     from_config = gim.estimate_memory(model.config, LENGTH, plans=SOME, device="cpu", dtype=torch.float32)
     assert [one.parts for one in from_config] == [one.parts for one in estimates]
-    peaks = set()
     for estimate in estimates:
         assert estimate.parts["weights"] == sum(p.numel() * 4 for p in model.parameters()) + sum(
             b.numel() * b.element_size() for b in model.buffers()
         )
         measured = measure(model, estimate.plan)
         assert_memory_close(estimate.activations, measured, f"{family} {size} {estimate.plan.name}")
-        peaks.add(measured)
-    # Plans that the estimate cannot tell apart cost the same indeed: their peaks are not where they differ.
-    assert len({one.activations for one in estimates}) == len(peaks) >= len(SOME) - 1
+    assert len({one.activations for one in estimates}) == len(estimates)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +157,10 @@ def test_cost_counts_what_runs_again() -> None:
 
 
 def test_a_gpu_is_accounted_with_its_own_kernels() -> None:
-    config = LlamaConfig(**SIZES["small"], num_key_value_heads=2, vocab_size=500)
-    tiled = MemoryPlan("layer", mlp_tile=128)  # attention is its peak, whose scores only a CPU holds
-    (cpu,) = gim.estimate_memory(config, 2048, plans=[tiled], device="cpu")
-    (gpu,) = gim.estimate_memory(config, 2048, plans=[tiled])
+    # An MLP so narrow that attention is the peak, whose scores only a CPU holds.
+    config = LlamaConfig(**{**SIZES["small"], "intermediate_size": 32}, num_key_value_heads=2, vocab_size=500)
+    (cpu,) = gim.estimate_memory(config, 2048, plans=PLANS[:1], device="cpu")
+    (gpu,) = gim.estimate_memory(config, 2048, plans=PLANS[:1])
     assert gpu.device == "cuda" and gpu.activations < cpu.activations
     plan = MemoryPlan("layer", offload="cpu", mlp_tile=128)
     (gpu,) = gim.estimate_memory(config, 2048, plans=[plan])
