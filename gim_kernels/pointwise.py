@@ -120,12 +120,12 @@ def layer_norm_forward(
         ``[..., D]`` in x's dtype, and twice ``[..., 1]`` in float32 (float64 for float64).
     """
     # torch's kernel for CPUs gives its statistics in the dtype of the weight and takes a narrower x as it is; other
-    # devices want one dtype.
+    # devices want one dtype. Parameters of any dtype are brought to the wide one of x.
     given = x if x.device.type in ("cpu", "meta") else _wide(x)
-    factor = _factor(weight, 0.0)
-    if factor is None:
-        factor = x.new_ones(x.shape[-1], dtype=_wide_dtype(x.dtype))
-    y, mean, inverse_std = torch.native_layer_norm(given, x.shape[-1:], factor, _factor(bias, 0.0), eps)
+    width, wide = x.shape[-1:], _wide_dtype(x.dtype)
+    factor = x.new_ones(width, dtype=wide) if weight is None else weight.to(wide)
+    shift = None if bias is None else bias.to(wide)
+    y, mean, inverse_std = torch.native_layer_norm(given, width, factor, shift, eps)
     return y.to(x.dtype), mean, inverse_std
 
 

@@ -158,6 +158,23 @@ def test_views_are_read_as_they_lie(dtype: torch.dtype) -> None:
         assert_within_budget(a, truth, c, f"output {index}")
 
 
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_parameters_may_have_another_dtype_than_the_input(dtype: torch.dtype, own: torch.dtype) -> None:
+    x, grad = numbers(3, 8, dtype=dtype), numbers(3, 8, seed=1, dtype=dtype)
+    weight, bias = numbers(8, seed=2, dtype=own), numbers(8, seed=3, dtype=own)
+
+    def run(module: Any, convert: Any) -> list[torch.Tensor]:
+        rms = differentiate(lambda x, w: module.rms_norm(x, w, 1e-6), [convert(x), convert(weight)], convert(grad))
+        tensors = [convert(x), convert(weight), convert(bias)]
+        return rms + differentiate(lambda *t: module.layer_norm(*t, 1e-6), tensors, convert(grad))
+
+    got, yardstick = run(gim_kernels, lambda t: t), run(reference, lambda t: t)
+    for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
+        assert a.dtype == c.dtype
+        assert_within_budget(a, truth, c, f"output {index}")
+
+
 def saved_elements(function: Any, x: torch.Tensor) -> int:
     """How many numbers autograd keeps of one call, other than parameters."""
     kept: dict[int, int] = {}
