@@ -224,6 +224,12 @@ def test_documents_take_the_newest_of_a_kind_and_say_what_was_never_measured(
     save(tmp_path / "attention-a-old.json", found())
     table = documents.suite_table("attention", kind)
     assert device in table and "commit newest" in table and "25%" in table and "| skipped: needs 99 GiB |" in table
+    assert "\n- torch SDPA, exact: FLASH_ATTENTION.\n" in table and "![" not in table
+    picture = tmp_path / default_name({**found(), "date": "2026-02-01"}).replace(".json", ".png")
+    picture.touch()
+    assert table + f"\n![time and memory over length, attention, {device}]({picture.name})\n" == documents.suite_table(
+        "attention", kind
+    )
     assert documents.suite_table("attention", other) == documents.suite_table("memory", kind) == "Not measured.\n"
     summary = documents.attention_table()
     assert "1.25x" in summary and ("0.20x" if kind == "cpu" else "skipped: needs 99 GiB") in summary
