@@ -196,11 +196,17 @@ def _attend_one(
         if options["scale"] is None:
             options["scale"] = head**-0.5
         query, key, value = (nn.functional.pad(x, (0, max(head, width) - x.shape[-1])) for x in (query, key, value))
-    if options["softmax_backward"] == "constant":
-        # Nothing flows back through the scores: zeros would be sent through rotations and projections for nothing.
-        query, key = query.detach(), key.detach()
+    query, key = through_scores(query, key, options["softmax_backward"])
     out = gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
     return out if head == width else out[..., :width]
+
+
+def through_scores(query: torch.Tensor, key: torch.Tensor, softmax_backward: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key as the scores see them: without a gradient where the softmax is a constant.
+
+    The kernels would give zeros, which would then be sent through rotations and projections for nothing.
+    """
+    return (query.detach(), key.detach()) if softmax_backward == "constant" else (query, key)
 
 
 def _at_spans(

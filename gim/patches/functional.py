@@ -197,8 +197,7 @@ def _attend(
         "temperature": rules.temperature,
         "grad_scale": rules.qkv_scale,
     }
-    if rules.softmax == "constant":  # as in gim.patches.attention
-        query, key = query.detach(), key.detach()
+    query, key = attention.through_scores(query, key, rules.softmax)
     if mask is None:
         return gim_kernels.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **named

@@ -167,6 +167,17 @@ def test_multihead_attention_follows_every_preset_and_mask(preset: str, masked: 
     assert_close64(under(model, preset, **masks), want, preset, relative=FLOAT64_MODEL_RELATIVE)
 
 
+@pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT"])
+def test_a_constant_softmax_sends_nothing_into_queries(preset: str) -> None:
+    model = make(Decoder)
+    with gim.GIM(model, rules=preset):
+        loss = model(inputs()).pow(2).sum()
+        query, both = torch.autograd.grad(
+            loss, [model.blocks[0].q.weight, model.blocks[0].kv.weight], allow_unused=True
+        )
+    assert (query is None) == (preset == "GIM_CONSTANT") and both.any()
+
+
 def test_rules_of_ones_own_equal_the_equations() -> None:
     """Five different factors and another temperature: no two can be swapped unseen."""
     model = make(Decoder)

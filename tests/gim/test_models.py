@@ -285,6 +285,19 @@ def test_one_model_in_two_threads_is_refused() -> None:
     assert len(errors) == 1 and "another thread" in str(errors[0])
 
 
+@pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT"])
+def test_a_constant_softmax_sends_nothing_into_queries_and_keys(preset: str) -> None:
+    model = make("llama")
+    attention = model.model.layers[0].self_attn
+    weights = [getattr(attention, f"{name}_proj").weight.requires_grad_(True) for name in "qkv"]
+    with gim.GIM(model, rules=preset):
+        loss = model(ids(), use_cache=False).logits.pow(2).sum()
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+    reached = [grad is not None and bool(grad.any()) for grad in grads]
+    assert reached == ([False, False, True] if preset == "GIM_CONSTANT" else [True] * 3)
+    assert preset == "GIM" or grads[:2] == (None, None)  # not zeros, which would have cost their products
+
+
 class GatedByAnother(torch.nn.Module):
     """A gated MLP that wants a second argument, so that it cannot be run to see what it computes."""
 
