@@ -293,9 +293,9 @@ def test_a_constant_softmax_sends_nothing_into_queries_and_keys(preset: str) -> 
     with gim.GIM(model, rules=preset):
         loss = model(ids(), use_cache=False).logits.pow(2).sum()
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
-    reached = [grad is not None and bool(grad.any()) for grad in grads]
-    assert reached == ([False, False, True] if preset == "GIM_CONSTANT" else [True] * 3)
-    assert preset == "GIM" or grads[:2] == (None, None)  # not zeros, which would have cost their products
+    # None is not zeros, which would have cost their products.
+    assert [grad is None for grad in grads] == [preset == "GIM_CONSTANT"] * 2 + [False]
+    assert all(grad.any() for grad in grads if grad is not None)
 
 
 class GatedByAnother(torch.nn.Module):
