@@ -58,7 +58,7 @@ class AppliedReport:
         applications: one row for each module a rule acts on.
         unsupported: qualified name and reason of each part that a rule should act on and does not; filled
             only under ``strict=False``, since a strict context raises instead.
-        notes: rules that have nothing to act on, and why.
+        notes: rules that have nothing to act on, and MLPs that a memory plan could not run in tiles, and why.
         forwards: complete forward passes of the model inside the context.
     """
 

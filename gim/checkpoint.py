@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gim.applied import UnsupportedModelError
 from gim.context import decoder_layers, refuse_when_closed
 from gim.offload import Offload, Watch, pool_of
+from gim.parts.hidden_states import dtype_of, weights_of
 from gim.patches.attention import SPANS, Spans, patched_modules
 from gim.patches.session import Session, session_of
 from gim.plan import MemoryPlan
-from gim.tokenwise import NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
+from gim.tokenwise import MLP, NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
-MLPs = Mapping[str, list[tuple[str, nn.Module]] | str]
+MLPs = Mapping[str, list[MLP] | str]
 
 
 def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
@@ -35,8 +36,8 @@ def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
     layers = decoder_layers(model)
     if not acts_on_mlps(plan):
         layers = layers[-1:] if plan.head == "explained" else []
-    width = hidden_size(model)
-    return {name: find_mlps(layer, width, session) for name, layer in layers}
+    width, dtype = hidden_size(model), dtype_of(model)
+    return {name: find_mlps(layer, width, dtype, session) for name, layer in layers}
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -201,19 +202,24 @@ class _Layers:
 
         self._inner.replace_forward(layer, run)
 
-    def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[tuple[str, nn.Module]]) -> None:
+    def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
         for child in norms_of(layer):
             norm.watch(child, self._inner)
-        for child_name, mlp in mlps:
-            self._run_mlp_again(mlp, f"{name}.{child_name}", index, norm)
+        for mlp in mlps:
+            self._run_mlp_again(mlp, f"{name}.{mlp.name}", index, norm)
         handle = layer.register_forward_hook(lambda *_: norm.forget())
         self._inner.undo.callback(handle.remove)
 
-    def _run_mlp_again(self, mlp: nn.Module, name: str, index: int, norm: NormBefore) -> None:
-        forward = refuse_when_closed(mlp.forward, name, self._session)
+    def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
+        forward = refuse_when_closed(mlp.module.forward, name, self._session)
         tile = self._plan.mlp_tile
+        if mlp.whole and tile is not None:
+            tile = None
+            self._session.report.notes.append(
+                f"{name} runs whole: an outlier at one token changes its output at others"
+            )
         outside = self._plan.checkpoint == "mlp"
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
@@ -232,26 +238,26 @@ class _Layers:
             with self.keeping(index) if outside else nullcontext():
                 return run_again(source, again, compute, tile, self._every_tile)
 
-        self._inner.replace_forward(mlp, run)
+        self._inner.replace_forward(mlp.module, run)
 
-    def narrow(self, layer: nn.Module, name: str, kept: torch.Tensor, mlps: list[tuple[str, nn.Module]]) -> bool:
+    def narrow(self, layer: nn.Module, name: str, kept: torch.Tensor, mlps: list[MLP]) -> bool:
         """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.
 
         It is done where every other part of the layer maps each token by itself. What the layer puts out elsewhere is
         then not what the model would, and reaches nothing: the gradients there are checked to be 0.
         """
         attentions = patched_modules(layer)
-        proved = {id(mlp) for _, mlp in mlps} | {id(norm) for norm in norms_of(layer)}
+        proved = {id(mlp.module) for mlp in mlps if not mlp.whole} | {id(norm) for norm in norms_of(layer)}
         others = [child for child in layer.children() if id(child) not in proved and not patched_modules(child)]
-        if len(attentions) != 1 or any(parameter.numel() for child in others for parameter in child.parameters()):
+        if len(attentions) != 1 or any(weight.numel() for child in others for weight in weights_of(child)):
             return False
 
         def refuse(grad: torch.Tensor) -> None:
             _refuse_elsewhere(grad, kept, name)
 
         self._inner.set_attribute(attentions[0], SPANS, Spans(spans(kept), refuse))
-        for child_name, mlp in mlps:
-            self._narrow_mlp(mlp, f"{name}.{child_name}", kept)
+        for mlp in mlps:
+            self._narrow_mlp(mlp.module, f"{name}.{mlp.name}", kept)
 
         def check(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output

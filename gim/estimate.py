@@ -16,6 +16,7 @@ from gim import checkpoint
 from gim.context import GIM, decoder_layers
 from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
+from gim.parts.hidden_states import device_of, dtype_of
 from gim.patches.session import SESSION
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
@@ -178,8 +179,8 @@ class Twin:
             raise EstimateError(f"no model can be made from this config without loading it: {error}") from error
         self.rules = rules
         if device is None:
-            held = next(iter(model_or_config.parameters()), None) if isinstance(model_or_config, nn.Module) else None
-            device = "cuda" if held is None or held.is_meta else held.device
+            held = device_of(model_or_config) if isinstance(model_or_config, nn.Module) else None
+            device = "cuda" if held is None or held.type == "meta" else held
         self.device = torch.device(device).type
         weighed = model_or_config if isinstance(model_or_config, nn.Module) else self.model
         self.weights = weight_bytes(weighed)
@@ -407,7 +408,7 @@ def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Modul
     is_model = isinstance(model_or_config, nn.Module)
     config = copy.deepcopy(model_or_config.config if is_model else model_or_config)
     if dtype is None and is_model:
-        dtype = next(p.dtype for p in model_or_config.parameters() if p.dtype.is_floating_point)
+        dtype = dtype_of(model_or_config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     config._attn_implementation_internal = None
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gim.parts.hidden_states import device_of
 from gim.patches import transformer_lens
 from gim_kernels.engines import key_range_of
 
@@ -31,6 +32,9 @@ def vocabulary_size(model: nn.Module) -> int:
     """How many token ids the model embeds."""
     found = embeddings(model)
     weight = getattr(found, "weight", getattr(found, "W_E", None))  # TransformerLens's name is the second
+    size = getattr(found, "num_embeddings", None)
+    if isinstance(size, int) and not (isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point):
+        return size  # a quantised weight is packed
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"the input embeddings of {type(model).__name__} must have a weight, and have none")
     return int(weight.shape[0])
@@ -147,8 +151,7 @@ def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None,
 
 def embedding_device(model: nn.Module) -> torch.device:
     """Where ids must be."""
-    parameter = next(embeddings(model).parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    return device_of(embeddings(model)) or torch.device("cpu")
 
 
 def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from gim import scoring
 from gim.context import decoder_layers
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
+from gim.parts.hidden_states import dtype_of
 from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -103,7 +104,7 @@ def activation_bytes(model: nn.Module, tokens: int) -> int | None:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None)
     numbers = 2 * heads * head_size + 2 * kv_heads * head_size + 2 * (inner if isinstance(inner, int) else 4 * hidden)
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     return tokens * layers * (numbers * dtype.itemsize + 4 * heads)
 
 

@@ -7,20 +7,38 @@ their class: nothing here knows a model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
 from gim.patches import attention, norms
 from gim.patches.session import Session, original_forward
 
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
 PROBE_ULPS = 16
+#: Size of the numbers of an outlier: int8 layers that keep those apart do so for every token of the batch.
+PROBE_OUTLIER = 100.0
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class MLP(NamedTuple):
+    """A module that maps each token by itself.
+
+    Args:
+        name: among its layer's children.
+        module: it.
+        whole: an outlier at one token changes it at others by a rounding of its weights' dtype, so only all tokens
+            together give what the model gives.
+    """
+
+    name: str
+    module: nn.Module
+    whole: bool
 
 
 def hidden_size(model: nn.Module) -> int | None:
@@ -32,33 +50,35 @@ def hidden_size(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def find_mlps(layer: nn.Module, width: int | None, session: Session) -> list[tuple[str, nn.Module]] | str:
+def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype, session: Session) -> list[MLP] | str:
     """The children of a layer that are MLPs: they map ``[B, T, width]`` to the same shape, each token by itself.
 
     Args:
         layer: a decoder layer with its weights; inside a context or not.
-        width: of the hidden states.
+        width, dtype: of the hidden states.
         session: its counts are as before afterwards, for a probe is no call of the model.
 
     Returns:
-        Names and modules, or the reason, in words, why there is none.
+        The MLPs, or the reason, in words, why there is none.
     """
     if width is None:
         return "the model's config does not tell the width of its hidden states"
-    found, reason = [], "has no child that maps each token by itself, with one tensor in and one out"
+    found: list[MLP] = []
+    reason = "has no child that maps each token by itself, with one tensor in and one out"
     counts = [(row, row.calls, row.engine) for row in session.report.applications]
     try:
         for name, child in layer.named_children():
-            matrices = [parameter for parameter in child.parameters() if parameter.dim() >= 2]
+            matrices = [weight for weight in weights_of(child) if weight.dim() >= 2]
             if len(matrices) < 2 or attention.attention_modules(child):
                 continue
-            if any(parameter.dim() > 2 for parameter in matrices) or any(
+            if any(weight.dim() > 2 for weight in matrices) or any(
                 isinstance(module, nn.ModuleList) for module in child.modules()
             ):
                 reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
                 continue
-            if maps_each_token(child, width):
-                found.append((name, child))
+            alone = maps_each_token(child, width, dtype)
+            if alone is not None:
+                found.append(MLP(name, child, whole=not alone))
     finally:
         for row, calls, engine in counts:
             row.calls, row.engine = calls, engine
@@ -66,23 +86,49 @@ def find_mlps(layer: nn.Module, width: int | None, session: Session) -> list[tup
 
 
 @torch.no_grad()
-def maps_each_token(module: nn.Module, width: int) -> bool:
-    """Whether a module's output at a token depends on that token alone, found by feeding it numbers."""
-    anchor = next(parameter for parameter in module.parameters() if parameter.dtype.is_floating_point)
+def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool | None:
+    """Whether a module's output at a token depends on that token alone, found by feeding it numbers.
+
+    Args:
+        module: its weights may be of any kind, quantised ones too.
+        width, dtype: of the hidden states.
+
+    Returns:
+        True; False where it does so up to an outlier at another token, as int8 layers do that keep outliers apart;
+        None where it does not.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(anchor.device, anchor.dtype)
+    tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device_of(module) or "cpu")
+    outlier = torch.ones_like(tokens)
+    outlier[:, 0] = PROBE_OUTLIER
     forward = original_forward(module)
-    try:
-        whole, flipped, part = forward(x), forward(x.flip(1)), forward(x[:, 1:3])
-    except Exception:  # it takes something else than one tensor of tokens
-        return False
-    if not all(isinstance(y, torch.Tensor) for y in (whole, flipped, part)) or whole.shape != x.shape:
-        return False
-    if part.shape != x[:, 1:3].shape or whole.dtype != x.dtype:
-        return False
-    allowed = PROBE_ULPS * torch.finfo(x.dtype).eps * float(whole.double().abs().nan_to_num().amax())
-    pairs = ((whole, flipped.flip(1)), (whole[:, 1:3], part))
-    return all(torch.allclose(a.double(), b.double(), rtol=0.0, atol=allowed, equal_nan=True) for a, b in pairs)
+    for taken in dtypes_taken(module, dtype):
+        x, loud = tokens.to(taken), (tokens * outlier).to(taken)
+        try:
+            whole, flipped, part, beside = forward(x), forward(x.flip(1)), forward(x[:, 1:3]), forward(loud)
+        except Exception:  # it takes something else than one tensor of tokens of this dtype
+            continue
+        if not all(isinstance(y, torch.Tensor) and y.dtype == x.dtype for y in (whole, flipped, part, beside)):
+            return None
+        if whole.shape != x.shape or part.shape != x[:, 1:3].shape:
+            return None
+        if not _same(whole, flipped.flip(1)) or not _same(whole[:, 1:3], part):
+            return None
+        return _same(beside[:, 1:3], part)
+    return None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results for the same tokens are equal but for the order of sums."""
+    allowed = PROBE_ULPS * _rounding(one) * float(one.double().abs().nan_to_num().amax())
+    return torch.allclose(one.double(), other.double(), rtol=0.0, atol=allowed, equal_nan=True)
+
+
+def _rounding(y: torch.Tensor) -> float:
+    """The rounding with which ``y`` was computed: quantised layers multiply in half and give what they were given."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    computed = next((dtype for dtype in dtypes if torch.equal(y.to(dtype).to(y.dtype), y)), y.dtype)
+    return max(torch.finfo(computed).eps, torch.finfo(y.dtype).eps)
 
 
 def in_backward() -> bool:

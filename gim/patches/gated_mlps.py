@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gim.applied import ABSENT, Application, UnsupportedModelError
+from gim.parts.hidden_states import device_of, dtype_of, dtypes_taken, weights_of
 from gim.patches.products import FunctionalActivations, Site, product
 from gim.patches.session import Session, original_forward, probing
 from gim.rules import GRADIENT, Rules
@@ -143,8 +144,8 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module that holds an activation has no second branch: its layers follow one another."""
     layers = _layers(module)
     wide = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-    inner = [child for child in module.children() if _widths(child) is None and any(True for _ in child.parameters())]
-    if wide or any(p.dim() > 1 for child in inner for p in child.parameters()):
+    inner = [child for child in module.children() if _widths(child) is None]
+    if wide or any(weight.dim() > 1 for child in inner for weight in weights_of(child)):
         return False
     return len(layers) <= 1 or (len(layers) == 2 and layers[0][1] == layers[1][0])
 
@@ -170,14 +171,23 @@ class _Recorder:
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, names: tuple[str, ...]) -> _Recorder | None:
+def _probe(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> _Recorder | None:
     """Run a module on a few numbers and record where its activations go; None if it does not take one tensor."""
     layers = _layers(module)
-    anchor = next((p for p in module.parameters() if p.dtype.is_floating_point), None)
-    if anchor is None or not layers or anchor.is_meta:
+    device = device_of(module)
+    if device is None or not layers or device.type == "meta":
         return None
+    probe = torch.randn(1, 3, layers[0][0], generator=torch.Generator().manual_seed(0)).to(device)
+    for taken in dtypes_taken(module, dtype):
+        recorder = _record(module, names, probe.to(taken))
+        if recorder is not None:
+            return recorder
+    return None
+
+
+def _record(module: nn.Module, names: tuple[str, ...], probe: torch.Tensor) -> _Recorder | None:
+    """Run a module on numbers and record where its activations go; None if it does not take them."""
     recorder = _Recorder()
-    probe = torch.randn(1, 3, layers[0][0], generator=torch.Generator().manual_seed(0)).to(anchor.device, anchor.dtype)
     before = {name: module.__dict__.get(name, _MISSING) for name in names}
     try:
         for name, activation in activations_of(module).items():
@@ -210,9 +220,12 @@ def _wrap(activation: Callable[[torch.Tensor], torch.Tensor], site: Site) -> Cal
 
 
 @torch.no_grad()
-def recognise(module: nn.Module) -> GatedMLP | str | None:
-    """The gated MLP that a module is; a reason, in words, where it is one that cannot be patched; else None."""
-    if not any(True for _ in module.parameters()):
+def recognise(module: nn.Module, dtype: torch.dtype = torch.float32) -> GatedMLP | str | None:
+    """The gated MLP that a module is; a reason, in words, where it is one that cannot be patched; else None.
+
+    ``dtype`` is that of the model's hidden states, for modules whose weights do not tell it.
+    """
+    if not weights_of(module):
         return None
     if isinstance(getattr(module, "A_log", None), torch.Tensor):
         return "is a state space mixer, for whose gates GIM has no rule"
@@ -220,7 +233,7 @@ def recognise(module: nn.Module) -> GatedMLP | str | None:
     names = tuple(activations)
     if names:
         shown = "/".join(dict.fromkeys(_describe(activation) for activation in activations.values()))
-        recorder = _probe(module, names)
+        recorder = _probe(module, names, dtype)
         if recorder is not None:
             if recorder.products:
                 return GatedMLP(f"probed: {shown} gate", names)
@@ -233,7 +246,7 @@ def recognise(module: nn.Module) -> GatedMLP | str | None:
             return GatedMLP(f"experts: {shown} gate", names)
         return GatedMLP(f"product found: {shown} gate", names, expected=False)
     if not names and _could_be_functional(module):
-        recorder = _probe(module, ())
+        recorder = _probe(module, (), dtype)
         return GatedMLP("probed: gate", functional=True) if recorder is not None and recorder.products else None
     if not names and hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):
         return next(
@@ -274,7 +287,7 @@ def patch(model: nn.Module, session: Session) -> None:
     They are patched under every rule, so that the forward inside a context is the same whatever the rules are. One
     that is not recognised is an error only where a rule should have acted on it.
     """
-    rules = session.rules
+    rules, dtype = session.rules, dtype_of(model)
     found = False
     # Modules of one class with layers of the same sizes run the same code: one of them is probed. That each of
     # them computes its product is seen in every forward pass.
@@ -287,7 +300,7 @@ def patch(model: nn.Module, session: Session) -> None:
             _switches(module),
         )
         if key not in seen:
-            seen[key] = recognise(module)
+            seen[key] = recognise(module, dtype)
         mlp = seen[key]
         if mlp is None:
             continue
