@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
+from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
 from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
 from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
@@ -80,8 +81,8 @@ class GIM:
             operations looks like any arithmetic: that none was recognised is a note of the report, not an error.
 
     Raises:
-        UnsupportedModelError: on entering, or at the end of a forward pass: a part is not covered, is compiled or has
-            no weights; names it.
+        UnsupportedModelError: on entering, or at a forward pass: a part is not covered, is compiled, or does not lie
+            whole in this process (a sharded sequence, sharded or offloaded weights, a stage of a pipeline); names it.
         ValueError: a value that no rule allows; dropout is on.
         RuntimeError: the model is inside a context of another thread.
 
@@ -132,6 +133,7 @@ class GIM:
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         _refuse_what_cannot_be_patched(self.model)
+        refuse_unsupported_placement(self.model)
         _refuse_dropout(self.model)
         session = Session(self.rules, self.strict)
         with _enter_lock:
@@ -182,6 +184,7 @@ def apply_patches(model: nn.Module, session: Session) -> None:
     _guard_checkpoints(model, session)
 
     def begin(*_: Any) -> None:
+        refuse_context_parallelism(model)
         session.start_forward()
 
     def finish(*_: Any) -> None:
@@ -236,18 +239,12 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 
 def _refuse_what_cannot_be_patched(model: nn.Module) -> None:
-    """Errors for models whose modules could be patched to no effect, or cannot be probed."""
+    """Errors for models whose modules could be patched to no effect."""
     for name, module in model.named_modules():
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
             raise UnsupportedModelError(
                 f"{name or type(model).__name__} is compiled, and compiled code would run without the rules: give the "
                 "module that torch.compile was given (model._orig_mod), or compile after the context has closed"
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"{name} is on the meta device: load the weights first; for memory alone, gim.estimate_memory takes "
-                "a model without them"
             )
 
 

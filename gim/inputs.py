@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gim.parts.hidden_states import device_of
+from gim.parts.placement import refuse_unsupported_placement
 from gim.patches import transformer_lens
 from gim_kernels.engines import key_range_of
 
@@ -92,6 +93,7 @@ def check_ids(
         raise ValueError(f"input_ids must have shape [T] or [B, T], got {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
+    refuse_unsupported_placement(model)
     device = embedding_device(model)
     ids = (input_ids[None] if input_ids.dim() == 1 else input_ids).to(device)
     size = vocabulary_size(model)

@@ -68,6 +68,8 @@ def test_leaves_of_the_policy_import_nothing_of_ours_above_themselves() -> None:
     above = ("gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.patches", "gim.memory", "gim_kernels")
     assert not reaches("gim.attribution", above)
     for name in IMPORTS:
+        if name.startswith("gim.parts"):
+            assert not reaches(name, (*above, "gim.checkpoint", "gim.inputs", "gim.tokenwise"))
         if name.startswith("gim.patches"):
             assert not reaches(name, ("gim.context", "gim.explain", "gim.scoring", "gim.memory", "gim.cli"))
 

@@ -12,7 +12,7 @@ from torch import nn
 import gim
 from tests import eager
 from tests.families import ids, make
-from tests.oracle import assert_within_budget, relative_error
+from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64, assert_within_budget, relative_error
 
 BASELINE, TARGET = 3, 11
 ALONE = ("TSG_ONLY", "FREEZE_ONLY", "SCALES_ONLY", "TRANSFORMER_LRP", "GIM_CONSTANT", "ATTNLRP", "GIM")
@@ -116,6 +116,109 @@ def test_every_rule_acts_on_quantised_models(bits: int, dtype: torch.dtype) -> N
     assert_every_rule_acts(model, ids(4), 0.1)
 
 
+PLANS = ("auto", "none", "mlp", "mlp+tile=8", "layer", "layer+attention", "layer+attention+offload+tile=8")
+
+
+class Int8(nn.Module):
+    """A linear layer of int8 numbers, held as a buffer or a parameter, with float32 scales for each output.
+
+    Args:
+        linear: what it stands for, rounded; without a bias.
+        held: where its numbers and scales are.
+        takes: the only dtype that it takes; None for any.
+        outliers: where numbers at any token are larger, their columns are taken from unrounded inputs at every token.
+    """
+
+    def __init__(self, linear: nn.Linear, held: str, takes: torch.dtype | None, outliers: float | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.takes, self.outliers = takes, outliers
+        scale = linear.weight.detach().float().abs().amax(1, keepdim=True) / 127
+        numbers = (linear.weight.detach().float() / scale).round().to(torch.int8)
+        if held == "buffers":
+            self.register_buffer("numbers", numbers)
+            self.register_buffer("scale", scale)
+        else:
+            self.numbers = nn.Parameter(numbers, requires_grad=False)
+            self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def dequantised(self) -> torch.Tensor:
+        return self.numbers * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.takes is not None and x.dtype != self.takes:
+            raise TypeError(f"takes {self.takes}, got {x.dtype}")
+        if self.outliers is not None:
+            # Straight through: the derivative is the weight's, as int8 products give it.
+            step = x.detach().abs().amax(-1, keepdim=True) / 127
+            rounded = (x.detach() / step).round() * step
+            apart = (x.detach().abs() >= self.outliers).flatten(0, -2).any(0)
+            x = x + torch.where(apart, 0.0, rounded - x.detach())
+        return nn.functional.linear(x, self.dequantised().to(x.dtype))
+
+
+def with_int8(
+    model: Any, held: str, takes: torch.dtype | None = None, outliers: float | None = None
+) -> tuple[Any, Any]:
+    """The model with every linear layer of int8, and one whose float weights are what those stand for."""
+    plain = copy.deepcopy(model)
+    for ours, theirs in zip(list(model.modules()), list(plain.modules()), strict=True):
+        for name, layer in list(ours.named_children()):
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                new = Int8(layer, held, takes, outliers)
+                setattr(ours, name, new)
+                getattr(theirs, name).weight = nn.Parameter(new.dequantised().to(layer.weight.dtype))
+    return model, plain
+
+
+@pytest.mark.parametrize("held", ["buffers", "parameters"])
+def test_int8_weights_are_right_under_every_plan(held: str) -> None:
+    """Weights that are no floating parameters, or no parameters at all: the rules and the plans act all the same."""
+    model, plain = with_int8(make("llama", torch.float32), held)
+    tokens = ids(16)
+    with gim.GIM(model) as report:
+        model(tokens)
+    assert report.complete and report.counts() == {"attention": (3, 3), "norm": (7, 7), "gated_mlp": (3, 3)}
+    want = truth(copy.deepcopy(plain).double(), tokens, "GIM", torch.float64)
+    yardstick = truth(plain, tokens, "GIM", torch.float32)
+    for memory in PLANS:
+        got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
+        assert_within_budget(got, want, yardstick, f"{held}, {memory}")
+
+
+@pytest.mark.parametrize("held", ["buffers", "parameters"])
+def test_int8_layers_take_the_hidden_states_dtype_and_not_their_scales(held: str) -> None:
+    model, plain = with_int8(make("llama", torch.bfloat16), held, takes=torch.bfloat16)
+    tokens = ids(64)
+    with gim.GIM(model) as report:
+        model(tokens)
+    assert report.complete and report.counts()["gated_mlp"] == (3, 3)
+    want = truth(copy.deepcopy(plain).double(), tokens, "GIM", torch.float64)
+    yardstick = truth(plain, tokens, "GIM", torch.bfloat16).float()
+    for memory in PLANS:
+        got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
+        assert_within_budget(got, want, yardstick, f"{held}, {memory}")
+
+
+@pytest.mark.parametrize("held", ["buffers", "parameters"])
+def test_an_mlp_whose_outliers_reach_other_tokens_runs_whole(held: str) -> None:
+    """Parts of its tokens would round otherwise than all of them, so every plan runs it on all."""
+    float_model = make("llama", torch.float64)
+    for layer in float_model.model.layers:
+        layer.post_attention_layernorm.weight.data *= 8.0
+    model, _ = with_int8(float_model, held, outliers=12.0)
+    tokens = ids(2)
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    with gim.GIM(model):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    (grad,) = torch.autograd.grad(logits[:, -1, TARGET].sum(), embedded)
+    baseline = model.get_input_embeddings()(torch.tensor([[BASELINE]])).detach()
+    want = ((embedded.detach() - baseline) * grad).sum(-1)
+    for memory in PLANS:
+        got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
+        assert_close64(got, want, memory, FLOAT64_PLAN_RELATIVE)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes_weights_give_what_the_dequantised_model_gives(bits: int) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes, which is in no extra: 125 MB")
@@ -142,7 +245,13 @@ def test_bitsandbytes_weights_give_what_the_dequantised_model_gives(bits: int) -
             setattr(ours, name, new)
             getattr(theirs, name).weight = nn.Parameter(stands_for)
     assert_every_rule_acts(model, ids(4), 0.1)
+    tokens = ids(16)
     for preset in eager.PRESETS:
-        want = truth(copy.deepcopy(plain).double(), ids(4), preset, torch.float64)
-        yardstick = truth(plain, ids(4), preset, torch.float32)
-        assert_within_budget(explain(model, ids(4), preset), want, yardstick, f"{bits} bits, {preset}")
+        want = truth(copy.deepcopy(plain).double(), tokens, preset, torch.float64)
+        yardstick = truth(plain, tokens, preset, torch.float32)
+        assert_within_budget(explain(model, tokens, preset), want, yardstick, f"{bits} bits, {preset}")
+    want = truth(copy.deepcopy(plain).double(), tokens, "GIM", torch.float64)
+    yardstick = truth(plain, tokens, "GIM", torch.float32)
+    for memory in PLANS:
+        got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
+        assert_within_budget(got, want, yardstick, f"{bits} bits, {memory}")
