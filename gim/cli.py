@@ -414,6 +414,8 @@ def _load(
     import transformers
     from safetensors import SafetensorError
 
+    from gim.loading import check_weights
+
     _quieten()
     where = _device(device)
     try:
@@ -422,7 +424,9 @@ def _load(
             if with_tokenizer
             else None
         )
-        model, info = _auto_class(name, trust_remote_code).from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_weights(name, config)
+        model, info = _auto_class(config).from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -438,11 +442,10 @@ def _load(
     return model.to(where).eval(), tokenizer
 
 
-def _auto_class(name: str, trust_remote_code: bool) -> Any:
+def _auto_class(config: Any) -> Any:
     """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
         if saved_as.endswith(ending):
