@@ -166,11 +166,12 @@ def explain(
             wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
 
-            with _progress(_token_count(tokenizer, text)) as progress:
+            asked = [{"role": "user", "content": text}] if chat else text
+            with _progress(_token_count(tokenizer, asked)) as progress:
                 attribution = gim.attribute(
                     loaded,
                     tokenizer,
-                    [{"role": "user", "content": text}] if chat else text,
+                    asked,
                     target=wanted,
                     baseline=baseline,
                     rules=chosen,
@@ -393,6 +394,8 @@ def _target(target: str | None, contrast: str | None, measure: Measure | None, t
     wanted: Target
     if contrast:
         wanted = targets.Contrast(target, contrast)
+        if head_of(model) != "class":
+            targets.contrast_ids(wanted, tokenizer, ("--target", "--contrast"))
     else:
         # The name of a class is no text of the tokenizer's.
         wanted = targets.Token(target) if head_of(model) == "class" else targets.parse(target, tokenizer)
@@ -464,9 +467,11 @@ def _quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _token_count(tokenizer: Any, text: str) -> int:
+def _token_count(tokenizer: Any, prompt: Any) -> int:
     """How many tokens a prompt has."""
-    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    from gim.prompts import encode
+
+    return len(encode(prompt, tokenizer).ids)
 
 
 def _bytes(text: str) -> int:

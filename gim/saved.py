@@ -103,7 +103,7 @@ def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
 
 
 def _is_document(source: str) -> bool:
-    """Whether a string is a JSON text rather than a path: it starts with a brace, or has lines, as no path of ours has."""
+    """Whether a string is a JSON text rather than a path: it starts with a brace, or has several lines."""
     return source.removeprefix("\ufeff").lstrip().startswith("{") or "\n" in source.rstrip("\n") or "\0" in source
 
 
