@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gim import segments
+from gim import saved, segments
 from gim.applied import AppliedReport
 from gim.files import check_writable, write_atomically
 from gim.rules import Rules
@@ -27,10 +25,6 @@ Order = Literal["abs", "positive", "negative"]
 ORDERS: tuple[Order, ...] = ("abs", "positive", "negative")
 
 __all__ = ["Attribution", "Order", "RankedToken", "Span", "check_writable", "write_atomically"]
-
-#: Name and version of the JSON form. The version grows when a reader of the one before could not read it.
-SCHEMA = "gim-kernels/attribution"
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -371,80 +365,29 @@ class Attribution:
         Raises:
             OSError: the file cannot be written.
         """
-        fields = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "model": self.model,
-            "target": self.target.to_dict(),
-            "rules": self.rules.to_dict(),
-            "rules_name": self.rules.name,
-            "engine": self.engine,
-            "baseline": list(self.baseline),
-            "memory": self.memory,
-            "versions": dict(self.versions),
-            "text": self.text,
-            "tokens": list(self.tokens),
-            "token_ids": list(self.token_ids),
-            "offsets": [list(offset) for offset in self.offsets],
-            "special": list(self.special),
-            "scores": self.scores.tolist(),
-            "report": self.report.to_dict(),
-        }
-        # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
-        lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items())
-        document = "{\n" + ",\n".join(lines) + "\n}\n"
+        document = saved.to_document(self)
         if path is not None:
             write_atomically(path, document.encode("ascii"))
         return document
 
     @classmethod
-    def from_json(cls, source: str | os.PathLike[str]) -> Attribution:
+    def from_json(cls, source: str | os.PathLike[str], *, max_bytes: int = saved.MAX_BYTES) -> Attribution:
         """The inverse of :meth:`to_json`.
 
         Args:
-            source: a path, or the JSON text itself, which starts with a brace.
+            source: a path, or the JSON text itself: a string that starts with a brace or has several lines. A
+                byte-order mark may stand in front.
+            max_bytes: the longest file or text that is read; by default about three million tokens.
 
         Returns:
             The attribution.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: not JSON, not an attribution, or one of another schema version.
+            ValueError: too long, not JSON, not an attribution, or one of another schema version; a field that is
+                missing, or has another type or length than it must have.
         """
-        if isinstance(source, str) and source.lstrip().startswith("{"):
-            name, document = "the text", source
-        else:
-            name, document = str(source), Path(source).read_text(encoding="utf-8")
-        try:
-            fields = json.loads(document)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON: {error}") from error
-        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            raise ValueError(f"{name} is not an attribution: it has no field schema = {SCHEMA!r}")
-        if fields.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{name} has schema version {fields.get('schema_version')!r}; this version of gim-kernels "
-                f"reads version {SCHEMA_VERSION}"
-            )
-        try:
-            return cls(
-                text=fields["text"],
-                tokens=tuple(fields["tokens"]),
-                token_ids=tuple(fields["token_ids"]),
-                offsets=tuple((start, end) for start, end in fields["offsets"]),
-                scores=torch.tensor(fields["scores"], dtype=torch.float32),
-                special=tuple(fields["special"]),
-                target=Explained.from_dict(fields["target"]),
-                rules=Rules.from_dict(fields["rules"]),
-                engine=fields["engine"],
-                report=AppliedReport.from_dict(fields["report"]),
-                model=fields["model"],
-                baseline=tuple(fields["baseline"]),
-                versions=dict(fields["versions"]),
-                memory=fields["memory"],
-            )
-        except KeyError as error:
-            raise ValueError(f"{name} is not a complete attribution: field {error} is missing") from error
+        return cls(**saved.read(source, max_bytes))
 
     # -- to look
 

@@ -166,11 +166,12 @@ def explain(
             wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
 
-            with _progress(_token_count(tokenizer, text)) as progress:
+            asked = [{"role": "user", "content": text}] if chat else text
+            with _progress(_token_count(tokenizer, asked)) as progress:
                 attribution = gim.attribute(
                     loaded,
                     tokenizer,
-                    [{"role": "user", "content": text}] if chat else text,
+                    asked,
                     target=wanted,
                     baseline=baseline,
                     rules=chosen,
@@ -393,6 +394,8 @@ def _target(target: str | None, contrast: str | None, measure: Measure | None, t
     wanted: Target
     if contrast:
         wanted = targets.Contrast(target, contrast)
+        if head_of(model) != "class":
+            targets.contrast_ids(wanted, tokenizer, ("--target", "--contrast"))
     else:
         # The name of a class is no text of the tokenizer's.
         wanted = targets.Token(target) if head_of(model) == "class" else targets.parse(target, tokenizer)
@@ -414,6 +417,8 @@ def _load(
     import transformers
     from safetensors import SafetensorError
 
+    from gim.loading import check_weights
+
     _quieten()
     where = _device(device)
     try:
@@ -422,7 +427,9 @@ def _load(
             if with_tokenizer
             else None
         )
-        model, info = _auto_class(name, trust_remote_code).from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_weights(name, config)
+        model, info = _auto_class(config).from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -438,11 +445,10 @@ def _load(
     return model.to(where).eval(), tokenizer
 
 
-def _auto_class(name: str, trust_remote_code: bool) -> Any:
+def _auto_class(config: Any) -> Any:
     """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
         if saved_as.endswith(ending):
@@ -461,9 +467,11 @@ def _quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _token_count(tokenizer: Any, text: str) -> int:
+def _token_count(tokenizer: Any, prompt: Any) -> int:
     """How many tokens a prompt has."""
-    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    from gim.prompts import encode
+
+    return len(encode(prompt, tokenizer).ids)
 
 
 def _bytes(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gim import prompts
 from gim import targets as target_kinds
 from gim.attribution import Attribution
 from gim.context import resolve_rules
@@ -18,6 +19,7 @@ from gim.inputs import (
     check_length,
     check_positions,
     check_target,
+    check_targets,
     check_token_id,
     head_of,
     infer_baseline,
@@ -35,7 +37,7 @@ def explain(
     model: nn.Module,
     input_ids: torch.Tensor,
     *,
-    target_token_id: int | None = None,
+    target_token_id: int | Sequence[int] | torch.Tensor | None = None,
     target_position: int = -1,
     baseline_token_id: int | None = None,
     tokenizer: Any = None,
@@ -60,8 +62,8 @@ def explain(
     Args:
         model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         input_ids: ``[T]`` or ``[B, T]``, integers.
-        target_token_id: the token whose logit is explained, or the class of a classifier; None for each row's own
-            prediction.
+        target_token_id: the token whose logit is explained, or the class of a classifier; a list, tuple or tensor ``[B]``
+            of them, one for each row; None for each row's own prediction.
         target_position: the position whose output is explained. Negative ones count from each row's last token that
             is not padding; others are columns of ``input_ids``.
         baseline_token_id: the token that stands for "nothing"; None to infer one from ``tokenizer``.
@@ -82,7 +84,7 @@ def explain(
 
     Raises:
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
-        ValueError: an argument that does not fit; names it, what was wanted and what came.
+        ValueError, TypeError: an argument that does not fit; names it, what was wanted and what came.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
         OutOfMemoryError: no plan fits; says the estimate and the longest prompt that would fit.
 
@@ -112,12 +114,15 @@ def explain(
             raise ValueError("baseline_token_id or tokenizer must be given: attributions are relative to a baseline")
         baseline_token_id = infer_baseline(tokenizer)
     check_token_id(model, "baseline_token_id", baseline_token_id)
-    if target_token_id is not None:
-        check_target(model, "target_token_id", target_token_id)
+    wanted = (
+        [PREDICTION]
+        if target_token_id is None
+        else check_targets(model, "target_token_id", target_token_id, ids.shape[0])
+    )
     positions = resolve_position(target_position, mask, ids.shape[1])[:, None]
     scored = Terms(
         positions=positions,
-        token_ids=torch.full_like(positions, PREDICTION if target_token_id is None else target_token_id),
+        token_ids=torch.tensor(wanted, device=positions.device)[:, None],
         signs=torch.ones_like(positions),
         measure="logit",
     )
@@ -144,8 +149,10 @@ def attribute(
     Args:
         model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         tokenizer: its fast tokenizer (one that tells character offsets).
-        prompt: the text; it is never cut. Or a chat: messages with ``role`` and ``content``, to which the tokenizer's
-            chat template is applied, up to where the model's answer starts.
+        prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
+            chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which the
+            tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
+            model's own is continued.
         target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
             :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``. Of a classifier, a class by number or label.
         baseline: the token that stands for "nothing", as id or text; None as in :func:`explain`.
@@ -161,7 +168,8 @@ def attribute(
 
     Raises:
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
-        ValueError: an empty prompt, a token that is not one, an id out of range, a slow tokenizer.
+        ValueError: an empty prompt, a chat that is not all text or that the template refuses or changes, a token that
+            is not one, an id out of range, a slow tokenizer.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
         OutOfMemoryError: as in :func:`explain`.
 
@@ -175,24 +183,8 @@ def attribute(
         True
     """
     chosen = get_rules(rules)
-    chat = not isinstance(prompt, str)
-    if not isinstance(prompt, str):
-        prompt = _render_chat(prompt, tokenizer)
-    if not prompt:
-        raise ValueError("prompt must not be empty")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"tokenizer must be a fast one, which tells character offsets, got {type(tokenizer).__name__}: load it "
-            "with AutoTokenizer.from_pretrained(...), or use gim.explain with ids"
-        )
-    # A chat template writes the special tokens itself.
-    encoded = tokenizer(
-        prompt, return_offsets_mapping=True, truncation=False, verbose=False, add_special_tokens=not chat
-    )
-    token_ids = list(encoded["input_ids"])
-    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-    if not token_ids:
-        raise ValueError(f"prompt must have at least one token, got {prompt!r}, which has none")
+    encoded = prompts.encode(prompt, tokenizer)
+    text, token_ids, offsets = encoded.text, list(encoded.ids), list(encoded.offsets)
     head = head_of(model)
     wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
     baseline_id = (
@@ -200,20 +192,26 @@ def attribute(
     )
     check_token_id(model, "baseline", baseline_id)
 
-    text = prompt
     last = _position(model, tokenizer, token_ids, position)
     if isinstance(wanted, Continuation):
         if head != "next token" or last != len(token_ids) - 1:
-            raise ValueError(f"target must be one {head} at a position inside the prompt, got {wanted.tokens!r}")
+            ids, *_ = _continuation(model, wanted, tokenizer)
+            pieces = [tokenizer.decode([one]) for one in ids]
+            raise ValueError(
+                f"target must be one {head} at a position inside the prompt, got {wanted.tokens!r}, which is "
+                f"{len(ids)} tokens: {pieces}"
+            )
         targets, added, spans = _continuation(model, wanted, tokenizer)
         token_ids += targets[:-1]
         offsets += [(len(text) + start, len(text) + end) for start, end in spans]
         text += added
         signs, positions = [1] * len(targets), list(range(last, last + len(targets)))
     elif isinstance(wanted, Contrast):
-        first = _target_id(model, "target", wanted.token, tokenizer)
-        second = _target_id(model, "against", wanted.against, tokenizer)
-        targets, signs, positions = [first, second], [1, -1], [last, last]
+        sides = (wanted.token, wanted.against) if head == "class" else target_kinds.contrast_ids(wanted, tokenizer)
+        targets = [
+            _target_id(model, name, side, tokenizer) for name, side in zip(("target", "against"), sides, strict=True)
+        ]
+        signs, positions = [1, -1], [last, last]
     else:
         targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
 
@@ -263,19 +261,6 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
         found = target_kinds.token_id(token, tokenizer, argument)
     check_target(model, argument, found)
     return found
-
-
-def _render_chat(messages: Any, tokenizer: Any) -> str:
-    """A chat as the text that the model sees, up to where its answer starts."""
-    if (
-        not isinstance(messages, Sequence)
-        or not messages
-        or not all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in messages)
-    ):
-        raise TypeError(f"prompt must be text, or messages with role and content, got {messages!r:.200}")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("prompt is a chat, and the tokenizer has no chat template")
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _class_labels(model: nn.Module, classes: Sequence[int]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 from gim.parts.hidden_states import device_of
 from gim.parts.placement import refuse_unsupported_placement
 from gim.patches import transformer_lens
+from gim.targets import whole_number
 from gim_kernels.engines import key_range_of
 
 
@@ -60,6 +61,43 @@ def check_target(model: nn.Module, argument: str, target: int) -> None:
     classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
         raise ValueError(f"{argument} must be a class in 0..{classes - 1}, got {target!r}")
+
+
+def check_targets(model: nn.Module, argument: str, target: Any, rows: int) -> list[int]:
+    """One target for all rows, or one for each, as a list of 1 or ``rows`` ids that the model has logits for.
+
+    Args:
+        model: the model.
+        argument: what to call the target in a message.
+        target: an integer, or a list, tuple or tensor ``[B]`` of integers; a tensor without dimensions is one integer.
+        rows: how many rows there are.
+
+    Raises:
+        TypeError: something else than integers.
+        ValueError: another shape or length, or an id that the model has no logit for.
+    """
+    wanted = f"{argument} must be one id, or a list or tensor of {rows}, one for each row of input_ids"
+    if isinstance(target, torch.Tensor):
+        if target.dtype not in _INTEGERS:
+            raise TypeError(f"{argument} must hold integers, got a tensor of {target.dtype}")
+        if target.dim() > 1:
+            raise ValueError(f"{wanted}; got a tensor of shape {tuple(target.shape)}")
+        target = target.tolist()
+    if not isinstance(target, list | tuple):
+        target = whole_number(target)
+        check_target(model, argument, target)
+        return [target]
+    if len(target) != rows:
+        raise ValueError(f"{wanted}; got {len(target)} of them")
+    ids = [whole_number(one) for one in target]
+    for row, one in enumerate(ids):
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TypeError(f"{argument}[{row}] must be an integer, got {one!r:.80}")
+        check_target(model, f"{argument}[{row}]", one)
+    return ids
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def embeddings(model: nn.Module) -> nn.Module:

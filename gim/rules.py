@@ -26,6 +26,13 @@ PAPER_QKV = (0.25, 0.25, 0.5)
 PAPER_GATE_UP = (0.5, 0.5)
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
+
+
 @dataclass(frozen=True)
 class Rules:
     """One complete choice of backward rules; the forward never depends on it.
@@ -67,8 +74,8 @@ class Rules:
             if field.name == "freeze_norm":
                 if not isinstance(value, bool):
                     raise ValueError(f"freeze_norm must be True or False, got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value!r:.40}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,7 +70,11 @@ class Continuation:
         if len(self.tokens) == 0:
             raise ValueError("tokens of a Continuation must not be empty")
         if not isinstance(self.tokens, str):
-            object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
+            ids = tuple(whole_number(token) for token in self.tokens)
+            for one in ids:
+                if isinstance(one, bool) or not isinstance(one, int):
+                    raise TypeError(f"tokens of a Continuation must be text or token ids, got {one!r:.80} among them")
+            object.__setattr__(self, "tokens", ids)
 
 
 Target = Token | Contrast | Continuation
@@ -122,6 +127,7 @@ def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> 
         return target
     if target is None:
         return Token()
+    target = whole_number(target)
     if isinstance(target, bool):
         raise TypeError(f"target must be a token id, text, ids or a Target, got {target!r}")
     if isinstance(target, int):
@@ -129,24 +135,85 @@ def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> 
     if isinstance(target, str):
         ids = tokenizer.encode(target, add_special_tokens=False)
         return Token(ids[0]) if len(ids) == 1 else Continuation(target)
+    if isinstance(target, torch.Tensor) and target.dim() != 1:
+        raise ValueError(f"target must be one id or a list of ids, got a tensor of shape {tuple(target.shape)}")
     if isinstance(target, Sequence | torch.Tensor):
-        return Continuation([int(token) for token in target])
+        return Continuation(list(target))
     raise TypeError(f"target must be a token id, text, ids or a Target, got {type(target).__name__}")
+
+
+def whole_number(value: Any) -> Any:
+    """An integer of numpy's, or a tensor of integers without dimensions, as Python's; anything else as it is."""
+    is_one = isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype != torch.bool
+    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and not is_one):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def token_id(token: TokenLike, tokenizer: Any, argument: str) -> int:
     """The id of a token given as id or as text that is exactly one token.
 
     Raises:
+        TypeError: neither an id nor text.
         ValueError: the text is not one token; the message shows how the tokenizer cuts it.
     """
-    if isinstance(token, int):
-        return token
-    ids = tokenizer.encode(token, add_special_tokens=False)
+    ids = _cut(token, tokenizer, argument)
     if len(ids) != 1:
-        pieces = [tokenizer.decode([one]) for one in ids]
-        raise ValueError(
-            f"{argument} must be one token, but {token!r} is {len(ids)}: {pieces}. "
-            "Give one of them, a token id, or a Continuation."
-        )
-    return int(ids[0])
+        raise ValueError(f"{_several(argument, token, ids, tokenizer)}. Give one of them, or a token id.")
+    return ids[0]
+
+
+def contrast_ids(contrast: Contrast, tokenizer: Any, names: tuple[str, str] = ("target", "against")) -> tuple[Any, int]:
+    """The ids of a contrast's two sides; None for the model's own prediction.
+
+    Args:
+        contrast: what is given.
+        tokenizer: cuts its texts.
+        names: what to call the sides in a message.
+
+    Raises:
+        TypeError: a side that is neither an id nor text.
+        ValueError: a side that is not one token; the message shows how the tokenizer cuts it, and what to do.
+    """
+    sides = (contrast.token, contrast.against)
+    cut = [None if side is None else _cut(side, tokenizer, name) for side, name in zip(sides, names, strict=True)]
+    ours, others = cut
+    if others is None:
+        raise TypeError(f"{names[1]} must be a token id or text, got None")
+    if all(ids is None or len(ids) == 1 for ids in cut):
+        return (None if ours is None else ours[0]), others[0]
+    wrong = "; ".join(
+        _several(name, side, ids, tokenizer)
+        for name, side, ids in zip(names, sides, cut, strict=True)
+        if ids is not None and len(ids) != 1
+    )
+    advice = "or explain each text by itself, as the target, which may have several tokens."
+    if ours is None:
+        first = f"give the first of them, {tokenizer.decode(others[:1])!r}, " if others else ""
+    else:
+        shared = next((n for n, (a, b) in enumerate(zip(ours, others, strict=False)) if a != b), None)
+        first = ""
+        if shared is not None:
+            first = f"give those in which the two first differ, {tokenizer.decode(ours[shared : shared + 1])!r} and "
+            first += f"{tokenizer.decode(others[shared : shared + 1])!r}, "
+            if shared:
+                first += f"with {tokenizer.decode(ours[:shared])!r} at the end of the prompt, "
+    raise ValueError(f"{wrong}. A contrast is of two tokens that may come next: {first}{advice}")
+
+
+def _cut(token: Any, tokenizer: Any, argument: str) -> list[Any]:
+    """A token given as id or text as the ids it is."""
+    token = whole_number(token)
+    if isinstance(token, int):
+        return [token]
+    if not isinstance(token, str):
+        raise TypeError(f"{argument} must be a token id, or text that is one token, got {token!r:.80}")
+    return [int(one) for one in tokenizer.encode(token, add_special_tokens=False)]
+
+
+def _several(argument: str, token: Any, ids: Sequence[int], tokenizer: Any) -> str:
+    pieces = [tokenizer.decode([one]) for one in ids]
+    return f"{argument} must be one token, but {token!r} is {len(ids)}: {pieces}"

@@ -1,0 +1,228 @@
+"""The JSON form of an attribution: what is written, and what a document must hold before anything is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gim.applied import PARTS, Application, AppliedReport
+from gim.files import parse_json, read_json
+from gim.rules import Rules
+from gim.targets import MEASURES, Explained
+
+if TYPE_CHECKING:
+    from gim.attribution import Attribution
+
+#: Name and version of the JSON form. The version grows when a reader of the one before could not read it.
+SCHEMA = "gim-kernels/attribution"
+SCHEMA_VERSION = 1
+
+#: Bytes that are read, at most: about three million tokens, which Python holds in ten times that.
+MAX_BYTES = 256 * 2**20
+
+#: Says what is wrong with a value, in words that follow its name; None for nothing.
+Check = Callable[[Any], str | None]
+
+
+def to_document(attribution: Attribution) -> str:
+    """The JSON text of an attribution, of ASCII characters."""
+    fields = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "model": attribution.model,
+        "target": attribution.target.to_dict(),
+        "rules": attribution.rules.to_dict(),
+        "rules_name": attribution.rules.name,
+        "engine": attribution.engine,
+        "baseline": list(attribution.baseline),
+        "memory": attribution.memory,
+        "versions": dict(attribution.versions),
+        "text": attribution.text,
+        "tokens": list(attribution.tokens),
+        "token_ids": list(attribution.token_ids),
+        "offsets": [list(offset) for offset in attribution.offsets],
+        "special": list(attribution.special),
+        "scores": attribution.scores.tolist(),
+        "report": attribution.report.to_dict(),
+    }
+    # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
+    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
+    """The arguments of an :class:`gim.Attribution` from its JSON text, or from a file with it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: anything else; says what of the document is wrong.
+    """
+    if isinstance(source, str) and _is_document(source):
+        name = "the text"
+        if len(source) > max_bytes:
+            raise ValueError(f"{name} is longer than {max_bytes:,} bytes")
+        fields = parse_json(name, source)
+    else:
+        name = str(source)
+        fields = read_json(source, max_bytes)
+    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+        raise ValueError(f"{name} is not an attribution: it has no field schema = {SCHEMA!r}")
+    if fields.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{name} has schema version {fields.get('schema_version')!r:.40}; this version of gim-kernels "
+            f"reads version {SCHEMA_VERSION}"
+        )
+    missing = [field for field in _FIELDS if field not in fields]
+    if missing:
+        raise ValueError(f"{name} is not a complete attribution: field {missing[0]!r} is missing")
+    for field, check in _FIELDS.items():
+        wrong = check(fields[field])
+        if wrong is not None:
+            raise ValueError(f"{name} is not an attribution: field {field!r} {wrong}")
+    try:
+        return {
+            **{field: fields[field] for field in ("text", "engine", "model", "memory")},
+            **{field: tuple(fields[field]) for field in ("tokens", "token_ids", "special", "baseline")},
+            "offsets": tuple((start, end) for start, end in fields["offsets"]),
+            "scores": torch.tensor([float(score) for score in fields["scores"]], dtype=torch.float32),
+            "target": Explained.from_dict(fields["target"]),
+            "rules": Rules.from_dict(fields["rules"]),
+            "report": AppliedReport.from_dict(fields["report"]),
+            "versions": dict(fields["versions"]),
+        }
+    except KeyError as error:
+        raise ValueError(f"{name} is not a complete attribution: field {error} of its report is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is not an attribution: {error}") from error
+
+
+def _is_document(source: str) -> bool:
+    """Whether a string is a JSON text rather than a path: it starts with a brace, or has several lines."""
+    return source.removeprefix("\ufeff").lstrip().startswith("{") or "\n" in source.rstrip("\n") or "\0" in source
+
+
+# ------------------------------------------------------------------------------------------------------- the fields
+
+
+def _is(kind: type, words: str) -> Check:
+    """A value of one type; True and False are no numbers."""
+    return lambda value: None if type(value) is kind else f"must be {words}, got {value!r:.40}"
+
+
+def _one_of(values: tuple[str, ...]) -> Check:
+    return lambda value: None if value in values else f"must be one of {values}, got {value!r:.40}"
+
+
+def _count(value: Any) -> str | None:
+    """A whole number that any reader of JSON can hold."""
+    return None if type(value) is int and 0 <= value < 2**63 else f"must be a whole number >= 0, got {value!r:.40}"
+
+
+def _number(value: Any) -> str | None:
+    """A finite number; a whole one too, as other writers of JSON write 2.0."""
+    if type(value) in (int, float):
+        try:
+            if math.isfinite(value):
+                return None
+        except OverflowError:  # a whole number beyond the largest float
+            pass
+    return f"must be a finite number, got {value!r:.40}"
+
+
+def _list_of(check: Check) -> Check:
+    def wrong(value: Any) -> str | None:
+        if type(value) is not list:
+            return f"must be a list, got {value!r:.40}"
+        for index, one in enumerate(value):
+            found = check(one)
+            if found is not None:
+                return f"entry {index} {found}"
+        return None
+
+    return wrong
+
+
+def _pair_of(first: Check, second: Check) -> Check:
+    def wrong(value: Any) -> str | None:
+        if type(value) is not list or len(value) != 2:
+            return f"must be a list of two, got {value!r:.40}"
+        return first(value[0]) or second(value[1])
+
+    return wrong
+
+
+def _fields_of(kind: type) -> Check:
+    """An object with the fields of a dataclass, each of the type that is declared there; defaults may be left out."""
+    declared = dataclasses.fields(kind)
+    checks = {field.name: _BY_TYPE[str(field.type)] for field in declared}
+    needed = {
+        field.name
+        for field in declared
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+
+    def wrong(value: Any) -> str | None:
+        if type(value) is not dict:
+            return f"must be an object, got {value!r:.40}"
+        if not needed <= set(value) <= set(checks):
+            return f"must have the fields {', '.join(checks)}, got {', '.join(value)!r:.200}"
+        for name, one in value.items():
+            found = checks[name](one)
+            if found is not None:
+                return f"{name} {found}"
+        return None
+
+    return wrong
+
+
+def _texts_by_name(value: Any) -> str | None:
+    if type(value) is not dict or not all(type(one) is str for one in value.values()):
+        return f"must be an object of texts, got {value!r:.40}"
+    return None
+
+
+def _target(value: Any) -> str | None:
+    wrong = _fields_of(Explained)(value)
+    if wrong is None and not len(value["token_ids"]) == len(value["tokens"]) == len(value["positions"]):
+        return "must have as many token_ids as tokens and positions"
+    return wrong
+
+
+_text = _is(str, "text")
+
+#: What a declared type means in JSON. A field of a type that is not here fails when this is imported.
+_BY_TYPE: dict[str, Check] = {
+    "str": _text,
+    "int": _count,
+    "float": _number,
+    "Part": _one_of(PARTS),
+    "Measure": _one_of(MEASURES),
+    "list[str]": _list_of(_text),
+    "tuple[str, ...]": _list_of(_text),
+    "tuple[int, ...]": _list_of(_count),
+    "list[tuple[str, str]]": _list_of(_pair_of(_text, _text)),
+}
+_BY_TYPE["list[Application]"] = _list_of(_fields_of(Application))
+
+_FIELDS: dict[str, Check] = {
+    "text": _text,
+    "tokens": _list_of(_text),
+    "token_ids": _list_of(_count),
+    "offsets": _list_of(_pair_of(_count, _count)),
+    "scores": _list_of(_number),
+    "special": _list_of(_is(bool, "true or false")),
+    "target": _target,
+    "rules": _is(dict, "an object"),  # whose fields Rules checks by itself
+    "engine": _text,
+    "report": _fields_of(AppliedReport),
+    "model": _text,
+    "baseline": _pair_of(_count, _text),
+    "versions": _texts_by_name,
+    "memory": _text,
+}
