@@ -43,7 +43,8 @@ def _attention(
     engine: Engine,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = Options(scale, causal, window, softcap)
-    return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
+    with engines.as_given(query):
+        return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
 
 
 @_attention.register_fake
@@ -79,21 +80,22 @@ def _attention_backward(
     lse: torch.Tensor,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = engines.module(engine, blockwise).attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        sinks,
-        key_range,
-        out,
-        lse,
-        Options(scale, causal, window, softcap),
-        softmax_backward=softmax_backward,
-        temperature=temperature,
-        grad_scale=tuple(grad_scale),
-        needs=tuple(needs),
-    )
+    with engines.as_given(query):
+        grads = engines.module(engine, blockwise).attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            sinks,
+            key_range,
+            out,
+            lse,
+            Options(scale, causal, window, softcap),
+            softmax_backward=softmax_backward,
+            temperature=temperature,
+            grad_scale=tuple(grad_scale),
+            needs=tuple(needs),
+        )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     first, second, third, fourth = (query.new_empty(0) if grad is None else grad for grad in grads)
     return first, second, third, fourth
@@ -236,7 +238,8 @@ def attention(
         exact         the same with T = 1: the ordinary gradient
         constant      dS' = 0: softmax outputs are constants, only dV = P^T dO remains
 
-    The forward does not depend on the rule, bit for bit. Rows that see no key give 0.
+    The forward does not depend on the rule, bit for bit. Rows that see no key give 0. Under ``torch.autocast`` query,
+    key and value are cast as torch casts them for its own attention.
 
     Args:
         query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
@@ -259,7 +262,7 @@ def attention(
     Raises:
         TypeError: a tensor of another dtype; the message names it.
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
-            wanted and what came.
+            wanted and what came. Scale and temperature must be finite in the type of the scores.
         RuntimeError: the engine cannot run here, or it is asked for a derivative in forward mode or by
             ``torch.func.grad``, which only ``"reference"`` has.
 
@@ -268,6 +271,7 @@ def attention(
 
     Source: Edin et al. 2025, arXiv 2505.17630 (the rules); Dao 2023, arXiv 2307.08691 (the forward).
     """
+    query, key, value = engines.autocast(query, key, value)
     _check_tensors(query, key, value)
     _check_options(query, scale, window, softcap, sinks, key_range, softmax_backward, temperature, grad_scale)
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
