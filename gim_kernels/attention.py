@@ -16,6 +16,9 @@ from gim_kernels import blockwise, engines, reference
 from gim_kernels.engines import Engine, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
+#: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest, 1 / T
+#: is none.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-5, 1e30
 SOFTMAX_BACKWARDS: tuple[SoftmaxBackward, ...] = ("exact", "temperature", "constant")
 
 _LIBRARY_ARGUMENTS = (
@@ -184,14 +187,19 @@ def _check_options(
     temperature: float,
     grad_scale: Sequence[float],
 ) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale!r}")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if scale is not None and not abs(scale) <= torch.finfo(wide).max:
+        raise ValueError(f"scale must be finite in {wide}, the type of the scores, got {scale!r}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
     _positive("softcap", softcap)
     if softmax_backward not in SOFTMAX_BACKWARDS:
         raise ValueError(f"softmax_backward must be one of {SOFTMAX_BACKWARDS}, got {softmax_backward!r}")
     _positive("temperature", temperature)
+    if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}, got {temperature!r}"
+        )
     if len(grad_scale) != 3 or not all(math.isfinite(factor) for factor in grad_scale):
         raise ValueError(f"grad_scale must be three finite factors for q, k and v, got {grad_scale!r}")
     if sinks is not None:
@@ -245,14 +253,14 @@ def attention(
         query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
         key: ``[B, HK, S, D]``, HQ a multiple of HK; query head h reads key head ``h // (HQ / HK)``.
         value: ``[B, HK, S, D]``.
-        scale: factor on the scores; None is ``1 / sqrt(D)``.
+        scale: factor on the scores, of any sign or 0; None is ``1 / sqrt(D)``.
         causal: query i sees keys up to ``i + S - T`` (aligned bottom-right).
         window: in keys; query i sees keys ``j > i + S - T - window`` only.
         softcap: bound of the scores, > 0, in units of the scores.
         sinks: ``[HQ]``, a score per head that takes probability and has no value.
         key_range: ``[B, 2]`` int32, the first and one past the last key that exist in each row.
         softmax_backward: the rule of the backward.
-        temperature: T of the rule ``"temperature"``, > 0.
+        temperature: T of the rule ``"temperature"``, from 1e-5 to 1e30.
         grad_scale: factors of the gradients of query, key and value.
         engine: ``"triton"``, ``"blockwise"``, ``"reference"``, or ``"auto"``: Triton on a GPU, blockwise elsewhere.
 
@@ -262,7 +270,7 @@ def attention(
     Raises:
         TypeError: a tensor of another dtype; the message names it.
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
-            wanted and what came. Scale and temperature must be finite in the type of the scores.
+            wanted and what came.
         RuntimeError: the engine cannot run here, or it is asked for a derivative in forward mode or by
             ``torch.func.grad``, which only ``"reference"`` has.
 

@@ -156,9 +156,16 @@ def _walkable(x: torch.Tensor) -> bool:
     """Whether torch's own kernel can walk ``x`` ``[B, H, T, D]``.
 
     It steps by 1 within a row, whatever the stride says: ``scaled_dot_product_attention`` takes it only where the last
-    dimension's is 1. Rows are handed to BLAS, whose rows must not overlap.
+    dimension's is 1. Beyond that, BLAS wants rows that do not overlap, and the kernel lays its output out like the query,
+    which gives unit steps in a row only where all other dimensions step over a row, or not at all.
     """
-    return x.stride(-1) == 1 and (x.stride(-2) >= x.shape[-1] or x.shape[-2] == 1)
+    width = x.shape[-1]
+    *outer, row, column = x.stride()
+    return (
+        column == 1
+        and (row >= width or x.shape[-2] == 1)
+        and all(step >= width or step == 0 or count == 1 for step, count in zip(outer, x.shape, strict=False))
+    )
 
 
 def _for_torch(x: torch.Tensor) -> torch.Tensor:
@@ -359,6 +366,22 @@ def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torc
     return into.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap)
 
 
+def _scores_and_slope(
+    query: torch.Tensor, key: torch.Tensor, options: Options, buffers: _Buffers, into: torch.Tensor
+) -> torch.Tensor | None:
+    """The scores, written into ``into``, and under a softcap their slope ``1 - (S / c)^2``; else None.
+
+    The slope comes from the tanh: where that is nearly 1, the rounding of ``c tanh`` would be most of the difference.
+    """
+    if options.softcap is None:
+        _scores(query, key, options, into)
+        return None
+    slope = torch.bmm(query, key.mT, out=buffers.get("slope", *into.shape))
+    slope.mul_(options.scale / options.softcap).tanh_()
+    torch.mul(slope, options.softcap, out=into)
+    return slope.square_().neg_().add_(1.0)
+
+
 def _exponentials(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -368,15 +391,13 @@ def _exponentials(
     buffers: _Buffers,
     shape: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope ``1 - (S / c)^2`` of the scores; else None."""
+    """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope of the scores; else None."""
+    e = buffers.get("e", *shape)
     if options.softcap is None:
-        e = buffers.get("e", *shape)
         torch.baddbmm(lse, query, key.mT, beta=-inverse, alpha=options.scale * inverse, out=e)
         return e.exp_(), None
-    capped = _scores(query, key, options, buffers.get("slope", *shape))
-    e = torch.sub(capped, lse, out=buffers.get("e", *shape)).mul_(inverse).exp_()
-    # The slope takes the place of the scores, which nobody needs any more.
-    return e, capped.div_(options.softcap).square_().neg_().add_(1.0)
+    slope = _scores_and_slope(query, key, options, buffers, e)
+    return e.sub_(lse).mul_(inverse).exp_(), slope
 
 
 def _weights(
@@ -418,10 +439,8 @@ def _weights(
         p = torch.mul(e, e, out=buffers.get("p or dp", *shape))
         return _Weights(e, z, share, slope, p, _row_sum(p, None if share is None else share.square()))
 
-    scores = _scores(query, key, options, buffers.get("p or dp", *shape))
-    slope = None
-    if options.softcap is not None:
-        slope = torch.div(scores, options.softcap, out=buffers.get("slope", *shape)).square_().neg_().add_(1.0)
+    scores = buffers.get("p or dp", *shape)
+    slope = _scores_and_slope(query, key, options, buffers, scores)
     if block.partial:
         _hide(scores.view(cube), block, options)
     top = scores.amax(-1, keepdim=True)  # [HEADS, ROWS, 1]
