@@ -277,6 +277,7 @@ def attention_forward(
                 normaliser = total.masked_fill(empty, 1.0)
                 out[row, head, rows] = (weighted.view(count * group, length, size) / normaliser).to(out.dtype)
                 lse[row, head, rows] = (top + total.log()).masked_fill(empty, math.inf)[..., 0]
+            del k, v  # copies, which would be alive beside the next heads'
     return out, lse
 
 
@@ -579,6 +580,7 @@ def attention_backward(
                     sums.mul_(factor)
                     if not _sums_in_place(grads, wide):
                         grads[row, kv_head] = sums.to(grads.dtype)
+            del k, v, sum_key, sum_value, sums  # copies, which would be alive beside the next heads'
     if grad_sinks is not None and sinks is not None:
         return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
     return grad_query, grad_key, grad_value, None

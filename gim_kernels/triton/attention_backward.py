@@ -39,14 +39,17 @@ from gim_kernels.triton.primitives import (
 Rule = Literal["constant", "exact", "square", "warm", "sharp"]
 
 
-def rule_of(softmax_backward: str, temperature: float, dtype: torch.dtype) -> tuple[Rule, float]:
-    """The kernels' rule and temperature for the public arguments."""
+def rule_of(
+    softmax_backward: str, temperature: float, dtype: torch.dtype, grad_sinks: bool = False
+) -> tuple[Rule, float]:
+    """The kernels' rule and temperature for the public arguments; ``grad_sinks``: whether that gradient is wanted."""
     if softmax_backward == "constant":
         return "constant", 1.0
     if softmax_backward == "exact" or temperature == 1.0:
         # rowsum(dO * O) is delta up to the rounding of O. In two bytes that is below the rounding of everything else;
-        # float32 takes the sum over the keys, as for any other temperature.
-        return ("warm" if dtype == torch.float32 else "exact"), 1.0
+        # float32 takes the sum over the keys, as for any other temperature; so does the gradient of the sinks, a sum of
+        # nothing but deltas, whose rounding would be all that is left where they cancel.
+        return ("warm" if dtype == torch.float32 or grad_sinks else "exact"), 1.0
     if temperature == 2.0:
         return "square", 2.0
     return ("warm" if temperature > 1.0 else "sharp"), temperature
@@ -724,9 +727,9 @@ def attention_backward(
     check_attention(query, key, value)
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
-    rule, temperature = rule_of(softmax_backward, temperature, query.dtype)
     need_query, need_key, need_value, need_sinks = needs
     need_sinks = need_sinks and sinks is not None
+    rule, temperature = rule_of(softmax_backward, temperature, query.dtype, need_sinks)
     grad_query = torch.empty_like(query) if need_query else None
     grad_key = torch.empty_like(key) if need_key else None
     grad_value = torch.empty_like(value) if need_value else None
