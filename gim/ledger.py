@@ -101,20 +101,21 @@ class Ledger(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Floating-point operations of a matrix product or of attention, and what attention holds as it runs."""
         if func is _OPS.attention.default:
-            query, key, _, sinks, _, scale, causal, window, softcap = args[:9]
+            query, key, value, sinks, _, scale, causal, window, softcap = args[:9]
             options = Options(scale, causal, window, softcap)
             self.flops[self.where] += 2 * _product(query, key, causal, window)
             if self.engine == "blockwise":
                 plain = blockwise.runs_torchs_kernel(query, key, options, sinks is None)
-                self._grow(0, blockwise.forward_workspace(query, key, options, plain))
+                self._grow(0, blockwise.forward_workspace(query, key, value, options, plain))
         elif func is _OPS.attention_backward.default:
-            query, key, _, _, _, scale, causal, window, softcap, softmax_backward, temperature = args[1:12]
+            query, key, value, _, _, scale, causal, window, softcap, softmax_backward, temperature = args[1:12]
             self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
                 query, key, causal, window
             )
             if self.engine == "blockwise":
                 options = Options(scale, causal, window, softcap)
-                self._grow(0, blockwise.backward_workspace(query, key, options, softmax_backward, temperature))
+                rule = (softmax_backward, temperature)
+                self._grow(0, blockwise.backward_workspace(query, key, value, options, *rule))
             else:
                 # Two or three numbers for each row, handed from one kernel to the next.
                 self._grow(0, 3 * 4 * query.shape[:3].numel())

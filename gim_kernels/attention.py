@@ -16,6 +16,9 @@ from gim_kernels import blockwise, engines, reference
 from gim_kernels.engines import Engine, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
+#: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest, 1 / T
+#: is none.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-5, 1e30
 SOFTMAX_BACKWARDS: tuple[SoftmaxBackward, ...] = ("exact", "temperature", "constant")
 
 _LIBRARY_ARGUMENTS = (
@@ -43,7 +46,8 @@ def _attention(
     engine: Engine,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = Options(scale, causal, window, softcap)
-    return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
+    with engines.as_given(query):
+        return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
 
 
 @_attention.register_fake
@@ -79,21 +83,22 @@ def _attention_backward(
     lse: torch.Tensor,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = engines.module(engine, blockwise).attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        sinks,
-        key_range,
-        out,
-        lse,
-        Options(scale, causal, window, softcap),
-        softmax_backward=softmax_backward,
-        temperature=temperature,
-        grad_scale=tuple(grad_scale),
-        needs=tuple(needs),
-    )
+    with engines.as_given(query):
+        grads = engines.module(engine, blockwise).attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            sinks,
+            key_range,
+            out,
+            lse,
+            Options(scale, causal, window, softcap),
+            softmax_backward=softmax_backward,
+            temperature=temperature,
+            grad_scale=tuple(grad_scale),
+            needs=tuple(needs),
+        )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     first, second, third, fourth = (query.new_empty(0) if grad is None else grad for grad in grads)
     return first, second, third, fourth
@@ -182,14 +187,19 @@ def _check_options(
     temperature: float,
     grad_scale: Sequence[float],
 ) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale!r}")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if scale is not None and not abs(scale) <= torch.finfo(wide).max:
+        raise ValueError(f"scale must be finite in {wide}, the type of the scores, got {scale!r}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
     _positive("softcap", softcap)
     if softmax_backward not in SOFTMAX_BACKWARDS:
         raise ValueError(f"softmax_backward must be one of {SOFTMAX_BACKWARDS}, got {softmax_backward!r}")
     _positive("temperature", temperature)
+    if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}, got {temperature!r}"
+        )
     if len(grad_scale) != 3 or not all(math.isfinite(factor) for factor in grad_scale):
         raise ValueError(f"grad_scale must be three finite factors for q, k and v, got {grad_scale!r}")
     if sinks is not None:
@@ -236,20 +246,21 @@ def attention(
         exact         the same with T = 1: the ordinary gradient
         constant      dS' = 0: softmax outputs are constants, only dV = P^T dO remains
 
-    The forward does not depend on the rule, bit for bit. Rows that see no key give 0.
+    The forward does not depend on the rule, bit for bit. Rows that see no key give 0. Under ``torch.autocast`` query,
+    key and value are cast as torch casts them for its own attention.
 
     Args:
         query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
         key: ``[B, HK, S, D]``, HQ a multiple of HK; query head h reads key head ``h // (HQ / HK)``.
         value: ``[B, HK, S, D]``.
-        scale: factor on the scores; None is ``1 / sqrt(D)``.
+        scale: factor on the scores, of any sign or 0; None is ``1 / sqrt(D)``.
         causal: query i sees keys up to ``i + S - T`` (aligned bottom-right).
         window: in keys; query i sees keys ``j > i + S - T - window`` only.
         softcap: bound of the scores, > 0, in units of the scores.
         sinks: ``[HQ]``, a score per head that takes probability and has no value.
         key_range: ``[B, 2]`` int32, the first and one past the last key that exist in each row.
         softmax_backward: the rule of the backward.
-        temperature: T of the rule ``"temperature"``, > 0.
+        temperature: T of the rule ``"temperature"``, from 1e-5 to 1e30.
         grad_scale: factors of the gradients of query, key and value.
         engine: ``"triton"``, ``"blockwise"``, ``"reference"``, or ``"auto"``: Triton on a GPU, blockwise elsewhere.
 
@@ -268,6 +279,7 @@ def attention(
 
     Source: Edin et al. 2025, arXiv 2505.17630 (the rules); Dao 2023, arXiv 2307.08691 (the forward).
     """
+    query, key, value = engines.autocast(query, key, value)
     _check_tensors(query, key, value)
     _check_options(query, scale, window, softcap, sinks, key_range, softmax_backward, temperature, grad_scale)
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))

@@ -136,6 +136,43 @@ def _ranges(key_range: torch.Tensor | None, batch: int, keys: int) -> list[tuple
     return [(max(0, int(first)), min(keys, int(end))) for first, end in key_range.tolist()]
 
 
+def _is_matrix(x: torch.Tensor) -> bool:
+    """Whether the last two dimensions of ``x`` ``[.., N, D]`` lie in memory as BLAS takes them, by rows or by columns.
+
+    What does not, it would copy at every product.
+    """
+    (rows, columns), (row, column) = x.shape[-2:], x.stride()[-2:]
+    return (column == 1 and (row >= columns or rows == 1)) or (row == 1 and (column >= rows or columns == 1))
+
+
+def _matrix(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """``x`` in wide numbers and as :func:`_is_matrix` wants it: itself where it is so already, else one copy."""
+    if _is_matrix(x):
+        return x.to(wide)
+    return x.to(wide, memory_format=torch.contiguous_format).contiguous()
+
+
+def _walkable(x: torch.Tensor) -> bool:
+    """Whether torch's own kernel can walk ``x`` ``[B, H, T, D]``.
+
+    It steps by 1 within a row, whatever the stride says: ``scaled_dot_product_attention`` takes it only where the last
+    dimension's is 1. Beyond that, BLAS wants rows that do not overlap, and the kernel lays its output out like the query,
+    which gives unit steps in a row only where all other dimensions step over a row, or not at all.
+    """
+    width = x.shape[-1]
+    *outer, row, column = x.stride()
+    return (
+        column == 1
+        and (row >= width or x.shape[-2] == 1)
+        and all(step >= width or step == 0 or count == 1 for step, count in zip(outer, x.shape, strict=False))
+    )
+
+
+def _for_torch(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself where torch's own kernel can walk it, a contiguous copy elsewhere."""
+    return x if _walkable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 class _Buffers:
     """Score buffers reused by every block, so that a pass allocates each once."""
 
@@ -188,6 +225,8 @@ def attention_forward(
     lse = torch.empty(batch, heads, queries, dtype=wide, device=query.device)
     plain = query.device.type == "cpu" and runs_torchs_kernel(query, key, options, sinks is None)
     causal = options.causal and queries > 1
+    if plain:
+        query, key, value = _for_torch(query), _for_torch(key), _for_torch(value)
     if plain and key_range is None and keys > 0:
         return _fused_forward(query, key, value, options, causal)
     for row, (first, end) in enumerate(_ranges(key_range, batch, keys)):
@@ -210,7 +249,7 @@ def attention_forward(
             kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
             count = kv_head.stop - kv_head.start
             head = slice(kv_head.start * group, kv_head.stop * group)
-            k, v = key[row, kv_head].to(wide), value[row, kv_head].to(wide)  # [HEADS, S, D]
+            k, v = _matrix(key[row, kv_head], wide), _matrix(value[row, kv_head], wide)  # [HEADS, S, D]
             sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
             for block in blocks(queries, keys, options, first, end, tile.queries):
                 rows = slice(block.start, block.stop)
@@ -219,7 +258,7 @@ def attention_forward(
                     out[row, head, rows] = 0
                     lse[row, head, rows] = math.inf if sink is None else sink[..., 0]
                     continue
-                q = query[row, head, rows].to(wide).reshape(count, group * length, size)
+                q = _matrix(query[row, head, rows].reshape(count, group * length, size), wide)
                 seen = slice(block.first, block.end)
                 scores = _scores(q, k[:, seen], options, buffers.get("s", count, group * length, block.keys))
                 scores = scores.view(count * group, length, block.keys)
@@ -238,32 +277,42 @@ def attention_forward(
                 normaliser = total.masked_fill(empty, 1.0)
                 out[row, head, rows] = (weighted.view(count * group, length, size) / normaliser).to(out.dtype)
                 lse[row, head, rows] = (top + total.log()).masked_fill(empty, math.inf)[..., 0]
+            del k, v  # copies, which would be alive beside the next heads'
     return out, lse
 
 
-def forward_workspace(query: torch.Tensor, key: torch.Tensor, options: Options, plain: bool) -> int:
+def forward_workspace(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, plain: bool
+) -> int:
     """Bytes that :func:`attention_forward` holds besides its arguments and results, at most.
 
     Args:
-        query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
+        query: ``[B, HQ, T, D]``; only its shape, strides and dtype count, as of ``key`` and ``value`` ``[B, HK, S, D]``.
         options: scale and mask.
-        plain: whether torch's own kernel runs, which holds a few tiles for each thread and nothing that grows.
+        plain: whether torch's own kernel runs, which holds a few tiles for each thread and nothing that grows, besides
+            copies of what it cannot walk.
     """
     if plain:
-        return 0
+        return sum(x.numel() * x.itemsize for x in (query, key, value) if not _walkable(x))
     (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
     tile = tile_of(queries, keys, kv_heads, heads // kv_heads, options)
-    copies = 2 * keys if query.dtype != wide else 0
+    copies = sum(keys for x in (key, value) if x.dtype != wide or not _is_matrix(x))
     return tile.heads * (tile.rows * tile.keys + (copies + 3 * tile.rows) * size) * wide.itemsize
 
 
 def backward_workspace(
-    query: torch.Tensor, key: torch.Tensor, options: Options, softmax_backward: str, temperature: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Options,
+    softmax_backward: str,
+    temperature: float,
 ) -> int:
     """Bytes that :func:`attention_backward` holds besides its arguments and results, at most.
 
     Args:
-        query: ``[B, HQ, T, D]``; only its shape and dtype count, as of ``key`` ``[B, HK, S, D]``.
+        query: ``[B, HQ, T, D]``; only its shape and dtype count, and the strides as well of ``key`` and ``value``
+            ``[B, HK, S, D]``.
         options, softmax_backward, temperature: as in the backward.
     """
     (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
@@ -272,7 +321,9 @@ def backward_workspace(
     second = through_scores or (softmax_backward == "temperature" and temperature != 1.0)
     buffers = 1 + second + (options.softcap is not None)
     # Copies of the heads' keys and values, and the sums of their gradients.
-    copies = (2 + 1 + through_scores) * keys if query.dtype != wide else 0
+    copies = sum(keys for x in (key, value) if x.dtype != wide or not _is_matrix(x))
+    for x in (key, value) if through_scores else (value,):
+        copies += 0 if _sums_in_place(torch.empty_like(x, device="meta"), wide) else keys
     return tile.heads * (buffers * tile.rows * tile.keys + (copies + 4 * tile.rows) * size) * wide.itemsize
 
 
@@ -284,9 +335,28 @@ def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options,
         and options.window is None
         and options.softcap is None
         and queries > 0
+        # It hides keys by a score of -inf and multiplies by the scale, in the type of the scores, afterwards.
+        and options.scale >= torch.finfo(_wide(query.dtype)).tiny
         # torch's causal mask starts at the top left; the two agree on squares, and on one query without a mask.
         and (not options.causal or queries in (1, keys))
     )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Both softmaxes of a block, ``[HEADS, ROWS, KEYS]``, still without the division by their rows' sums.
+
+    ``e`` is the softmax at temperature T, ``z`` ``[HEADS, ROWS, 1]`` its sums and ``share`` the sink's part of them, None
+    without sinks; ``p`` is the softmax at T = 1, ``p_sum`` its sums; ``slope`` is the derivative of the softcap, None
+    without one. ``p`` lies in the buffer ``"p or dp"``, or is ``e``.
+    """
+
+    e: torch.Tensor
+    z: torch.Tensor
+    share: torch.Tensor | None
+    slope: torch.Tensor | None
+    p: torch.Tensor
+    p_sum: torch.Tensor
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torch.Tensor) -> torch.Tensor:
@@ -295,6 +365,22 @@ def _scores(query: torch.Tensor, key: torch.Tensor, options: Options, into: torc
     if options.softcap is None:
         return into.mul_(options.scale)
     return into.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap)
+
+
+def _scores_and_slope(
+    query: torch.Tensor, key: torch.Tensor, options: Options, buffers: _Buffers, into: torch.Tensor
+) -> torch.Tensor | None:
+    """The scores, written into ``into``, and under a softcap their slope ``1 - (S / c)^2``; else None.
+
+    The slope comes from the tanh: where that is nearly 1, the rounding of ``c tanh`` would be most of the difference.
+    """
+    if options.softcap is None:
+        _scores(query, key, options, into)
+        return None
+    slope = torch.bmm(query, key.mT, out=buffers.get("slope", *into.shape))
+    slope.mul_(options.scale / options.softcap).tanh_()
+    torch.mul(slope, options.softcap, out=into)
+    return slope.square_().neg_().add_(1.0)
 
 
 def _exponentials(
@@ -306,15 +392,67 @@ def _exponentials(
     buffers: _Buffers,
     shape: tuple[int, int, int],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope ``1 - (S / c)^2`` of the scores; else None."""
+    """``e = exp((S - lse) * inverse)`` and, under a softcap, the slope of the scores; else None."""
+    e = buffers.get("e", *shape)
     if options.softcap is None:
-        e = buffers.get("e", *shape)
         torch.baddbmm(lse, query, key.mT, beta=-inverse, alpha=options.scale * inverse, out=e)
         return e.exp_(), None
-    capped = _scores(query, key, options, buffers.get("slope", *shape))
-    e = torch.sub(capped, lse, out=buffers.get("e", *shape)).mul_(inverse).exp_()
-    # The slope takes the place of the scores, which nobody needs any more.
-    return e, capped.div_(options.softcap).square_().neg_().add_(1.0)
+    slope = _scores_and_slope(query, key, options, buffers, e)
+    return e.sub_(lse).mul_(inverse).exp_(), slope
+
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    sink: torch.Tensor | None,
+    temperature: float,
+    options: Options,
+    block: Block,
+    buffers: _Buffers,
+    value_path: bool,
+) -> _Weights:
+    """Both softmaxes of a block of queries ``[HEADS, ROWS, D]`` over the keys ``[HEADS, KEYS, D]`` that it sees.
+
+    With T = 1 and T = 2 one exponential serves both: ``P = e^T``. For any other T that would not do: below 1 ``e``
+    underflows where P does not, and for large T its rounding is multiplied by T. There P has an exponential of its own,
+    and the row's largest score takes the place of lse in ``e``, so that Z lies in ``1..KEYS``.
+
+    Args:
+        query, key: as above, in wide numbers.
+        lse, sink: ``[HEADS, ROWS, 1]``.
+        temperature: T.
+        options, block: scale and mask.
+        buffers: ``"e"``, ``"slope"`` and ``"p or dp"`` are written.
+        value_path: whether P is wanted.
+    """
+    inverse = 1.0 / temperature
+    shape = (query.shape[0], query.shape[1], key.shape[1])
+    cube = (-1, block.stop - block.start, block.keys)
+    if temperature in (1.0, 2.0):
+        e, slope = _exponentials(query, key, lse, inverse, options, buffers, shape)
+        if block.partial:
+            _erase_hidden(e.view(cube), block, options)
+        share = None if sink is None else (sink - lse).mul_(inverse).exp_()
+        z = _row_sum(e, share)
+        if temperature == 1.0 or not value_path:
+            return _Weights(e, z, share, slope, e, z)
+        p = torch.mul(e, e, out=buffers.get("p or dp", *shape))
+        return _Weights(e, z, share, slope, p, _row_sum(p, None if share is None else share.square()))
+
+    scores = buffers.get("p or dp", *shape)
+    slope = _scores_and_slope(query, key, options, buffers, scores)
+    if block.partial:
+        _hide(scores.view(cube), block, options)
+    top = scores.amax(-1, keepdim=True)  # [HEADS, ROWS, 1]
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    top.masked_fill_(top == -math.inf, 0.0)
+    e = torch.sub(scores, top, out=buffers.get("e", *shape)).mul_(inverse).exp_()
+    share = None if sink is None else (sink - top).mul_(inverse).exp_()
+    p = scores.sub_(lse).exp_()
+    p_sum = _row_sum(p, None if sink is None else (sink - lse).exp_()) if value_path else lse
+    return _Weights(e, _row_sum(e, share), share, slope, p, p_sum)
 
 
 def _row_sum(e: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
@@ -325,12 +463,19 @@ def _row_sum(e: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
     return total.masked_fill_(total == 0, 1.0)
 
 
+def _sums_in_place(grad: torch.Tensor, wide: torch.dtype) -> bool:
+    """Whether a gradient ``[B, HK, S, D]`` can be summed where it lies."""
+    return grad.dtype == wide and _is_matrix(grad)
+
+
 def _sums(grad: torch.Tensor | None, row: int, kv_head: slice, wide: torch.dtype) -> torch.Tensor | None:
-    """Where a gradient ``[B, HK, S, D]`` of zeros is summed for some heads: in place, or in wider numbers."""
+    """Where a gradient ``[B, HK, S, D]`` of zeros is summed for some heads: in place, or in a copy."""
     if grad is None:
         return None
     own = grad[row, kv_head]
-    return own if own.dtype == wide else torch.zeros_like(own, dtype=wide)
+    if _sums_in_place(grad, wide):
+        return own
+    return torch.zeros_like(own, dtype=wide, memory_format=torch.contiguous_format)
 
 
 def attention_backward(
@@ -374,7 +519,7 @@ def attention_backward(
     group = heads // kv_heads
     wide = _wide(query.dtype)
     constant = softmax_backward == "constant"
-    inverse = 1.0 / temperature if softmax_backward == "temperature" else 1.0
+    temperature = temperature if softmax_backward == "temperature" else 1.0
     need_query, need_key, need_value, need_sinks = needs
     # A constant softmax passes no gradient on, so these are 0 without any work.
     through_scores = not constant and (need_query or need_key or need_sinks)
@@ -391,8 +536,7 @@ def attention_backward(
             kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
             count = kv_head.stop - kv_head.start
             head = slice(kv_head.start * group, kv_head.stop * group)
-            k = key[row, kv_head].to(wide)  # [HEADS, S, D]
-            v = value[row, kv_head].to(wide)  # [HEADS, S, D]
+            k, v = _matrix(key[row, kv_head], wide), _matrix(value[row, kv_head], wide)  # [HEADS, S, D]
             sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
             sum_key = _sums(grad_key, row, kv_head, wide) if through_scores else None
             sum_value = _sums(grad_value, row, kv_head, wide)
@@ -403,38 +547,26 @@ def attention_backward(
                 seen = slice(block.first, block.end)
                 length = block.stop - block.start
                 flat = (count, group * length, block.keys)
-                cube = (count * group, length, block.keys)
-                q = query[row, head, rows].to(wide).reshape(count, group * length, size)
-                grad = grad_out[row, head, rows].to(wide).reshape(count, group * length, size)
+                q = _matrix(query[row, head, rows].reshape(count, group * length, size), wide)
+                grad = _matrix(grad_out[row, head, rows].reshape(count, group * length, size), wide)
                 row_lse = lse[row, head, rows].reshape(count, group * length, 1)
-                e, slope = _exponentials(q, k[:, seen], row_lse, inverse, options, buffers, flat)
-                if block.partial:
-                    _erase_hidden(e.view(cube), block, options)
-                sink_share = None  # [HEADS, ROWS, 1]
-                if sink is not None:
-                    sink_score = sink.expand(-1, length, 1).reshape(row_lse.shape)
-                    sink_share = (sink_score - row_lse).mul_(inverse).exp_()
-                z = _row_sum(e, sink_share)
+                sink_score = None if sink is None else sink.expand(-1, length, 1).reshape(row_lse.shape)
+                weights = _weights(
+                    q, k[:, seen], row_lse, sink_score, temperature, options, block, buffers, sum_value is not None
+                )
+                e, z = weights.e, weights.z
                 if sum_value is not None:
-                    p, p_sum = e, z
-                    if inverse != 1.0:
-                        p = (
-                            torch.mul(e, e, out=buffers.get("p or dp", *flat))
-                            if inverse == 0.5
-                            else (torch.pow(e, temperature, out=buffers.get("p or dp", *flat)))
-                        )
-                        p_sum = _row_sum(p, None if sink_share is None else sink_share.pow(temperature))
                     # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
-                    sum_value[:, seen].baddbmm_(p.mT, grad / p_sum)
+                    sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum)
                 if not through_scores:
                     continue
                 grad_p = torch.bmm(grad, v[:, seen].mT, out=buffers.get("p or dp", *flat)).mul_(e)
                 delta = grad_p.sum(-1, keepdim=True) / z
-                if grad_sinks is not None and sink_share is not None:
-                    grad_sinks[head] -= (sink_share * delta / z).view(count * group, length).sum(-1)
+                if grad_sinks is not None and weights.share is not None:
+                    grad_sinks[head] -= (weights.share * delta / z).view(count * group, length).sum(-1)
                 grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
-                if slope is not None:
-                    grad_s.mul_(slope)
+                if weights.slope is not None:
+                    grad_s.mul_(weights.slope)
                 if grad_query is not None:
                     grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
                     grad_query[row, head, rows] = grad_q.view(count * group, length, size).to(query.dtype)
@@ -446,8 +578,9 @@ def attention_backward(
             ):
                 if sums is not None and grads is not None:
                     sums.mul_(factor)
-                    if sums.dtype != grads.dtype:
+                    if not _sums_in_place(grads, wide):
                         grads[row, kv_head] = sums.to(grads.dtype)
+            del k, v, sum_key, sum_value, sums  # copies, which would be alive beside the next heads'
     if grad_sinks is not None and sinks is not None:
         return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
     return grad_query, grad_key, grad_value, None

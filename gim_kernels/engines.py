@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -64,6 +65,32 @@ def choose(engine: str, x: torch.Tensor) -> Engine:
     if engine == "auto":
         return "triton" if x.device.type == "cuda" else "blockwise"
     return engine
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on for tensors on devices of a type."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors in the types in which torch hands them to its own attention: as they are, but under ``torch.autocast``.
+
+    That casts what is floating point and not float64 to its lower type, one tensor at a time.
+    """
+    if not any(isinstance(x, torch.Tensor) and autocasts(x.device.type) for x in tensors):
+        return tensors
+    return tuple(
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.dtype != torch.float64 and autocasts(x.device.type)
+        else x
+        for x in tensors
+    )
+
+
+def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
 
 def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from gim_kernels.engines import Options
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import guard
-from gim_kernels.triton.launch import check_attention, hiding_window, score_factors, strides, unit_stride
+from gim_kernels.triton.launch import check_attention, hiding_window, readable, score_factors, strides, unit_stride
 from gim_kernels.triton.primitives import (
     LOG2E,
     key_bounds,
@@ -39,14 +39,17 @@ from gim_kernels.triton.primitives import (
 Rule = Literal["constant", "exact", "square", "warm", "sharp"]
 
 
-def rule_of(softmax_backward: str, temperature: float, dtype: torch.dtype) -> tuple[Rule, float]:
-    """The kernels' rule and temperature for the public arguments."""
+def rule_of(
+    softmax_backward: str, temperature: float, dtype: torch.dtype, grad_sinks: bool = False
+) -> tuple[Rule, float]:
+    """The kernels' rule and temperature for the public arguments; ``grad_sinks``: whether that gradient is wanted."""
     if softmax_backward == "constant":
         return "constant", 1.0
     if softmax_backward == "exact" or temperature == 1.0:
         # rowsum(dO * O) is delta up to the rounding of O. In two bytes that is below the rounding of everything else;
-        # float32 takes the sum over the keys, as for any other temperature.
-        return ("warm" if dtype == torch.float32 else "exact"), 1.0
+        # float32 takes the sum over the keys, as for any other temperature; so does the gradient of the sinks, a sum of
+        # nothing but deltas, whose rounding would be all that is left where they cancel.
+        return ("warm" if dtype == torch.float32 or grad_sinks else "exact"), 1.0
     if temperature == 2.0:
         return "square", 2.0
     return ("warm" if temperature > 1.0 else "sharp"), temperature
@@ -208,7 +211,7 @@ def grad_query_kernel(
     ``dP = 0`` and no key; its gradient is ``-P_T,sink delta``. With T = 1 the shift is delta itself: no B, r or Z.
     With ``TWO_PASSES`` delta is found first and takes the place of d0 in a second pass: one product more, but no B, and
     half the registers. With T < 1 ``e`` could underflow, so the row's maximum takes the place of LSE, found in a pass
-    of its own.
+    of its own; delta is then nearer to one ``dP`` than to d0, so nothing is subtracted in the first of two passes.
 
     Writes for the key kernel, where ``shift_ptr`` is given, ``[B, HQ, T]`` in base 2::
 
@@ -246,6 +249,8 @@ def grad_query_kernel(
     out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     # [BLOCK_T, 1]: a reshaped column, or else every thread keeps d0 once for each of its scores through the loops below
     d0 = tl.reshape(tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1), [BLOCK_T, 1])
+    if RULE == "sharp":
+        d0 = tl.zeros([BLOCK_T, 1], tl.float32)
 
     # [BLOCK_T]
     grad_total = tl.zeros([BLOCK_T], tl.float32)
@@ -619,12 +624,13 @@ def grad_query_variant(
     """
     work: tiles.Work = "grad_query_exact" if rule == "exact" else "grad_query"
     tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    two_passes = rule == "sharp" or (tile.split and rule != "exact")
     return tiles.attention_variant(
         grad_query_kernel,
         tile,
         dtype,
         head_size,
-        {"CAUSAL": causal, "RULE": rule, "TWO_PASSES": tile.split and grad_query and rule != "exact"},
+        {"CAUSAL": causal, "RULE": rule, "TWO_PASSES": two_passes and grad_query},
         {
             "window": window,
             "inner": softcap,
@@ -721,9 +727,9 @@ def attention_backward(
     check_attention(query, key, value)
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
-    rule, temperature = rule_of(softmax_backward, temperature, query.dtype)
     need_query, need_key, need_value, need_sinks = needs
     need_sinks = need_sinks and sinks is not None
+    rule, temperature = rule_of(softmax_backward, temperature, query.dtype, need_sinks)
     grad_query = torch.empty_like(query) if need_query else None
     grad_key = torch.empty_like(key) if need_key else None
     grad_value = torch.empty_like(value) if need_value else None
@@ -845,8 +851,4 @@ def _place(grad: torch.Tensor | None, reached: bool) -> torch.Tensor | None:
     if not reached:
         grad.zero_()
         return None
-    return (
-        grad
-        if grad.stride(-1) == 1 or grad.shape[-1] == 1
-        else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    )
+    return grad if readable(grad) else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
