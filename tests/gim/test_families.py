@@ -26,6 +26,8 @@ from tests.watch import watching
 
 BASELINE = 3
 ALL = {**FAMILIES, **ENCODERS}
+#: Families whose forward :mod:`tests.eager` writes out itself.
+WRITTEN_OUT = ["llama", "qwen2", "qwen2-window", "qwen3", "mistral"]
 #: Five different factors and another temperature: no two can be swapped unseen.
 OWN: dict[str, Any] = {"q_scale": 0.1, "k_scale": 0.7, "v_scale": 0.3, "gate_scale": 0.4, "up_scale": 0.9}
 OWN_RULES = eager.EagerRules(temperature=3.0, qkv=(0.1, 0.7, 0.3), gate_up=(0.4, 0.9))
@@ -41,6 +43,19 @@ def padding(side: str | None, tokens: torch.Tensor) -> torch.Tensor | None:
     mask = torch.ones_like(tokens)
     mask[0, slice(0, 9) if side == "left" else slice(-9, None)] = 0
     return mask
+
+
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_the_two_independent_implementations_agree(family: str) -> None:
+    """So that what a family is held against is not wrong itself, and GIM not right by the same error."""
+    model, tokens = make(family), ids()
+    cases = [(name, None) for name in eager.PRESETS] + [("GIM", "left"), ("GIM", "right")]
+    for preset, side in cases:
+        rules, mask = eager.PRESETS[preset], padding(side, tokens)
+        one, gradient = model_code.attribution(model, tokens, rules, ALL[family].products, baseline=BASELINE, mask=mask)
+        other, other_gradient = eager.attribution(model, tokens, rules, baseline=BASELINE, mask=mask)
+        assert_close64(one, other, f"{family} {preset} {side}", relative=FLOAT64_MODEL_RELATIVE)
+        assert_close64(gradient, other_gradient, f"{family} {preset} {side}", relative=FLOAT64_MODEL_RELATIVE)
 
 
 @pytest.mark.parametrize("preset", eager.PRESETS)

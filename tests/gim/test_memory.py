@@ -6,7 +6,7 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -70,13 +70,28 @@ def close(got: scoring.Result, want: scoring.Result, what: str) -> None:
 EVERYTHING = MemoryPlan("none", head="all")
 
 
+#: One of each lever and several together: what every family runs; the slow tests add all the others.
+SOME = (*PLANS, MemoryPlan("layer", True, "cpu", 5), MemoryPlan("mlp", mlp_tile=5), MemoryPlan("layer", head="all"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_lever_gives_the_same_attribution(family: str) -> None:
+    hold_plans(family, SOME)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "qwen3" else pytest.mark.slow) for family in FAMILIES]
+)
 def test_every_combination_of_levers_gives_the_same_attribution(family: str) -> None:
+    hold_plans(family, every_plan())
+
+
+def hold_plans(family: str, plans: Sequence[MemoryPlan]) -> None:
     model, tokens = make(family), ids(2, LENGTH)
     before = state(model)
     want = explain(model, tokens, EVERYTHING)
     experts = any("Experts" in name for name in FAMILIES[family].products)
-    for plan in every_plan():
+    for plan in plans:
         if experts and (plan.checkpoint == "mlp" or plan.mlp_tile is not None):
             with pytest.raises(ValueError, match="is a mixture of experts, not one MLP for every token"):
                 explain(model, tokens, plan)
