@@ -17,21 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download anything
 
 from hypothesis import settings
-from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Constants, HypothesisProvider
+from hypothesis.internal.conjecture.providers import HypothesisProvider
+from hypothesis.internal.constants_ast import Constants
 
 #: What hypothesis draws from where the command line names no other --hypothesis-seed.
 SEED = "0"
-
-
-class DrawsBySeed(HypothesisProvider):
-    """hypothesis as it is, but for the numbers that it would pick up from the source of whatever is imported."""
-
-    @property
-    def _local_constants(self) -> Constants:
-        return Constants()
-
-
-AVAILABLE_PROVIDERS["hypothesis"] = DrawsBySeed
+# It would draw numbers from the source of whatever module is loaded too: tests/test_draws.py.
+HypothesisProvider._local_constants = Constants()  # type: ignore[assignment]
 settings.register_profile("by seed", deadline=None, database=None)
 settings.load_profile("by seed")
 

@@ -86,7 +86,9 @@ def test_padded_batches_and_rules_of_ones_own_equal_it_too(family: str, side: st
     assert_close64(got, want, f"{family} {side}", relative=FLOAT64_MODEL_RELATIVE)
 
 
-@pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT", "ATTNLRP"])
+@pytest.mark.parametrize(
+    "preset", ["GIM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GIM_CONSTANT", "ATTNLRP"))]
+)
 @pytest.mark.parametrize("family", ALL)
 def test_float32_errs_at_most_twice_as_much_as_the_models_own_code(family: str, preset: str) -> None:
     double, tokens = make(family), ids(16)

@@ -434,6 +434,7 @@ def test_prompts_beyond_the_position_limit_are_refused() -> None:
 # ---- auto, and running out
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_plan_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", torch.float32)
     length = 400

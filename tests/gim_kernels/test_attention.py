@@ -37,6 +37,11 @@ by_fast_engine = pytest.mark.parametrize("engine", ["blockwise", "triton"])
 
 RULES = [("exact", 2.0), ("temperature", 2.0), ("temperature", 3.3), ("temperature", 0.7), ("constant", 2.0)]
 RULE_IDS = [f"{rule}-{temperature:g}" for rule, temperature in RULES]
+#: The same where the interpreter makes each a matter of seconds: temperatures without code of their own are slow.
+PAPERS_RULES = [
+    pytest.param(*rule, id=case, marks=[] if rule[1] == 2.0 else pytest.mark.slow)
+    for rule, case in zip(RULES, RULE_IDS, strict=True)
+]
 
 
 def by_loops(
@@ -195,7 +200,7 @@ def definitions() -> Iterator[Any]:
         for sinks in (False, True):
             case = f"{engine}-{option}{'-sinks' if sinks else ''}-{rule}-{temperature:g}"
             often = engine != "triton" or (sinks == (place % 2 == 0) and (temperature == 2.0 or place % 3 == 0))
-            marks = [] if often else pytest.mark.slow
+            marks: Any = [] if often else pytest.mark.slow
             yield pytest.param(engine, option, sinks, rule, temperature, id=case, marks=marks)
 
 
@@ -254,7 +259,7 @@ def cases() -> Iterator[Any]:
             single = dtype == torch.float32
             small = shape in EVERY_RULE or square if single else dtype == torch.float16 and square
             interpreted = small and (single or shape in TWO_BYTES)
-            marks = [] if shape != LARGE and (engine == "blockwise" or interpreted) else GPU
+            marks: list[Any] = [] if shape != LARGE and (engine == "blockwise" or interpreted) else GPU
             if dtype != torch.float64:
                 name = str(dtype).removeprefix("torch.")
                 case = f"{engine}-{name}-{rule}-{temperature:g}-" + "B{}-H{}-K{}-T{}-S{}-D{}".format(*shape)
@@ -482,12 +487,12 @@ def test_plain_settings_equal_torch(engine: str) -> None:
     ("engine", "dtype"),
     [
         ("blockwise", torch.float32),
-        ("triton", torch.float32),
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
         ("triton", torch.float16),
         pytest.param("triton", torch.bfloat16, marks=GPU),
     ],
 )
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 def test_deterministic_and_a_second_backward_is_the_same(
     engine: str, dtype: torch.dtype, rule: str, temperature: float
 ) -> None:

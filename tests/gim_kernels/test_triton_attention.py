@@ -12,7 +12,7 @@ import torch
 import gim_kernels
 from gim_kernels import reference
 from tests.gim_kernels import test_attention as contract
-from tests.gim_kernels.test_attention import GPU, ON_GPU, RULE_IDS, RULES, differentiate
+from tests.gim_kernels.test_attention import GPU, ON_GPU, PAPERS_RULES, differentiate
 from tests.oracle import assert_within_budget, relative_error
 
 pytest.importorskip("triton")
@@ -120,7 +120,7 @@ def test_a_mean_of_the_values_costs_no_accuracy(mean: float, dtype: torch.dtype)
 
 
 @nan_filled
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 def test_only_the_gradients_asked_for_are_computed(
     rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
