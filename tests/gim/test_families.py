@@ -21,7 +21,7 @@ from gim.patches.session import SESSION, Session
 from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make
 from tests.model_code import Wide, attend
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64, assert_within_budget, relative_error
 from tests.watch import watching
 
 BASELINE = 3
@@ -54,8 +54,9 @@ def test_the_two_independent_implementations_agree(family: str) -> None:
         rules, mask = eager.PRESETS[preset], padding(side, tokens)
         one, gradient = model_code.attribution(model, tokens, rules, ALL[family].products, baseline=BASELINE, mask=mask)
         other, other_gradient = eager.attribution(model, tokens, rules, baseline=BASELINE, mask=mask)
-        assert_close64(one, other, f"{family} {preset} {side}", relative=FLOAT64_MODEL_RELATIVE)
-        assert_close64(gradient, other_gradient, f"{family} {preset} {side}", relative=FLOAT64_MODEL_RELATIVE)
+        # Rotations are float32 in the one that is written out.
+        assert_agree(one, other, f"{family} {preset} {side}")
+        assert_agree(gradient, other_gradient, f"{family} {preset} {side}")
 
 
 @pytest.mark.parametrize("preset", eager.PRESETS)

@@ -62,7 +62,9 @@ def test_every_rule_alone_changes_the_gradient(family: str) -> None:
         assert relative_error(embedding_gradient(model, tokens, rules=rules), base) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_forward_ignores_the_rules_and_is_the_models_own(family: str, dtype: torch.dtype) -> None:
     model, tokens = make(family, dtype), ids()
