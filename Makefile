@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make bench; each creates .venv itself when it is missing. make gpu OUT=dir installs
-# nothing: it runs what needs a GPU with the Python that is there.
+# make demo | make test | make test-all | make real GIM_MODELS=dir | make lint | make bench; each creates .venv itself when
+# it is missing. make gpu OUT=dir installs nothing: it runs what needs a GPU with the Python that is there.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -7,7 +7,7 @@ LIGHT := .venv/.demo
 CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)
 PACKAGES := gim gim_kernels tests benchmarks examples
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test test-all real lint format bench gpu clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,9 +28,18 @@ $(LIGHT): pyproject.toml constraints.txt
 demo: $(LIGHT)
 	$(BIN)/gim demo --html demo.html --json demo.json
 
-# One worker for each core; a test that needs a GPU is for `make gpu`.
+# One worker for each core; a test that needs a GPU is for `make gpu`. What compiles kernels or whole models, measures
+# memory again and again, or repeats a proof on further models is marked slow, and is for `make test-all`.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist worksteal
+	$(BIN)/python -m pytest -m 'not gpu and not slow and not real' -n auto --dist worksteal
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'not gpu and not real' -n auto --dist worksteal
+
+# One process: the models are large.
+real: export GIM_MODELS := $(GIM_MODELS)
+real: $(STAMP)
+	$(BIN)/python -m pytest -m real
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

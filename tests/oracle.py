@@ -130,3 +130,30 @@ def assert_memory_close(predicted: int, measured: int, what: str) -> None:
     """A predicted number of bytes is the measured one, within :data:`MEMORY_RELATIVE`."""
     error = abs(predicted - measured) / measured
     assert error <= MEMORY_RELATIVE, f"{what}: predicted {predicted:,} bytes, measured {measured:,} ({error:.1%} off)"
+
+
+def assert_within_terms(
+    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, terms: torch.Tensor, what: str
+) -> None:
+    """:func:`assert_within_budget` for a result that may cancel: its rounding is that of what was added up.
+
+    Args:
+        actual: what is tested, in the dtype under test.
+        truth: float64.
+        yardstick: eager PyTorch in the dtype under test.
+        terms: sum of the absolute values of what the result adds up, float64.
+        what: named in the failure.
+    """
+    assert actual.shape == truth.shape == terms.shape, f"{what}: {actual.shape}, {truth.shape}, {terms.shape}"
+    assert actual.dtype == yardstick.dtype, f"{what}: dtype {actual.dtype}, want {yardstick.dtype}"
+    limits = torch.finfo(actual.dtype)
+    # Below the smallest normal number nothing has relative precision.
+    rounding = ROUNDING_ULPS * limits.eps * torch.maximum(truth.abs(), terms) + limits.smallest_normal
+    for measure in (torch.linalg.vector_norm, _largest):
+        error, eager = (measure(x.detach().double() - truth).item() for x in (actual, yardstick))
+        allowed = FACTOR * eager + measure(rounding).item()
+        assert error <= allowed, f"{what}: {measure.__name__} of the error {error:.3g} > {allowed:.3g}"
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().max() if x.numel() else x.new_zeros(())

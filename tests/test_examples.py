@@ -43,6 +43,7 @@ def run(name: str, *arguments: str, path: tuple[Path, ...] = ()) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GIM_EXPLAIN.exists(), reason="gim-explain is installed apart by make")
 def test_the_temperature_acts_in_gim_explain_with_our_attention(tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
@@ -94,6 +95,7 @@ def test_the_edge_example_runs_on_the_demo_model() -> None:
     assert len(out.splitlines()) == 10 and "head" in out
 
 
+@pytest.mark.slow
 def test_captums_gradients_follow_the_rules() -> None:
     pytest.importorskip("captum", reason="needs the extra dev")
     example, model, tokens = load("captum_layer"), make("qwen3"), ids(1, 13)

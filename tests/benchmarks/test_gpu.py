@@ -132,6 +132,7 @@ def test_jobs_take_every_kind_of_work_in_turn_the_tables_own_tile_first() -> Non
     assert all(not job.tile.split for job in split) and {job.work for job in split} < set(time_tiles.WORKS)
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_a_tile_that_cannot_be_compiled_says_why() -> None:
     job = time_tiles.jobs("cuda:90", [64], "bfloat16")[0]
@@ -142,6 +143,7 @@ def test_a_tile_that_cannot_be_compiled_says_why() -> None:
 # ------------------------------------------------------------------------------------------------------- gim bench
 
 
+@pytest.mark.slow
 def test_gim_bench_runs_the_source_trees_benchmarks(capfd: pytest.CaptureFixture[str]) -> None:
     shown = CliRunner().invoke(cli.app, ["bench", "speed"])
     assert shown.exit_code == 2 and "no suite is called 'speed'" in capfd.readouterr().err

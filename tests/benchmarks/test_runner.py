@@ -229,6 +229,7 @@ def test_a_suite_writes_results_and_a_picture(suite: Suite, tmp_path: Path) -> N
     assert "exponents over T" in shown(console)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_has(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = runner.run_case
 
@@ -246,6 +247,7 @@ def test_an_interrupted_run_keeps_what_it_has(suite: Suite, tmp_path: Path, monk
     assert (tmp_path / "found.png").exists()
 
 
+@pytest.mark.slow
 def test_results_are_on_disk_after_every_case(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = runner.run_case
@@ -314,6 +316,7 @@ def test_there_are_all_combinations_and_the_paper_has_all_rules() -> None:
     assert "temperature=2.0" in str(found["softmax, norm, q/k/v, gate/up"])
 
 
+@pytest.mark.slow
 def test_an_environment_without_the_rival_says_so(tmp_path: Path) -> None:
     # This environment has no gim-explain: the worker must find that out, and not run our package in its name.
     found = Outside(Path(sys.executable)).systems(EXPLAIN, CPU)
@@ -337,6 +340,7 @@ def rival(tmp_path: Path) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GIM_EXPLAIN.exists(), reason="gim-explain is installed apart by make")
 def test_the_released_rivals_are_labelled_with_what_they_apply(rival: Path) -> None:
     lens = pytest.importorskip("transformer_lens", reason="needs the extra transformer-lens")
@@ -437,6 +441,7 @@ def test_a_release_of_transformer_lens_without_a_class_says_so(monkeypatch: pyte
         outside_worker.of_transformer_lens("HookedTransformer")
 
 
+@pytest.mark.slow
 def test_results_are_json_with_plain_numbers(suite: Suite) -> None:
     for _ in suite.run():
         pass

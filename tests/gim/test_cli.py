@@ -467,6 +467,7 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_plan_marks_what_fits(config_folder: Path) -> None:
     import gim
 

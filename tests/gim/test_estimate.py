@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from typing import Any
 
@@ -62,8 +63,14 @@ def measure(model: Any, plan: MemoryPlan, length: int = LENGTH, batch: int = 1, 
     return peak
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", MODELS)
+#: Each takes seconds: one of them, with windows, is not slow.
+MEASURED = [
+    pytest.param(*case, id="-".join(case), marks=[] if case == ("mistral", "small") else pytest.mark.slow)
+    for case in itertools.product(MODELS, SIZES)
+]
+
+
+@pytest.mark.parametrize(("family", "size"), MEASURED)
 def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
     model = build(family, size)
     before = state(model)
@@ -104,6 +111,7 @@ def test_the_estimate_knows_types_rules_batches_and_positions(
         assert_memory_close(estimate.activations, peak, f"{estimate.plan.name} {named}")
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_prompt_for_every_plan() -> None:
     twin = Twin(build("llama", "deep").config, gim.rules.GIM, device="cpu")
     for plan in (*PLANS, MemoryPlan("none", head="all"), MemoryPlan("layer", mlp_tile=128)):
@@ -170,7 +178,10 @@ def test_a_gpu_is_accounted_with_its_own_kernels() -> None:
     assert cpu.peak == sum(cpu.parts.values()) + cpu.host
 
 
-@pytest.mark.parametrize("plan", SOME, ids=lambda plan: plan.name)
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(p, id=p.name, marks=[] if p.name in ("none", "layer+attention") else pytest.mark.slow) for p in SOME],
+)
 def test_the_longest_prompt_fits_and_hardly_more_does(plan: MemoryPlan) -> None:
     twin = Twin(build("llama", "deep").config, gim.rules.GIM, device="cpu")
     memory = twin.weights + 200 * 2**20

@@ -6,7 +6,7 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -70,13 +70,28 @@ def close(got: scoring.Result, want: scoring.Result, what: str) -> None:
 EVERYTHING = MemoryPlan("none", head="all")
 
 
+#: One of each lever and several together: what every family runs; the slow tests add all the others.
+SOME = (*PLANS, MemoryPlan("layer", True, "cpu", 5), MemoryPlan("mlp", mlp_tile=5), MemoryPlan("layer", head="all"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_lever_gives_the_same_attribution(family: str) -> None:
+    hold_plans(family, SOME)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "qwen3" else pytest.mark.slow) for family in FAMILIES]
+)
 def test_every_combination_of_levers_gives_the_same_attribution(family: str) -> None:
+    hold_plans(family, every_plan())
+
+
+def hold_plans(family: str, plans: Sequence[MemoryPlan]) -> None:
     model, tokens = make(family), ids(2, LENGTH)
     before = state(model)
     want = explain(model, tokens, EVERYTHING)
     experts = any("Experts" in name for name in FAMILIES[family].products)
-    for plan in every_plan():
+    for plan in plans:
         if experts and (plan.checkpoint == "mlp" or plan.mlp_tile is not None):
             with pytest.raises(ValueError, match="is a mixture of experts, not one MLP for every token"):
                 explain(model, tokens, plan)
@@ -419,6 +434,7 @@ def test_prompts_beyond_the_position_limit_are_refused() -> None:
 # ---- auto, and running out
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_plan_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", torch.float32)
     length = 400
@@ -438,6 +454,7 @@ def test_auto_takes_the_fastest_plan_that_fits(monkeypatch: pytest.MonkeyPatch) 
     assert found.memory == "every activation kept, chosen by auto"
 
 
+@pytest.mark.slow
 def test_a_prompt_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", torch.float32)
     least = min(one.activations for one in gim.estimate_memory(model, 400))
@@ -454,7 +471,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest
     gim.explain(model, ids(1, caught.value.longest), baseline_token_id=BASELINE)
 
 
-@pytest.mark.parametrize(
+run_out = pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
@@ -463,27 +480,39 @@ def test_a_prompt_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_running_out_is_caught_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("llama", torch.float32)
-    before, tried = state(model), []
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[MemoryPlan]:
+    """The plans that are tried, of which the first few run out of memory."""
+    tried: list[MemoryPlan] = []
     original = scoring.passes
 
-    def fail(times: int) -> Any:
-        def passes(model: Any, asked: Any, baseline: int, plan: MemoryPlan, **named: Any) -> Any:
-            if named.get("check", True):  # not a dry run
-                tried.append(plan)
-                if len(tried) <= times:
-                    raise error
-            return original(model, asked, baseline, plan, **named)
+    def passes(model: Any, asked: Any, baseline: int, plan: MemoryPlan, **named: Any) -> Any:
+        if named.get("check", True):  # not a dry run
+            tried.append(plan)
+            if len(tried) <= times:
+                raise error
+        return original(model, asked, baseline, plan, **named)
 
-        return passes
+    monkeypatch.setattr(scoring, "passes", passes)
+    return tried
 
-    monkeypatch.setattr(scoring, "passes", fail(1))
+
+@run_out
+def test_running_out_is_caught_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", torch.float32)
+    before, tried = state(model), failing(monkeypatch, error, 1)
     with pytest.warns(UserWarning, match="out of memory under plan none; trying plan mlp"):
         got = memory.run(*request(model), memory="auto", progress=None)
     assert tried == [MemoryPlan("none"), got.plan] and got.plan.checkpoint == "mlp"
-    tried.clear()
-    monkeypatch.setattr(scoring, "passes", fail(2))
+    assert state(model) == before
+
+
+@pytest.mark.slow
+@run_out
+def test_running_out_twice_says_what_would_fit(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", torch.float32)
+    before, tried = state(model), failing(monkeypatch, error, 2)
     with warnings.catch_warnings(), pytest.raises(gim.OutOfMemoryError, match="out of memory twice") as caught:
         warnings.simplefilter("ignore")
         memory.run(*request(model), memory="none", progress=None)
@@ -492,8 +521,7 @@ def test_running_out_is_caught_once(error: Exception, monkeypatch: pytest.Monkey
     assert "is estimated to take" in str(caught.value) and "the longest prompt that would fit has about" in str(
         caught.value
     )
-    tried.clear()
-    monkeypatch.setattr(scoring, "passes", fail(1))
+    tried = failing(monkeypatch, error, 1)
     leanest = min(gim.estimate_memory(model, LENGTH), key=lambda one: one.activations).plan
     with pytest.raises(gim.OutOfMemoryError, match="out of memory"):
         memory.run(*request(model), memory=leanest, progress=None)

@@ -161,6 +161,7 @@ def test_the_markdown_holds_every_row_of_the_json() -> None:
     assert text == aot._markdown(committed()["variants"], committed()["triton"])
 
 
+@pytest.mark.slow
 def test_what_is_compiled_here_is_what_the_report_says(tmp_path: Path) -> None:
     run(
         sys.executable, "-m", "gim_kernels.aot", "report", "--head-sizes", FRESH_HEAD_SIZE, "--dtypes", "bf16",
@@ -176,6 +177,7 @@ def test_what_is_compiled_here_is_what_the_report_says(tmp_path: Path) -> None:
             assert row == known[row["target"], row["key"], row["limit"]]
 
 
+@pytest.mark.slow
 def test_blackwell_and_amd_compile_too(tmp_path: Path) -> None:
     run(
         sys.executable, "-m", "gim_kernels.aot", "report", "--targets", "cuda:100:32;hip:gfx942:64", "--head-sizes",
@@ -210,11 +212,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_library_passes_its_own_tests(library: Path) -> None:
     done = run("ctest", "--test-dir", library, "--output-on-failure", "--no-tests=error")
     assert "functions_c " in done.stdout and "package " in done.stdout and "dispatch " in done.stdout
 
 
+@pytest.mark.slow
 def test_second_build_does_nothing(library: Path) -> None:
     objects = {path: path.stat().st_mtime_ns for path in (library / "CMakeFiles").rglob("*.o")}
     kernels = {path: path.stat().st_mtime_ns for path in (library / "kernels").rglob("*")}
@@ -223,6 +227,7 @@ def test_second_build_does_nothing(library: Path) -> None:
     assert kernels == {path: path.stat().st_mtime_ns for path in kernels}
 
 
+@pytest.mark.slow
 def test_library_needs_no_driver_and_names_no_path_of_this_machine(library: Path) -> None:
     file = library / "libgim_kernels.so"
     if shutil.which("readelf"):
@@ -238,6 +243,7 @@ def test_library_needs_no_driver_and_names_no_path_of_this_machine(library: Path
         assert f"cuda:90:32 {name}".encode() in content
 
 
+@pytest.mark.slow
 def test_library_launches_what_the_interpreter_finds_right(library: Path) -> None:
     """The library's GPU test, carried out by the interpreter: right numbers through every function of the library."""
     environment = {**without_interpreter(), "TRITON_INTERPRET": "1"}
@@ -251,6 +257,7 @@ def test_library_launches_what_the_interpreter_finds_right(library: Path) -> Non
     assert launched == {entry.key for entry in aot.shipped("cuda:90:32", (16,), ("fp16",), only)}
 
 
+@pytest.mark.slow
 def test_an_unchanged_kernel_is_not_compiled_again(library: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     shutil.copytree(library / "kernels", folder)

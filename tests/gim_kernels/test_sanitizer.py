@@ -20,7 +20,7 @@ import gim_kernels
 from gim_kernels import triton as kernels
 from gim_kernels.triton import device, pointwise_tiles, tiles
 from tests.gim_kernels.sanitizer import Sanitizer, SanitizerError, sanitize
-from tests.gim_kernels.test_attention import RULE_IDS, RULES, make
+from tests.gim_kernels.test_attention import PAPERS_RULES, RULES, make
 from tests.gim_kernels.test_triton_pointwise import kernel_norm, normal, views
 
 pytestmark = [
@@ -341,7 +341,7 @@ def check_attention(
     return sanitizer
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_under_every_rule_and_mask(mask: str, rule: str, temperature: float) -> None:
     # Every mask and every rule meets both dtypes and both layouts, not every pair of them.
@@ -360,7 +360,9 @@ def test_attention_of_many_lengths(queries: int, keys: int) -> None:
     assert set(seen.launches) == ATTENTION_KERNELS
 
 
-@pytest.mark.parametrize("size", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[] if size in (64, 80) else pytest.mark.slow) for size in (16, 64, 80, 128, 256)]
+)
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [("cuda:80", torch.float16), ("cuda:90", torch.float16), ("cuda:80", torch.float32)],
@@ -374,7 +376,7 @@ def test_attention_in_the_tiles_of_a_gpu(architecture: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("needs", ["query", "key", "value", "sinks"])
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 def test_attention_of_one_gradient(rule: str, temperature: float, needs: str) -> None:
     options: dict[str, Any] = {"softmax_backward": rule, "temperature": temperature, "sinks": True}
     check_attention((1, 2, 1, 20, 33, 16), torch.float16, needs=(needs,), causal=True, **options)

@@ -162,7 +162,9 @@ def direct_calls(engine: str) -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(one, marks=pytest.mark.slow if one == "triton" else []) for one in ENGINES]
+)
 @pytest.mark.parametrize("name", direct_calls(ENGINES[0]))
 def test_every_operator_passes_torchs_own_checks(name: str, engine: str) -> None:
     operator = name.split(",")[0]
@@ -336,6 +338,7 @@ def test_importing_starts_neither_cuda_nor_triton() -> None:
     assert run_python(code) == "False False"
 
 
+@pytest.mark.slow
 def test_without_triton_the_other_engines_run() -> None:
     code = """
 import importlib.abc, importlib.util, sys

@@ -1,21 +1,18 @@
-"""The attention kernels: in triton's interpreter without a GPU, on it where there is one."""
+"""What is the attention kernels' own: head sizes, tiles, launches, offsets, and what they refuse."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 import gim_kernels
 from gim_kernels import reference
-from tests.gim_kernels.test_attention import OPTIONS, RULE_IDS, RULES, by_loops, differentiate, make
+from tests.gim_kernels import test_attention as contract
+from tests.gim_kernels.test_attention import GPU, ON_GPU, PAPERS_RULES, differentiate
 from tests.oracle import assert_within_budget, relative_error
 
 pytest.importorskip("triton")
@@ -26,9 +23,7 @@ from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_q
 from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.tiles import Tile
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
+DEVICE = contract.device_of("triton")
 #: The interpreter's matrix product of bfloat16 is wrong, so that dtype is tested on GPUs only.
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
@@ -43,88 +38,15 @@ pytestmark = [
 nan_filled = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Query, key, value and upstream gradient as strided views on the device under test."""
-    # .to() keeps the strides of a dense view
-    return tuple(x.to(DEVICE) for x in make(*shape, dtype=dtype, seed=seed))
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    return contract.inputs("triton", *shape, dtype=dtype)
 
 
 def run(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Tensor]:
-    """Output and gradients of the kernels."""
-    return differentiate(gim_kernels.attention, *tensors, engine="triton", **options)
+    return contract.run("triton", tensors, **options)
 
 
-def hold_against_reference(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Tensor]:
-    """The kernels' output and gradients, after they were held against the reference."""
-    sinks = options.pop("sinks", None)
-    got = run(tensors, sinks=sinks, **options)
-    yardstick = differentiate(reference.attention, *tensors, sinks=sinks, **options)
-    wide = None if sinks is None else sinks.double()
-    truth = differentiate(reference.attention, *(x.double() for x in tensors), sinks=wide, **options)
-    for name, x in got.items():
-        assert_within_budget(x, truth[name], yardstick[name], name)
-    return got
-
-
-# ---- every rule, option and shape
-
-
-@nan_filled
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_rule_is_its_definition(option: str, rule: str, temperature: float) -> None:
-    options = dict(OPTIONS[option])
-    # Every option and every rule meets sinks, not every pair of them.
-    sinks = (list(OPTIONS).index(option) + RULES.index((rule, temperature))) % 2 == 0
-    if "key_range" in options:
-        options["key_range"] = torch.tensor(options["key_range"], dtype=torch.int32)
-    tensors = make(2, 4, 2, 7, 9, 5)
-    sink = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if sinks else None
-    factors = (0.25, 0.3, 0.5)
-    truth = by_loops(
-        *tensors, rule=rule, temperature=temperature, scale=0.37, sinks=sink, grad_scale=factors, **options
-    )
-    narrow = tuple(x.float().to(DEVICE) for x in tensors)
-    named: dict[str, Any] = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    named |= {"sinks": None if sink is None else sink.float().to(DEVICE), "scale": 0.37, "grad_scale": factors}
-    named |= {"softmax_backward": rule, "temperature": temperature}
-    yardstick = differentiate(reference.attention, *narrow, **named)
-    for name, x in run(narrow, **named).items():
-        assert_within_budget(x.cpu(), truth[name], yardstick[name].cpu(), name)
-
-
-#: One query, tiles cut short, whole tiles, several tiles; more queries than keys and the other way round.
-LARGE = (2, 8, 2, 1000, 1500, 128)
-SHAPES = [
-    (1, 2, 2, 1, 1, 16),
-    (2, 4, 1, 63, 63, 24),
-    (1, 3, 1, 111, 111, 40),
-    (1, 2, 1, 128, 128, 64),
-    (2, 1, 1, 1, 129, 16),
-    (1, 2, 1, 64, 150, 16),
-    (1, 2, 2, 150, 64, 16),
-    (1, 1, 1, 300, 300, 8),
-    LARGE,
-]
-#: What the interpreter, which is slow, gets of all shapes, rules and dtypes; a GPU gets everything.
-EVERY_RULE = [(1, 3, 1, 111, 111, 40)]
-TWO_BYTES = [(1, 2, 1, 128, 128, 64), (2, 4, 1, 63, 63, 24)]
-
-
-def cases() -> Iterator[Any]:
-    for shape, (rule, temperature), name in itertools.product(SHAPES, RULES, ("float32", "float16", "bfloat16")):
-        square = (rule, temperature) == ("temperature", 2.0)
-        small = shape in EVERY_RULE or square if name == "float32" else name == "float16" and square
-        here = small and shape != LARGE and (name == "float32" or shape in TWO_BYTES)
-        case = f"{name}-{rule}-{temperature:g}-" + "B{}-H{}-K{}-T{}-S{}-D{}".format(*shape)
-        yield pytest.param(shape, rule, temperature, getattr(torch, name), id=case, marks=[] if here else GPU)
-
-
-@nan_filled
-@pytest.mark.parametrize(("shape", "rule", "temperature", "dtype"), list(cases()))
-def test_within_the_error_budget(shape: tuple[int, ...], rule: str, temperature: float, dtype: torch.dtype) -> None:
-    tensors = inputs(*shape, dtype=dtype)
-    hold_against_reference(tensors, causal=True, softmax_backward=rule, temperature=temperature)
+# ---- head sizes and tiles
 
 
 @nan_filled
@@ -132,7 +54,7 @@ def test_within_the_error_budget(shape: tuple[int, ...], rule: str, temperature:
 @pytest.mark.parametrize("size", [16, 20, 33, 64, 80, 96, 128, 192, 256])
 def test_head_sizes(size: int, dtype: torch.dtype) -> None:
     tensors = inputs(1, 2, 1, 40, 40, size, dtype=dtype)
-    hold_against_reference(tensors, causal=True, softmax_backward="temperature")
+    contract.hold("triton", tensors, causal=True, softmax_backward="temperature")
 
 
 @nan_filled
@@ -157,7 +79,8 @@ def test_any_tile_gives_the_same(tile: Tile, temperature: float, monkeypatch: py
         variant.cache_clear()
     key_range = torch.tensor([[10, 90]], dtype=torch.int32, device=DEVICE)
     try:
-        hold_against_reference(
+        contract.hold(
+            "triton",
             inputs(1, 2, 1, 70, 100, 16),
             causal=True,
             window=50,
@@ -170,44 +93,6 @@ def test_any_tile_gives_the_same(tile: Tile, temperature: float, monkeypatch: py
     finally:
         for variant in variants:
             variant.cache_clear()
-
-
-#: Shrinking a failure takes the interpreter minutes.
-PHASES = tuple(Phase) if ON_GPU else (Phase.explicit, Phase.generate)
-
-
-@nan_filled
-@settings(max_examples=200 if ON_GPU else 20, phases=PHASES)
-@given(data=st.data())
-def test_any_shape_and_option(data: st.DataObject) -> None:
-    draw = data.draw
-    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    batch, queries, keys = draw(st.integers(1, 2)), draw(st.integers(1, 110)), draw(st.integers(1, 110))
-    tensors = inputs(
-        batch,
-        kv_heads * group,
-        kv_heads,
-        queries,
-        keys,
-        draw(st.integers(1, 33)),
-        dtype=draw(st.sampled_from([torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else []))),
-        seed=draw(st.integers(0, 9)),
-    )
-    options: dict[str, Any] = {
-        "causal": draw(st.booleans()),
-        "window": draw(st.none() | st.integers(1, 150)),
-        "softcap": draw(st.none() | st.floats(0.3, 30.0)),
-        "scale": draw(st.none() | st.floats(-1.0, 1.0)),
-        "softmax_backward": draw(st.sampled_from(["exact", "temperature", "constant"])),
-        "temperature": draw(st.sampled_from([2.0, 0.5, 1.0]) | st.floats(0.25, 8.0)),
-        "grad_scale": (0.25, 0.25, 0.5),
-    }
-    if draw(st.booleans()):
-        ends = [sorted((draw(st.integers(0, keys)), draw(st.integers(0, keys)))) for _ in range(batch)]
-        options["key_range"] = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    if draw(st.booleans()):
-        options["sinks"] = torch.linspace(-2, 2, kv_heads * group, device=DEVICE)
-    hold_against_reference(tensors, **options)
 
 
 # ---- numerics
@@ -234,89 +119,8 @@ def test_a_mean_of_the_values_costs_no_accuracy(mean: float, dtype: torch.dtype)
     assert ours <= 1.5 * direct
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.05, 50.0, 1e4])
-def test_extreme_temperatures_neither_overflow_nor_vanish(temperature: float) -> None:
-    tensors = inputs(1, 2, 1, 40, 40, 16)
-    got = hold_against_reference(tensors, causal=True, softmax_backward="temperature", temperature=temperature)
-    assert got["query"].abs().max() > 0
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0])
-def test_any_finite_scale(scale: float) -> None:
-    hold_against_reference(inputs(1, 2, 1, 40, 40, 16), causal=True, scale=scale, softmax_backward="temperature")
-
-
 @nan_filled
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
-def test_rows_without_a_key_are_zero(rule: str, temperature: float) -> None:
-    tensors = inputs(2, 2, 1, 40, 20, 16)  # causal: queries 0..19 see nothing; row 1 of the batch sees nothing at all
-    key_range = torch.tensor([[5, 20], [7, 7]], dtype=torch.int32, device=DEVICE)
-    sinks = torch.full((2,), -math.inf, device=DEVICE)
-    for sink in (None, sinks):
-        got = run(tensors, causal=True, key_range=key_range, sinks=sink, softmax_backward=rule, temperature=temperature)
-        for name in ("out", "query"):
-            assert torch.equal(got[name][:, :, :20], torch.zeros_like(got[name][:, :, :20])), name
-            assert torch.equal(got[name][1], torch.zeros_like(got[name][1])), name
-        for name in ("key", "value"):
-            assert torch.equal(got[name][:, :, :5], torch.zeros_like(got[name][:, :, :5])), name
-            assert torch.equal(got[name][1], torch.zeros_like(got[name][1])), name
-        assert all(bool(x.isfinite().all()) for x in got.values())
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_keys_that_do_not_exist_are_never_used() -> None:
-    query, key, value, grad_out = inputs(1, 2, 1, 50, 50, 16)
-    key_range = torch.tensor([[7, 33]], dtype=torch.int32, device=DEVICE)
-    options: dict[str, Any] = {"key_range": key_range, "softmax_backward": "temperature"}
-    want = run((query, key, value, grad_out), **options)
-    key, value = key.clone(), value.clone()
-    for x in (key, value):
-        x[:, :, :7], x[:, :, 33:] = math.nan, math.inf
-    for name, x in run((query, key, value, grad_out), **options).items():
-        assert torch.equal(x, want[name]), name
-
-
-# ---- the forward, repetition, what is computed
-
-
-def test_the_forward_does_not_depend_on_the_rule() -> None:
-    query, key, value, _ = inputs(1, 2, 1, 70, 70, 16, dtype=torch.float16)
-    plain = gim_kernels.attention(query, key, value, causal=True, engine="triton")
-    for rule, temperature in RULES:
-        out = gim_kernels.attention(
-            query, key, value, causal=True, engine="triton", softmax_backward=rule, temperature=temperature
-        )
-        assert torch.equal(out, plain), rule
-
-
-def test_a_window_that_hides_nothing_is_none() -> None:
-    tensors = inputs(1, 2, 1, 50, 60, 16)
-    want = run(tensors, causal=True)
-    for name, x in run(tensors, causal=True, window=10**12).items():
-        assert torch.equal(x, want[name]), name
-
-
-@nan_filled
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
-def test_deterministic_and_a_second_backward_is_the_same(rule: str, temperature: float, dtype: torch.dtype) -> None:
-    query, key, value, grad_out = inputs(1, 2, 1, 70, 70, 16, dtype=dtype)
-    want: tuple[torch.Tensor, ...] = ()
-    for _ in range(1000 if ON_GPU else 2):
-        leaves = [x.detach().clone().requires_grad_(True) for x in (query, key, value)]
-        out = gim_kernels.attention(
-            *leaves, causal=True, softmax_backward=rule, temperature=temperature, engine="triton"
-        )
-        first = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
-        second = torch.autograd.grad(out, leaves, grad_out)
-        got = (out.detach(), *first)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(got, want or got, strict=True))
-        want = got
-
-
-@nan_filled
-@pytest.mark.parametrize(("rule", "temperature"), RULES, ids=RULE_IDS)
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 def test_only_the_gradients_asked_for_are_computed(
     rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,42 +154,6 @@ def test_only_the_gradients_asked_for_are_computed(
 
 
 # ---- memory
-
-
-@nan_filled
-def test_views_of_any_stride() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
-    packed = normal(2, 50, 4 + 2 + 2, 16)  # fused projection: heads of q, k and v side by side
-    query, key, value = (
-        packed[:, :, :4].transpose(1, 2),
-        packed[:, :, 4:6].transpose(1, 2),
-        packed[:, :, 6:].transpose(1, 2),
-    )
-    grad_out = normal(2, 4, 50, 16)
-    want = hold_against_reference((query, key, value, grad_out), causal=True, softmax_backward="temperature")
-    columns = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value, grad_out))
-    assert all(x.stride(-1) != 1 for x in columns)
-    for name, x in run(columns, causal=True, softmax_backward="temperature").items():
-        assert torch.equal(x, want[name]), name
-    shared = normal(1, 1, 50, 16).expand(2, 2, 50, 16)  # stride 0 over batch and heads
-    ones = torch.ones((), device=DEVICE).expand(2, 4, 50, 16)  # what .sum().backward() hands over
-    hold_against_reference((query, shared, shared, ones), softmax_backward="temperature")
-
-
-@nan_filled
-@pytest.mark.parametrize(
-    "shape", [(0, 2, 1, 4, 4, 16), (1, 2, 1, 0, 4, 16), (1, 2, 1, 4, 0, 16)], ids=["batch", "queries", "keys"]
-)
-@pytest.mark.parametrize("rule", ["exact", "temperature", "constant"])
-def test_nothing_at_all(shape: tuple[int, ...], rule: str) -> None:
-    tensors = inputs(*shape)
-    sinks = torch.zeros(2, device=DEVICE)
-    for name, x in run(tensors, sinks=sinks, softmax_backward=rule).items():
-        assert torch.equal(x, torch.zeros_like(x)), name
 
 
 def test_offsets_past_two_to_the_31st() -> None:

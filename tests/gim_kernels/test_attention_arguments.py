@@ -1,0 +1,107 @@
+"""torch's signature of attention, and what both signatures refuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gim_kernels
+from gim_kernels.engines import ENGINES
+from tests.gim_kernels.test_attention import differentiate, make
+from tests.oracle import assert_close64
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 8), (2, 3, 4, 6, 8), (3, 6, 8)], ids=["4d", "5d", "3d"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_signature_equals_torch(shape: tuple[int, ...], causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for keys in (4, 6, 9):
+        key, value = torch.randn(2, *shape[:-2], keys, shape[-1], generator=generator, dtype=torch.float64)
+        grad_out = torch.randn(shape, generator=generator, dtype=torch.float64)
+        for engine in ("blockwise", "reference"):
+            got = differentiate(
+                gim_kernels.scaled_dot_product_attention, query, key, value, grad_out, is_causal=causal, engine=engine
+            )
+            want = differentiate(F.scaled_dot_product_attention, query, key, value, grad_out, is_causal=causal)
+            for name, x in got.items():
+                assert_close64(x, want[name], f"{keys} keys {name}")
+
+
+def test_torch_signature_takes_a_padding_mask() -> None:
+    query, key, value, _ = make(2, 4, 2, 6, 9, 8)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[0, ..., :4], mask[1, ..., 7:] = False, False
+    got = gim_kernels.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    want = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    assert_close64(got, want, "out")
+
+
+# ---- bad input
+
+GOOD = make(2, 4, 2, 6, 6, 8)
+Q, K, V, _ = GOOD
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"query": Q[0]}, ValueError, r"query must have 4 dimensions.*\(4, 6, 8\)"),
+        ({"query": Q.to(torch.int64)}, TypeError, "query must be float32.*int64"),
+        ({"key": [1]}, TypeError, "key must be a tensor, got list"),
+        ({"key": K.float()}, TypeError, "key must have query's dtype torch.float64, got torch.float32"),
+        ({"value": V.to("meta")}, ValueError, "value must be on query's device cpu, got meta"),
+        ({"value": V[:, :, :5]}, ValueError, "value must have key's shape"),
+        ({"key": K[:1], "value": V[:1]}, ValueError, "key must have query's batch size 2, got 1"),
+        ({"key": K[..., :4], "value": V[..., :4]}, ValueError, "key must have query's head size 8, got 4"),
+        ({"query": Q[:, :3]}, ValueError, "multiple of key heads, got 3 query heads and 2 key heads"),
+        ({"scale": math.nan}, ValueError, "scale must be finite"),
+        ({"window": 0}, ValueError, "window must be an integer >= 1 or None, got 0"),
+        ({"window": True}, ValueError, "window must be an integer >= 1"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a finite number > 0, got 0.0"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be a finite number > 0"),
+        ({"softmax_backward": "soft"}, ValueError, "softmax_backward must be one of"),
+        ({"grad_scale": (1.0, 2.0)}, ValueError, "grad_scale must be three finite factors"),
+        ({"grad_scale": (1.0, 2.0, math.inf)}, ValueError, "grad_scale must be three finite factors"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \[HQ\] = \[4\], got \(3,\)"),
+        ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks must be floating point"),
+        ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks must be on query's device"),
+        ({"key_range": torch.zeros(2, 3, dtype=torch.int32)}, ValueError, r"key_range must have shape \[B, 2\]"),
+        ({"key_range": torch.zeros(2, 2)}, TypeError, "key_range must be int32"),
+        ({"key_range": torch.zeros(2, 2, dtype=torch.int32, device="meta")}, ValueError, "key_range must be on"),
+        ({"engine": "fast"}, ValueError, "engine must be one of"),
+    ],
+)  # fmt: skip
+def test_attention_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    # Every engine refuses in the same words: before it is even chosen, so nothing can have been launched.
+    for engine in ENGINES:
+        given_arguments = {"query": Q, "key": K, "value": V, "engine": engine, **arguments}
+        with pytest.raises(error, match=message):
+            gim_kernels.attention(**given_arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0"),
+        ({"attn_mask": torch.ones(2, 1, 6, 6, dtype=torch.bool)}, ValueError, r"one bit for each key.*O\(T\^2\)"),
+        ({"attn_mask": torch.zeros(2, 1, 1, 6)}, TypeError, "attn_mask must be boolean"),
+        ({"attn_mask": torch.ones(2, 1, 1, 6).bool(), "is_causal": True}, ValueError, "attn_mask must be None when"),
+        (
+            {"attn_mask": torch.tensor([1, 1, 0, 1, 1, 1]).bool().expand(2, 1, 1, 6)},
+            ValueError,
+            "attn_mask must have no holes: row 0 has 5 visible keys between key 0 and key 5",
+        ),
+        ({"enable_gqa": False}, ValueError, "key must have query's 4 heads unless enable_gqa is True, got 2"),
+        ({"query": Q[0]}, ValueError, "same number of dimensions"),
+    ],
+)
+def test_torch_signature_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    given_arguments = {"query": Q, "key": K, "value": V, "enable_gqa": True, **arguments}
+    with pytest.raises(error, match=message):
+        gim_kernels.scaled_dot_product_attention(**given_arguments)
