@@ -62,8 +62,8 @@ def explain(
     Args:
         model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         input_ids: ``[T]`` or ``[B, T]``, integers.
-        target_token_id: the token whose logit is explained, or the class of a classifier; a list, tuple or tensor ``[B]``
-            of them, one for each row; None for each row's own prediction.
+        target_token_id: the token whose logit is explained, or the class of a classifier; a list, tuple or tensor
+            ``[B]`` of them, one for each row; None for each row's own prediction.
         target_position: the position whose output is explained. Negative ones count from each row's last token that
             is not padding; others are columns of ``input_ids``.
         baseline_token_id: the token that stands for "nothing"; None to infer one from ``tokenizer``.
@@ -150,8 +150,8 @@ def attribute(
         model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
         tokenizer: its fast tokenizer (one that tells character offsets).
         prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
-            chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which the
-            tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
+            chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which
+            the tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
             model's own is continued.
         target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
             :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``. Of a classifier, a class by number or label.

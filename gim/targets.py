@@ -138,7 +138,7 @@ def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> 
     if isinstance(target, torch.Tensor) and target.dim() != 1:
         raise ValueError(f"target must be one id or a list of ids, got a tensor of shape {tuple(target.shape)}")
     if isinstance(target, Sequence | torch.Tensor):
-        return Continuation(list(target))
+        return Continuation([*target])
     raise TypeError(f"target must be a token id, text, ids or a Target, got {type(target).__name__}")
 
 

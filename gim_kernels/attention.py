@@ -16,8 +16,8 @@ from gim_kernels import blockwise, engines, reference
 from gim_kernels.engines import Engine, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
-#: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest, 1 / T
-#: is none.
+#: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest,
+#: 1 / T is none.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-5, 1e30
 SOFTMAX_BACKWARDS: tuple[SoftmaxBackward, ...] = ("exact", "temperature", "constant")
 

@@ -156,8 +156,8 @@ def _walkable(x: torch.Tensor) -> bool:
     """Whether torch's own kernel can walk ``x`` ``[B, H, T, D]``.
 
     It steps by 1 within a row, whatever the stride says: ``scaled_dot_product_attention`` takes it only where the last
-    dimension's is 1. Beyond that, BLAS wants rows that do not overlap, and the kernel lays its output out like the query,
-    which gives unit steps in a row only where all other dimensions step over a row, or not at all.
+    dimension's is 1. Beyond that, BLAS wants rows that do not overlap, and the kernel lays its output out like the
+    query, which gives unit steps in a row only where all other dimensions step over a row, or not at all.
     """
     width = x.shape[-1]
     *outer, row, column = x.stride()
@@ -287,7 +287,8 @@ def forward_workspace(
     """Bytes that :func:`attention_forward` holds besides its arguments and results, at most.
 
     Args:
-        query: ``[B, HQ, T, D]``; only its shape, strides and dtype count, as of ``key`` and ``value`` ``[B, HK, S, D]``.
+        query: ``[B, HQ, T, D]``; only its shape, strides and dtype count, as of ``key`` and ``value``
+            ``[B, HK, S, D]``.
         options: scale and mask.
         plain: whether torch's own kernel runs, which holds a few tiles for each thread and nothing that grows, besides
             copies of what it cannot walk.
@@ -346,8 +347,8 @@ def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options,
 class _Weights:
     """Both softmaxes of a block, ``[HEADS, ROWS, KEYS]``, still without the division by their rows' sums.
 
-    ``e`` is the softmax at temperature T, ``z`` ``[HEADS, ROWS, 1]`` its sums and ``share`` the sink's part of them, None
-    without sinks; ``p`` is the softmax at T = 1, ``p_sum`` its sums; ``slope`` is the derivative of the softcap, None
+    ``e`` is the softmax at temperature T, ``z`` ``[HEADS, ROWS, 1]`` its sums and ``share`` the sink's part of them,
+    None without sinks; ``p`` is the softmax at T = 1, ``p_sum`` its sums; ``slope`` is the derivative of the softcap, None
     without one. ``p`` lies in the buffer ``"p or dp"``, or is ``e``.
     """
 

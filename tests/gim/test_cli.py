@@ -220,7 +220,13 @@ def test_warnings_of_libraries_are_single_lines_at_the_end(folder: Path, monkeyp
         (["-p", "a", "--target", ""], "--target must not be empty"),
         (["-p", "a", "--contrast", ""], "--contrast must not be empty"),
         (["-p", "a", "--device", "abacus"], "--device: 'abacus' is not a device that is there"),
-        (["-p", "a", "--contrast", "two words"], "must be one token, but 'two words' is"),
+        (["-p", "a", "--contrast", "two words"], "--contrast must be one token, but 'two words' is"),
+        (
+            ["-p", "a", "-t", " Irene is", "-c", " Otto is"],
+            "--target must be one token, but ' Irene is' is 2: [' Irene', ' is']; --contrast must be one token, but "
+            "' Otto is' is 2: [' Otto', ' is']. A contrast is of two tokens that may come next: give those in which the "
+            "two first differ, ' Irene' and ' Otto', or explain each text by itself",
+        ),
         (["-p", "a", "--baseline", "two words"], "baseline must be one token, but 'two words' is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

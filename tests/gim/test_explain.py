@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import gim
+from gim import prompts
 from gim.targets import Continuation, Contrast, Token
 from tests import eager
 from tests.families import ids, make, text_model, tokenizer
@@ -74,6 +77,27 @@ def test_negative_positions_count_from_the_last_token_that_is_not_padding() -> N
     assert_close64(column[1, 4:], want, "column", relative=FLOAT64_MODEL_RELATIVE)
 
 
+@pytest.mark.parametrize("padding", ["left", "right", "none"])
+def test_one_target_for_each_row_is_each_row_alone(padding: str) -> None:
+    model, tokens = make("llama"), ids(3)
+    mask = torch.ones_like(tokens)
+    if padding != "none":
+        mask[1, :9] = 0
+        mask[2, :20] = 0
+        mask = mask if padding == "left" else mask.flip(-1)
+    targets = [7, 50, 7]
+    # Ids of another integer type, and one tensor without dimensions, are the same ids.
+    for given in (targets, tuple(targets), torch.tensor(targets), torch.tensor(targets, dtype=torch.int32)):
+        got = gim.explain(model, tokens, baseline_token_id=3, target_token_id=given, attention_mask=mask)
+        for row, target in enumerate(targets):
+            kept = mask[row].bool()
+            want, _ = by_hand(model, tokens[row, kept].tolist(), [(-1, target, 1.0)], 3, False)
+            assert_close64(got[row, kept], want, f"row {row}", relative=FLOAT64_MODEL_RELATIVE)
+    one = gim.explain(model, tokens[0], baseline_token_id=3, target_token_id=torch.tensor(7))
+    assert torch.equal(one, gim.explain(model, tokens[0], baseline_token_id=3, target_token_id=7))
+    assert torch.equal(one, gim.explain(model, tokens[0], baseline_token_id=3, target_token_id=[7]))
+
+
 def test_shapes_follow_gim_explain() -> None:
     model = make("llama", torch.float32)
     assert gim.explain(model, ids(1)[0], baseline_token_id=3).shape == (37,)
@@ -127,7 +151,8 @@ def test_what_a_plain_target_argument_means(model: Any, tok: Any) -> None:
     assert (one.kind, one.tokens, one.measure) == ("token", (" cat",), "logit")
     several = gim.attribute(model, tok, PROMPT, target=" cat sat").target
     assert several.kind == "continuation" and "".join(several.tokens) == " cat sat" and several.measure == "logprob"
-    assert gim.attribute(model, tok, PROMPT, target=7).target.token_ids == (7,)
+    for seven in (7, torch.tensor(7), torch.arange(9).numpy()[7]):
+        assert gim.attribute(model, tok, PROMPT, target=seven).target.token_ids == (7,)
     assert gim.attribute(model, tok, PROMPT, target=[7, 8]).target.token_ids == (7, 8)
     assert gim.attribute(model, tok, PROMPT).target.kind == "prediction"
 
@@ -201,6 +226,21 @@ def test_baselines_are_inferred_as_in_gim_explain() -> None:
         ({"target": -1}, ValueError, "target must be a token id in 0..319, got -1"),
         ({"target": Contrast(1, 400)}, ValueError, "against must be a token id in 0..319, got 400"),
         ({"target": Contrast(1, "cat sat")}, ValueError, "against must be one token, but 'cat sat' is"),
+        (
+            {"target": Contrast(" cat sat", " cat ate")},
+            ValueError,
+            r"target must be one token, but ' cat sat' is 2: "
+            r"\[' cat', ' sat'\]; against must be one token, but ' cat ate' is 2: .* first differ, ' sat' and ' ate', "
+            "with ' cat' at the end of the prompt, or explain each text by itself",
+        ),
+        ({"target": Contrast(None, " cat sat")}, ValueError, "give the first of them, ' cat', or explain each text"),
+        ({"target": Contrast(5, None)}, TypeError, "against must be a token id or text, got None"),
+        ({"target": Contrast([5, 6], 7)}, TypeError, r"target must be a token id, or text .* got \[5, 6\]"),
+        ({"target": torch.tensor([[5]])}, ValueError, r"one id or a list of ids, got a tensor of shape \(1, 1\)"),
+        ({"target": torch.tensor([1.5])}, TypeError, "must be text or token ids, got tensor"),
+        ({"target": [1.5, 2]}, TypeError, "tokens of a Continuation must be text or token ids, got 1.5 among them"),
+        ({"target": [" cat"]}, TypeError, "tokens of a Continuation must be text or token ids, got ' cat' among them"),
+        ({"target": " cat sat", "position": 1}, ValueError, r"got ' cat sat', which is 2 tokens: \[' cat', ' sat'\]"),
         ({"target": [1, 400]}, ValueError, "target must be a token id in 0..319, got 400"),
         ({"target": []}, ValueError, "tokens of a Continuation must not be empty"),
         ({"target": 1.5}, TypeError, "target must be a token id, text, ids or a Target, got float"),
@@ -226,3 +266,157 @@ def test_targets_refuse_unknown_measures() -> None:
     for make_target in (lambda m: Token(3, m), lambda m: Contrast(3, 4, m), lambda m: Continuation([3], m)):
         with pytest.raises(ValueError, match="measure must be one of"):
             make_target("probability")
+
+
+# --------------------------------------------------- special tokens, chats
+
+
+def around(prefix: str, suffix: str) -> Any:
+    """A tokenizer that puts special tokens around a text, by the template given."""
+    made = tokenizer()
+    made.add_special_tokens({"cls_token": "<cls>", "sep_token": "<sep>", "mask_token": "<mask>"})
+    specials = [(name, made.convert_tokens_to_ids(name)) for name in ("<s>", "<cls>", "<sep>")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{prefix} $A {suffix}".strip(), special_tokens=specials
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "prompt", "expected"),
+    [
+        ("<s>", "", "The cat", "<s>The cat"),
+        ("<s>", "", "<s>The cat", "<s>The cat"),
+        ("<s>", "", "<s>", "<s>"),
+        ("<s>", "", "<s><s>The", "<s><s>The"),  # two that the user wrote are two
+        ("<s>", "", "The <s>cat", "<s>The <s>cat"),
+        ("", "", "<s>The cat", "<s>The cat"),
+        ("", "", "The cat", "The cat"),
+        ("<cls>", "<sep>", "The <mask>", "<cls>The <mask><sep>"),
+        ("<cls>", "<sep>", "<cls>The <mask><sep>", "<cls>The <mask><sep>"),
+        ("<cls>", "<sep>", "<cls>The <mask>", "<cls>The <mask><sep>"),
+        ("<cls>", "<sep>", "The <mask><sep>", "<cls>The <mask><sep>"),
+        ("<cls>", "<sep>", "<cls>", "<cls><sep>"),
+        ("<cls>", "<sep>", "<s>The <mask>", "<cls><s>The <mask><sep>"),
+    ],
+)
+def test_a_text_with_its_special_tokens_gets_no_second_ones(
+    prefix: str, suffix: str, prompt: str, expected: str
+) -> None:
+    made = around(prefix, suffix)
+    found = prompts.encode(prompt, made)
+    assert found.ids == made(expected, add_special_tokens=False).input_ids
+    for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+        assert start == end or made.decode([token]) == prompt[start:end]
+    model = text_model(torch.float32)
+    model.resize_token_embeddings(len(made))
+    result = gim.attribute(model, made, prompt)
+    assert list(result.token_ids) == found.ids
+    want = gim.explain(model, torch.tensor(found.ids), tokenizer=made)
+    assert torch.equal(result.scores, want)
+
+
+#: As Llama, Gemma and a model that reads lists of parts alone write chats.
+PLAIN = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content + '<e>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+TRIMS = (
+    "<s>{% for m in messages %}[{{ m.role }}]\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for c in m.content %}{{ c.text | trim }}+{% endfor %}{% endif %}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<s>{{ m.role }}: {% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
+    "{% endfor %}<e>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+USER = {"role": "user", "content": "The cat?"}
+
+
+def chat(template: str, *messages: dict[str, Any]) -> str:
+    made = tokenizer()
+    made.chat_template = template
+    before = copy.deepcopy(messages)
+    found = prompts.encode(list(messages), made)
+    assert messages == before
+    # The offsets are those of the text that the model sees.
+    assert found.ids == made(found.text, add_special_tokens=False).input_ids
+    assert found.ids == made(found.text).input_ids[1:]
+    return found.text
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ends"),
+    [
+        (PLAIN, "It sat", "<s>assistant: It sat"),
+        (PLAIN, "", "<s>assistant: "),
+        (PLAIN, "It ", "<s>assistant: It "),
+        (PLAIN, " It", "<s>assistant:  It"),
+        (TRIMS, "It sat", "[assistant]\nIt sat"),
+        (TRIMS, "", "[assistant]\n"),
+        (TRIMS, "It ", "[assistant]\nIt "),
+        (TRIMS, "GIM_CONTINUES_HERE", "[assistant]\nGIM_CONTINUES_HERE"),
+        (PARTS, "It", "<s>assistant: It"),
+    ],
+)
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_a_last_answer_is_continued_to_its_last_character(template: str, text: str, ends: str, as_parts: bool) -> None:
+    content: Any = [{"type": "text", "text": text}] if as_parts else text
+    found = chat(template, USER, {"role": "assistant", "content": content})
+    opened = chat(template, USER)
+    start = "<s>assistant: " if template is not TRIMS else "[assistant]\n"
+    assert found.endswith(ends)
+    assert found == opened.removesuffix(start) + ends
+    closed = chat(template, USER, {"role": "assistant", "content": content}, USER)
+    assert "<e>" in closed[len(opened.removesuffix(start)) :]
+
+
+def test_an_answer_that_the_template_changes_cannot_be_continued() -> None:
+    with pytest.raises(ValueError, match=r"message 2, the last, cannot be continued .* has '\\nIt' for ' It'"):
+        chat(TRIMS, USER, {"role": "assistant", "content": " It"})
+    with pytest.raises(ValueError, match="message 2, the last, cannot be continued .* leaves it out"):
+        chat("{{ messages[0].content }}", USER, {"role": "assistant", "content": "It"})
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    for content in ({}, {"content": None}, {"content": "It"}):
+        with pytest.raises(ValueError, match="message 2, the last, is a tool call of the model's"):
+            chat(PLAIN, USER, {"role": "assistant", "tool_calls": calls, **content})
+
+
+def test_roles_beside_the_users() -> None:
+    system, call = {"role": "system", "content": "Sit."}, {"role": "assistant", "content": "", "tool_calls": [{}]}
+    assert chat(PLAIN, system, USER) == "<s>system: Sit.<e>\n<s>user: The cat?<e>\n<s>assistant: "
+    assert chat(PLAIN, USER, call, {"role": "tool", "content": "mat"}).endswith("<s>tool: mat<e>\n<s>assistant: ")
+    assert chat("{% for m in messages %}{{ m.content or 'call' }}{% endfor %}", USER, {**call, "content": None}, USER)
+
+
+def test_parts_of_text_are_read_as_the_template_reads_them() -> None:
+    parts = [{"type": "text", "text": "The "}, {"type": "text", "text": "cat"}]
+    for template, text in ((PLAIN, "The cat"), (TRIMS.replace("+", ""), "Thecat"), (PARTS, "The cat")):
+        assert text in chat(template, {"role": "user", "content": parts})
+        one = chat(template, {"role": "user", "content": parts[:1]})
+        assert one == chat(template, {"role": "user", "content": "The "})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "image", "url": "x"}], "part 2 of message 2 must be .* type 'image'"),
+        ([{"type": "input_audio"}], "part 1 of message 2 must be .* got type 'input_audio'"),
+        ([{"type": "text"}], r"part 1 of message 2 must be .* got \{'type': 'text'\}"),
+        (["a"], "part 1 of message 2 must be .* got 'a'"),
+        (3, "content of message 2 must be text or a list of parts, got 3"),
+        (None, "content of message 2 must be text or a list of parts, got None"),
+    ],
+)
+def test_content_that_is_no_text_is_named(content: Any, message: str) -> None:
+    for template in (PLAIN, TRIMS, PARTS):
+        with pytest.raises(ValueError, match=message):
+            chat(template, {"role": "system", "content": "a"}, {"role": "user", "content": content})
+
+
+def test_a_template_that_refuses_or_loses_messages_is_named() -> None:
+    for template in ("{{ raise_exception('roles must alternate') }}", "{{ messages[0].content + 3 }}"):
+        with pytest.raises(ValueError, match="prompt is a chat that the tokenizer's chat template refuses: "):
+            chat(template, USER)
+    with pytest.raises(ValueError, match="the tokenizer's chat template leaves out what a user says"):
+        chat("{{ messages[0].content }}", USER, {"role": "user", "content": "And the mat?"})

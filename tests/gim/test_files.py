@@ -473,6 +473,6 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
 
     left = tmp_path / f"{files._stem(tmp_path / 'a')}0.tmp"
     left.touch()
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr("gim.files.fcntl.flock", refuse)
     write_atomically(tmp_path / "a", b"mine")
     assert names(tmp_path) == sorted(["a", left.name])  # nothing tells whether somebody is writing it

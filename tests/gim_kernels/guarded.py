@@ -1,7 +1,7 @@
 """Attention on tensors that lie against memory nobody may touch: a read outside a tensor ends the process.
 
-``python -m tests.gim_kernels.guarded FIRST END`` runs the draws of these seeds; ``... beyond`` reads one element too many
-on purpose.
+``python -m tests.gim_kernels.guarded FIRST END`` runs the draws of these seeds; ``... beyond`` reads one element too
+many on purpose.
 """
 
 from __future__ import annotations

@@ -131,13 +131,14 @@ def test_copies_of_other_layouts_are_counted(
     # A gradient of features first is laid out like its input, and is summed elsewhere.
     measured, counted = [], []
     for tensors in (tuple(x.contiguous() for x in given), given):
-        query, key, value = tensors
+        query, key, _ = tensors
         plain = blockwise.runs_torchs_kernel(query, key, settings, True)
         assert plain == (not options)
-        out, lse = blockwise.attention_forward(*tensors, None, None, settings)
 
-        def forward(tensors: tuple[torch.Tensor, ...] = tensors) -> Any:
-            return blockwise.attention_forward(*tensors, None, None, settings)
+        def forward(tensors: Any = tensors) -> Any:
+            return blockwise.attention_forward(tensors[0], tensors[1], tensors[2], None, None, settings)
+
+        out, lse = forward()
 
         def backward(tensors: tuple[torch.Tensor, ...] = (out, *tensors), saved: Any = (out, lse)) -> Any:
             factors, needs = (1.0, 1.0, 1.0), (True, True, True, False)
@@ -148,8 +149,8 @@ def test_copies_of_other_layouts_are_counted(
         measured.append((peak_bytes(forward)[0], peak_bytes(backward)[0]))
         counted.append(
             (
-                blockwise.forward_workspace(*tensors, settings, plain),
-                blockwise.backward_workspace(*tensors, settings, **named),
+                blockwise.forward_workspace(tensors[0], tensors[1], tensors[2], settings, plain),
+                blockwise.backward_workspace(tensors[0], tensors[1], tensors[2], settings, **named),
             )
         )
     for run in (0, 1):
@@ -161,7 +162,12 @@ def test_copies_of_other_layouts_are_counted(
 
 
 def _by_formula(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad_out: torch.Tensor, scale: float, temperature: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad_out: torch.Tensor,
+    scale: float,
+    temperature: float,
 ) -> dict[str, torch.Tensor]:
     """Causal attention and its gradients, written out."""
     hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
@@ -238,7 +244,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtypes", list(itertools.product(TYPES, repeat=3)), ids=lambda types: "-".join(map(str, types)))
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(TYPES, repeat=3)), ids=lambda types: "-".join(map(str, types))
+)
 def test_autocast_takes_what_torch_takes(dtypes: tuple[torch.dtype, ...], low: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(1, 2, 9, 16, generator=generator).to(dtype).requires_grad_(True) for dtype in dtypes]
