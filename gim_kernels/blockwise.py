@@ -348,8 +348,8 @@ class _Weights:
     """Both softmaxes of a block, ``[HEADS, ROWS, KEYS]``, still without the division by their rows' sums.
 
     ``e`` is the softmax at temperature T, ``z`` ``[HEADS, ROWS, 1]`` its sums and ``share`` the sink's part of them,
-    None without sinks; ``p`` is the softmax at T = 1, ``p_sum`` its sums; ``slope`` is the derivative of the softcap, None
-    without one. ``p`` lies in the buffer ``"p or dp"``, or is ``e``.
+    None without sinks; ``p`` is the softmax at T = 1, ``p_sum`` its sums; ``slope`` is the derivative of the softcap,
+    None without one. ``p`` lies in the buffer ``"p or dp"``, or is ``e``.
     """
 
     e: torch.Tensor

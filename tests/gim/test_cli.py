@@ -223,9 +223,9 @@ def test_warnings_of_libraries_are_single_lines_at_the_end(folder: Path, monkeyp
         (["-p", "a", "--contrast", "two words"], "--contrast must be one token, but 'two words' is"),
         (
             ["-p", "a", "-t", " Irene is", "-c", " Otto is"],
-            "--target must be one token, but ' Irene is' is 2: [' Irene', ' is']; --contrast must be one token, but "
-            "' Otto is' is 2: [' Otto', ' is']. A contrast is of two tokens that may come next: give those in which the "
-            "two first differ, ' Irene' and ' Otto', or explain each text by itself",
+            "--target must be one token, but ' Irene is' is 2: [' Irene', ' is']; --contrast must be one token, "
+            "but ' Otto is' is 2: [' Otto', ' is']. A contrast is of two tokens that may come next: give those in "
+            "which the two first differ, ' Irene' and ' Otto', or explain each text by itself",
         ),
         (["-p", "a", "--baseline", "two words"], "baseline must be one token, but 'two words' is"),
     ],
