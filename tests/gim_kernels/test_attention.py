@@ -374,7 +374,7 @@ def test_blockwise_for_any_shape_and_option(data: st.DataObject) -> None:
 
 
 @nan_filled
-@settings(max_examples=200 if ON_GPU else 5, phases=PHASES)
+@settings(max_examples=200 if ON_GPU else 3, phases=PHASES)
 @given(data=st.data())
 def test_triton_for_any_shape_and_option(data: st.DataObject) -> None:
     hold_any(data.draw, "triton", 110)

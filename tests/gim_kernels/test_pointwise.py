@@ -111,7 +111,7 @@ def test_live_norms_equal_torch() -> None:
 def norm_terms(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dy: torch.Tensor, eps: float, frozen: bool
 ) -> list[torch.Tensor]:
-    """For each result, the sum of the absolute values of what it adds up, float64; a layer norm's where there is a bias.
+    """For each result, the sum of the absolute values of what it adds up, float64; a layer norm if there is a bias.
 
     Few features leave little of what is added up: two of them, with their mean taken out, nothing of a live gradient.
     """
