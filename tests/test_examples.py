@@ -90,6 +90,7 @@ def test_edges_sum_to_the_gradient_at_their_source(rules: str) -> None:
         example.edges(model, clean, corrupted[:, 1:], 3, 5)
 
 
+@pytest.mark.slow
 def test_the_edge_example_runs_on_the_demo_model() -> None:
     out = run("edge_attribution")
     assert len(out.splitlines()) == 10 and "head" in out
@@ -107,6 +108,7 @@ def test_captums_gradients_follow_the_rules() -> None:
     assert "lantern" in run("captum_layer").replace("Ġ", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GIM_EXPLAIN.exists(), reason="gim-explain is installed apart by make")
 def test_code_written_for_gim_explain_finds_the_same_names_and_defaults() -> None:
     code = (

@@ -149,6 +149,7 @@ def test_gim_bench_runs_the_source_trees_benchmarks(capfd: pytest.CaptureFixture
     assert shown.exit_code == 2 and "no suite is called 'speed'" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_gim_bench_hands_its_options_on(capfd: pytest.CaptureFixture[str]) -> None:
     shown = CliRunner().invoke(cli.app, ["bench", "cases", "quick", "--device", "cpu"])
     assert shown.exit_code == 0 and "GFLOP" in capfd.readouterr().out

@@ -270,6 +270,7 @@ def test_a_spent_budget_names_what_was_not_reached(suite: Suite) -> None:
     assert not suite.results["complete"] and "not reached in 0 s: 3 cases" in shown(console)
 
 
+@pytest.mark.slow
 def test_a_wrong_system_of_ours_is_an_exit_code(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "wrong", lambda case, one, inputs, device: "off" if one is OURS else None)
     console = Console(record=True, width=160)

@@ -451,6 +451,7 @@ def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_plan_shows_every_plan_from_the_config_alone(config_folder: Path) -> None:
     import gim
     from gim.plan import PLANS

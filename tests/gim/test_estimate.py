@@ -90,8 +90,8 @@ def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "rules", "batch", "explained"),
     [
-        (torch.bfloat16, "GIM", 1, 1),
-        (torch.float32, "GRADIENT", 1, 1),
+        pytest.param(torch.bfloat16, "GIM", 1, 1, marks=pytest.mark.slow),
+        pytest.param(torch.float32, "GRADIENT", 1, 1, marks=pytest.mark.slow),
         (torch.float32, "GIM_CONSTANT", 2, 1),
         (torch.float32, "GIM", 1, 40),
     ],

@@ -85,7 +85,7 @@ def test_the_forward_ignores_the_rules_and_is_the_models_own(family: str, dtype:
         assert_within_budget(inside[0][keep], truth[keep], own[keep], "logits")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_batch_equals_its_own_run(family: str, side: str) -> None:
     model = make(family)

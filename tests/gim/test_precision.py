@@ -35,7 +35,7 @@ def assert_every_rule_acts(model: Any, tokens: torch.Tensor, rounding: float) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 @pytest.mark.parametrize(
     "preset",
     [

@@ -430,7 +430,7 @@ def check_gated(
     assert sanitizer.launches == {"gated_forward_kernel": 1, "gated_backward_kernel": 1}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
 def test_norms(kind: str, frozen: bool, dtype: torch.dtype) -> None:
@@ -471,7 +471,7 @@ def test_frozen_norms_that_kept_no_input(kind: str) -> None:
         assert sanitizer.launches["norm_backward_kernel"] == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backward", ["exact", "ratio"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_products(activation: str, backward: str, dtype: torch.dtype) -> None:

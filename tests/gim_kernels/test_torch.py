@@ -96,13 +96,14 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiles_to_one_graph(name: str, backend: str, engine: str) -> None:
     function, inputs = OPERATORS[name]
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     assert_same(differentiate(compiled, inputs), differentiate(function, inputs))
 
 
+@pytest.mark.slow
 @every_operator
 def test_compiles_for_any_length(name: str, engine: str) -> None:
     function, inputs = OPERATORS[name]
@@ -327,6 +328,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_starts_neither_cuda_nor_triton() -> None:
     code = (
         "import sys, torch\n"

@@ -128,7 +128,15 @@ def test_norm_of_any_shape(
     check_norm(kind, (*shape, width), dtype, frozen, affine)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("rms", 16384), ("layer", 16385), ("rms", 32768)])
+#: The widest row in one block, and the narrowest in several.
+WIDE_ROWS = [
+    pytest.param("rms", 16384, marks=pytest.mark.slow),
+    ("layer", 16385),
+    pytest.param("rms", 32768, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "width"), WIDE_ROWS)
 def test_norm_over_wide_rows(kind: str, width: int) -> None:
     check_norm(kind, (2, width), torch.float16, frozen=False)
 
@@ -177,7 +185,7 @@ def test_rows_far_from_zero_do_not_cancel(kind: str) -> None:
     assert_within_budget(actual, truth, yardstick, kind)
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("kind", [pytest.param("rms", marks=pytest.mark.slow), "layer"])
 def test_weight_gradient_folds_many_chunks(kind: str) -> None:
     """More chunks of rows than the fold reads at once, a last chunk cut short, and columns in two blocks."""
     count, width = 1050, 130
