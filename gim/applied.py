@@ -60,6 +60,8 @@ class AppliedReport:
             only under ``strict=False``, since a strict context raises instead.
         notes: rules that have nothing to act on, and why.
         forwards: complete forward passes of the model inside the context.
+        watched: whether the last of them, or one of its kind, ran under :class:`gim.intercept.watch.Watch`, which saw
+            every operator and would have found a part that no rule reached.
     """
 
     rules: str = ""
@@ -67,6 +69,7 @@ class AppliedReport:
     unsupported: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     forwards: int = 0
+    watched: bool = False
 
     def of(self, part: Part) -> list[Application]:
         """The applications to modules of one kind."""
@@ -105,6 +108,7 @@ class AppliedReport:
         parts = [f"{n} {words[part]} ({calls} calls)" for part, (n, calls) in self.counts().items()]
         if self.unsupported:
             parts.append("NOT covered: " + ", ".join(name for name, _ in self.unsupported))
+        parts.append("watched" if self.watched else "not watched")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -118,6 +122,7 @@ class AppliedReport:
             "unsupported": [list(pair) for pair in self.unsupported],
             "notes": list(self.notes),
             "forwards": self.forwards,
+            "watched": self.watched,
         }
 
     @classmethod
@@ -129,4 +134,5 @@ class AppliedReport:
             unsupported=[(name, reason) for name, reason in fields["unsupported"]],
             notes=list(fields["notes"]),
             forwards=fields["forwards"],
+            watched=fields.get("watched", False),
         )

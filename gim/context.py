@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
+from gim.intercept.proof import Proof
 from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
 from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
@@ -181,49 +184,63 @@ def apply_patches(model: nn.Module, session: Session) -> None:
         _raise_unsupported(model, session.report.unsupported)
     _guard_checkpoints(model, session)
 
-    def begin(*_: Any) -> None:
-        session.start_forward()
+    proof = Proof(model, session.rules, session.report)
 
-    def finish(*_: Any) -> None:
+    def finish() -> None:
         if session_of(model) is not session:
             return  # an inner context's rules are in force, and it looks after its own forward passes
         session.report.forwards += 1
         missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
         for end in session.end_of_forward:
             missing += end()
+        missing += proof.unreached()
         if session.strict:
             _raise_unsupported(model, missing)
         known = set(session.report.unsupported)
         session.report.unsupported.extend(pair for pair in missing if pair not in known)
 
-    if isinstance(model, PreTrainedModel):
-        for handle in (model.register_forward_pre_hook(begin), model.register_forward_hook(finish)):
-            session.undo.callback(handle.remove)
-        return
-    # Front ends call forward itself (TransformerLens's run_with_hooks does), past the hooks of the model.
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*inputs: Any, **named: Any) -> Any:
-        begin()
-        out = inner(*inputs, **named)
+    def run(inner: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        session.start_forward()
+        innermost = session_of(model) is session and session.proves
+        with proof.watching(inputs, named) if innermost else nullcontext():
+            out = inner(*inputs, **named)
         finish()
         return out
 
-    session.replace_forward(model, forward)
+    # Front ends call forward itself (TransformerLens's run_with_hooks does), past the hooks of the model.
+    session.replace_forward(model, _Forward(model.forward, run))
 
 
-def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES) -> AppliedReport:
-    """What each rule would be applied to, found without a forward pass of the model; nothing stays changed.
+class _Forward:
+    """A ``forward`` that hands the one before to a function; a copy of its model, in no context, has that one."""
+
+    def __init__(self, inner: Callable[..., Any], run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, inner)
+        self._inner = inner
+        self._run = run
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._run(self._inner, *inputs, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._inner, memo)
+
+
+def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES, input_ids: torch.Tensor | None = None) -> AppliedReport:
+    """What each rule would be applied to; nothing stays changed.
 
     Args:
         model: a Hugging Face model with its weights (norms are probed with them).
         rules: the rules in question.
+        input_ids: ``[B, T]`` for one forward pass, which is watched; with None no forward runs, and that nothing was
+            left out is not known.
 
     Returns:
-        A report whose calls are 0; parts that cannot be covered are in its ``unsupported``.
+        A report whose calls are those of the forward, or 0; parts that cannot be covered are in its ``unsupported``.
     """
-    with GIM(model, rules=rules, strict=False) as report:
+    with GIM(model, rules=rules, strict=False) as report, torch.no_grad():
+        if input_ids is not None:
+            model(input_ids)
         return report
 
 

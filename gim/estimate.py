@@ -193,6 +193,7 @@ class Twin:
                     self._open.enter_context(GIM(self.model, rules=rules))
                     # A dry run leaves layers out, which is no fault of theirs.
                     self.model.__dict__[SESSION].strict = False
+                    self.model.__dict__[SESSION].proves = False
                     self._mlps = checkpoint.mlps_of(self.model, MemoryPlan("mlp"))
                     if attempt == 1 or not any(isinstance(found, str) for found in self._mlps.values()):
                         break

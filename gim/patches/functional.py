@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 import gim_kernels
 from gim.applied import ABSENT, UNSEEN, Application, Part, UnsupportedModelError
+from gim.intercept.sites import SITES
 from gim.patches import attention, dense_masks, gated_mlps, norms
 from gim.patches.products import PRODUCTS
 from gim.patches.session import Session, original_forward
@@ -411,17 +412,18 @@ def _multi_head_attention_forward(
         if note not in calls.session.report.notes:
             calls.session.report.notes.append(note)
         identity = torch.eye(keys, dtype=k.dtype, device=k.device).expand(batch, num_heads, keys, keys)
-        shown = reference.attention(
-            q,
-            k,
-            identity,
-            causal=pattern is not None and pattern.causal,
-            window=None if pattern is None else pattern.window,
-            key_range=None if pattern is None else pattern.key_range,
-            softmax_backward=rules.softmax,
-            temperature=rules.temperature,
-            grad_scale=rules.qkv_scale,
-        )
+        with SITES.acting("attention"):
+            shown = reference.attention(
+                q,
+                k,
+                identity,
+                causal=pattern is not None and pattern.causal,
+                window=None if pattern is None else pattern.window,
+                key_range=None if pattern is None else pattern.key_range,
+                softmax_backward=rules.softmax,
+                temperature=rules.temperature,
+                grad_scale=rules.qkv_scale,
+            )
         if average_attn_weights:
             shown = shown.mean(1)
         shown = shown if batched else shown[0]

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import gim_kernels
 from gim.applied import UnsupportedModelError
+from gim.intercept.sites import SITES
 from gim.rules import Rules
 from gim_kernels import engines
 from gim_kernels.gated import Activation
@@ -129,7 +130,8 @@ def product(
         return gim_kernels.gated(gate, up, known, grad_scale=rules.gate_up_scale, activation_backward=rules.activation)
     branch = scale_gradient(gate, rules.gate_up_scale[0])
     activated = RatioActivation.apply(branch, activation) if rules.activation == "ratio" else activation(branch)
-    return activated * scale_gradient(up, rules.gate_up_scale[1])
+    with SITES.acting("gated_mlp"):
+        return activated * scale_gradient(up, rules.gate_up_scale[1])
 
 
 def hooked_product(activated: torch.Tensor, up: torch.Tensor, rules: Rules) -> torch.Tensor:
@@ -143,7 +145,8 @@ def hooked_product(activated: torch.Tensor, up: torch.Tensor, rules: Rules) -> t
             "a forward hook on an activation stands between it and its product, so act(x) / x cannot take the place of "
             "its derivative: remove the hook, or use rules with the exact derivative"
         )
-    return scale_gradient(activated, rules.gate_up_scale[0]) * scale_gradient(up, rules.gate_up_scale[1])
+    with SITES.acting("gated_mlp"):
+        return scale_gradient(activated, rules.gate_up_scale[0]) * scale_gradient(up, rules.gate_up_scale[1])
 
 
 class Site:

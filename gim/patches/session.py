@@ -49,6 +49,8 @@ class Session:
     def __init__(self, rules: Rules, strict: bool) -> None:
         self.rules = rules
         self.strict = strict
+        #: Whether forward passes are watched; those of an estimate, without numbers, are not.
+        self.proves = True
         self.report = AppliedReport(rules=rules.describe())
         self.undo = ExitStack()
         self.closed = False

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gim.applied import ABSENT, Application
+from gim.intercept.sites import SITES
 from gim.patches import attention, functional, norms
 from gim.patches.functional import HANDLERS, Calls, Expected, Frame, State
 from gim.patches.session import Session, original_forward
@@ -89,15 +90,16 @@ def _handlers(progress: _Progress, attentions: dict[str, str]) -> dict[Any, Call
     def softmax(
         calls: Calls, frame: Frame, func: Callable[..., Any], scores: torch.Tensor, *args: Any, **named: Any
     ) -> Any:
-        weights = func(scores, *args, **named)
         name = attentions.get(frame.name)
         if name is None or not _called_by_the_model():
-            return weights
+            return func(scores, *args, **named)
         dim = named.get("dim", args[0] if args else None)
         expected = progress.scores.pop(name, None)
         if dim not in (-1, scores.dim() - 1) or expected is None or scores.shape[:-1] != expected[:-1]:
             calls.refuse(frame, "computes a softmax that is not over the product of its queries and keys")
-            return weights
+            return func(scores, *args, **named)
+        with SITES.acting("attention"):
+            weights = func(scores, *args, **named)
         progress.weights[name] = expected  # a column for a sink is dropped again
         rules = calls.session.rules
         if rules.softmax == "constant":
@@ -226,8 +228,8 @@ def _freeze(name: str, module: nn.Module, row: Application, session: Session, st
         # Without gradients nothing must change, not even the tensor's identity, from which a bridge tells an edit; with
         # them it changes under every rule, so that the forward is the same whatever the rules are.
         if not scale.requires_grad:
-            return scale
-        return scale.detach() if session.rules.freeze_norm else scale.view_as(scale)
+            return SITES.mark(scale, "norm")
+        return SITES.mark(scale.detach() if session.rules.freeze_norm else scale.view_as(scale), "norm")
 
     session.replace_forward(module, counted)
     hook: nn.Module = module.hook_scale  # type: ignore[assignment]

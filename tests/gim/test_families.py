@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 import gim
 from gim.context import inspect
+from gim.intercept.watch import PART_OF, Watch
 from gim.patches import gated_mlps
 from gim.patches.attention import gim_attention
 from gim.patches.key_patterns import KeyPattern, key_pattern
@@ -22,7 +23,6 @@ from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make
 from tests.model_code import Wide, attend
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget, relative_error
-from tests.watch import watching
 
 BASELINE = 3
 ALL = {**FAMILIES, **ENCODERS}
@@ -87,15 +87,15 @@ def test_float32_errs_at_most_twice_as_much_as_the_models_own_code(family: str, 
 @pytest.mark.parametrize("family", ALL)
 def test_nothing_that_a_rule_should_act_on_runs_outside_the_kernels(family: str) -> None:
     model, tokens = make(family, torch.float32), ids(1)
-    with gim.GIM(model), watching(model, tokens.shape[1]) as findings:
+    with gim.GIM(model) as report, Watch(model) as inside:
         model(tokens)
-    assert not findings.found
-    with watching(model, tokens.shape[1]) as findings:  # and without a context, the watch does see them
+    assert report.watched and not inside.found
+    with Watch(model) as watch:  # and without a context, it sees what the report counts, call for call
         model(tokens)
-    seen = {what for _, what in findings.found}
-    assert any("statistic" in what for what in seen)
-    assert "softmax over keys" in seen
-    assert ("product with an activation" in seen) == (ALL[family].gated != 0)
+    seen = dict.fromkeys(PART_OF.values(), 0)
+    for found in watch.found:
+        seen[PART_OF[found.kind]] += 1
+    assert seen == {part: calls for part, (_, calls) in report.counts().items()}
 
 
 @pytest.mark.parametrize("family", ENCODERS)
