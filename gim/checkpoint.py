@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gim.applied import UnsupportedModelError
-from gim.context import decoder_layers, refuse_when_closed
+from gim.context import decoder_layers
+from gim.intercept.attention import SPANS, Spans
+from gim.intercept.checkpoints import Again
+from gim.intercept.session import Changes, Session, session_of
 from gim.offload import Offload, Watch, pool_of
-from gim.patches.attention import SPANS, Spans, patched_modules
-from gim.patches.session import Session, session_of
+from gim.patches.attention import patched_modules
 from gim.plan import MemoryPlan
 from gim.tokenwise import NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
 
@@ -113,7 +115,7 @@ def applied(
     offload = None
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
-    inner = Session(session.rules, session.strict)
+    inner = Changes()
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
     try:
         for module in model.modules():
@@ -151,7 +153,7 @@ class _Layers:
         self,
         plan: MemoryPlan,
         session: Session,
-        inner: Session,
+        inner: Changes,
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,
@@ -167,7 +169,7 @@ class _Layers:
 
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
-        forward = refuse_when_closed(layer.forward, name, self._session)
+        forward = Again(self._session, layer.forward, name, layer)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -212,7 +214,7 @@ class _Layers:
         self._inner.undo.callback(handle.remove)
 
     def _run_mlp_again(self, mlp: nn.Module, name: str, index: int, norm: NormBefore) -> None:
-        forward = refuse_when_closed(mlp.forward, name, self._session)
+        forward = Again(self._session, mlp.forward, name, mlp)
         tile = self._plan.mlp_tile
         outside = self._plan.checkpoint == "mlp"
 
@@ -263,7 +265,7 @@ class _Layers:
         return True
 
     def _narrow_mlp(self, mlp: nn.Module, name: str, kept: torch.Tensor) -> None:
-        forward = refuse_when_closed(mlp.forward, name, self._session)
+        forward = Again(self._session, mlp.forward, name, mlp)
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
             if others or named:

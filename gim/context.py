@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable
+import weakref
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch._dynamo.eval_frame
 from torch import nn
-from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
-from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
-from gim.patches.session import SESSION, Session, session_of
+from gim.intercept import checkpoints, interface
+from gim.intercept.session import Gate, Session, running, stack_of
+from gim.patches import attention
 from gim.rules import GIM as PAPER_RULES
-from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
+from gim.rules import GRADIENT, PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
-
-_enter_lock = threading.Lock()
-
 
 def resolve_rules(
     rules: Rules | str | None,
@@ -133,19 +129,16 @@ class GIM:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         _refuse_what_cannot_be_patched(self.model)
         _refuse_dropout(self.model)
-        session = Session(self.rules, self.strict)
-        with _enter_lock:
-            outer = session_of(self.model)
-            if outer is not None and outer.thread != session.thread:
-                raise RuntimeError(
-                    "model is inside a GIM context of another thread: use one model object for each thread"
-                )
-            try:
-                apply_patches(self.model, session)
-            except BaseException:
-                session.close()
-                raise
+        stack = stack_of(self.model)
+        session = Session(self.rules, self.strict, stack)
+        session.check_no_graph = functools.partial(checkpoints.refuse_reentrant, session)
+        # A context that is dropped without being closed, or that an interrupt keeps from closing, leaves nothing behind.
+        weakref.finalize(self, session.close)
+        interface.prepare(self.model, stack)
+        stack.run = forward_pass
+        stack.install()
         self._session = session
+        session.open()
         return session.report
 
     def __exit__(
@@ -156,61 +149,26 @@ class GIM:
     ) -> None:
         session, self._session = self._session, None
         if session is not None:
-            with _enter_lock:
-                session.close()
+            session.close()
 
 
-def apply_patches(model: nn.Module, session: Session) -> None:
-    """Patch every part of a model for a session, and make sure that each forward pass uses all of the patches.
-
-    Raises:
-        UnsupportedModelError: the session is strict and a part is not covered.
-    """
-    for module in model.modules():
-        session.set_attribute(module, SESSION, session)
-    if transformer_lens.is_one(model):
-        transformer_lens.patch(model, session)
-    else:
-        norms.patch(model, session)
-        gated_mlps.patch(model, session)
-        if isinstance(model, PreTrainedModel):
-            attention.patch(model, session)
+def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """A forward pass of a session's model, or of one of its modules, from outside."""
+    fired = session.fired
+    with session.entered(gate.name, gate.module) as frame:
+        if gate.prepare is None:
+            out = gate.inner(*inputs, **named)
         else:
-            functional.patch(model, session)
-    if session.strict:
-        _raise_unsupported(model, session.report.unsupported)
-    _guard_checkpoints(model, session)
-
-    def begin(*_: Any) -> None:
-        session.start_forward()
-
-    def finish(*_: Any) -> None:
-        if session_of(model) is not session:
-            return  # an inner context's rules are in force, and it looks after its own forward passes
-        session.report.forwards += 1
-        missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
-        for end in session.end_of_forward:
-            missing += end()
-        if session.strict:
-            _raise_unsupported(model, missing)
-        known = set(session.report.unsupported)
-        session.report.unsupported.extend(pair for pair in missing if pair not in known)
-
-    if isinstance(model, PreTrainedModel):
-        for handle in (model.register_forward_pre_hook(begin), model.register_forward_hook(finish)):
-            session.undo.callback(handle.remove)
-        return
-    # Front ends call forward itself (TransformerLens's run_with_hooks does), past the hooks of the model.
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*inputs: Any, **named: Any) -> Any:
-        begin()
-        out = inner(*inputs, **named)
-        finish()
-        return out
-
-    session.replace_forward(model, forward)
+            running.frames.pop()
+            try:
+                out = gate.prepare(frame, gate.inner, inputs, named)
+            finally:
+                running.frames.append(frame)
+        if gate.name == "" and torch._C._current_graph_task_id() == -1:
+            session.report.forwards += 1
+            if session.fired == fired and torch.is_grad_enabled() and session.rules != GRADIENT:
+                session.refuse("called no attention, norm or gated MLP that can be seen, so no rule acts on anything")
+    return out
 
 
 def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES) -> AppliedReport:
@@ -249,47 +207,6 @@ def _refuse_what_cannot_be_patched(model: nn.Module) -> None:
                 f"{name} is on the meta device: load the weights first; for memory alone, gim.estimate_memory takes "
                 "a model without them"
             )
-
-
-def _raise_unsupported(model: nn.Module, unsupported: list[tuple[str, str]]) -> None:
-    if not unsupported:
-        return
-    shown = "\n".join(f"  {name}: {reason}" for name, reason in unsupported[:8])
-    more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not fully covered by the rules that were asked for:\n{shown}{more}\n"
-        "Switch off the rule, or pass strict=False to have this reported instead."
-    )
-
-
-def _guard_checkpoints(model: nn.Module, session: Session) -> None:
-    """Make a Hugging Face checkpoint raise where it would run a layer again after its patches are gone."""
-    for name, module in model.named_modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is None:
-            continue
-        session.set_attribute(module, "_gradient_checkpointing_func", _guarded(checkpoint, name, session))
-
-
-def _guarded(checkpoint: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
-    def guarded(function: Callable[..., Any], *inputs: Any) -> Any:
-        return checkpoint(refuse_when_closed(function, name, session), *inputs)
-
-    return guarded
-
-
-def refuse_when_closed(function: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
-    """``function``, but an error once the session has closed: its modules are no longer patched."""
-
-    def checked(*inputs: Any, **named: Any) -> Any:
-        if session.closed:
-            raise RuntimeError(
-                f"{name}: a checkpoint runs this layer again after its GIM context has closed: call backward() "
-                "inside the context"
-            )
-        return function(*inputs, **named)
-
-    return checked
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

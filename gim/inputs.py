@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gim.patches import transformer_lens
+from gim.patches import tl as transformer_lens
 from gim_kernels.engines import key_range_of
 
 

@@ -17,7 +17,7 @@ from gim.applied import AppliedReport
 from gim.context import GIM, decoder_layers
 from gim.inputs import embedding_device, embeddings, head_of
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
-from gim.patches import transformer_lens
+from gim.patches import tl as transformer_lens
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gim.patches import attention, norms
-from gim.patches.session import Session, original_forward
+from gim.intercept.session import Changes, Session, original_forward
 
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
@@ -174,7 +174,7 @@ class NormBefore:
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
 
-    def watch(self, norm: nn.Module, session: Session) -> None:
+    def watch(self, norm: nn.Module, session: Changes) -> None:
         """Remember what this norm was called with, until its MLP has asked."""
         forward = norm.forward
 

@@ -14,15 +14,16 @@ from transformers import AttentionInterface
 
 import gim
 from gim.context import inspect
-from gim.patches import gated_mlps
-from gim.patches.attention import gim_attention
+
+from gim.intercept.attention import gim_attention
+from gim.intercept.session import Session, Stack
 from gim.patches.key_patterns import KeyPattern, key_pattern
-from gim.patches.session import SESSION, Session
+
 from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make
 from tests.model_code import Wide, attend
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget, relative_error
-from tests.watch import watching
+
 
 BASELINE = 3
 ALL = {**FAMILIES, **ENCODERS}
@@ -223,8 +224,8 @@ def test_patterns_equal_dense_masks(shape: str, documents: Any, rule: str) -> No
     own = gim.rules.Rules(
         **{**gim.rules.GIM.to_dict(), "softmax": rule, "q_scale": 0.1, "k_scale": 0.7, "v_scale": 0.3}
     )
-    module.__dict__[SESSION] = Session(own, True)
-    got, _ = gim_attention(module, q, k, v, pattern, scaling=0.25)
+    with Session(own, True, Stack(module)).entered("", module):
+        got, _ = gim_attention(module, q, k, v, pattern, scaling=0.25)
     assert_close64(got.transpose(1, 2), want, "out")
     given = torch.autograd.grad((got.transpose(1, 2) * w).sum(), inputs, allow_unused=True)
     for name, one, other in zip("qkv", given, expected, strict=True):
