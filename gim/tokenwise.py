@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from gim.parts import anatomy
 from gim.patches import attention, norms
 from gim.patches.session import Session, original_forward
 
@@ -21,15 +22,6 @@ PROBE_TOKENS = 5
 PROBE_ULPS = 16
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-def hidden_size(model: nn.Module) -> int | None:
-    """Width of the tensors that go from layer to layer, by the model's config."""
-    config: Any = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    width = getattr(config, "hidden_size", None)
-    return width if isinstance(width, int) else None
 
 
 def find_mlps(layer: nn.Module, width: int | None, session: Session) -> list[tuple[str, nn.Module]] | str:
@@ -53,11 +45,11 @@ def find_mlps(layer: nn.Module, width: int | None, session: Session) -> list[tup
             if len(matrices) < 2 or attention.attention_modules(child):
                 continue
             if any(parameter.dim() > 2 for parameter in matrices) or any(
-                isinstance(module, nn.ModuleList) for module in child.modules()
+                isinstance(module, nn.ModuleList) for module in anatomy.of(child).modules.values()
             ):
                 reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
                 continue
-            if maps_each_token(child, width):
+            if maps_each_token(child, width, layer):
                 found.append((name, child))
     finally:
         for row, calls, engine in counts:
