@@ -58,9 +58,13 @@ def find_mlps(layer: nn.Module, width: int | None, session: Session) -> list[tup
 
 
 @torch.no_grad()
-def maps_each_token(module: nn.Module, width: int) -> bool:
+def maps_each_token(module: nn.Module, width: int, layer: nn.Module) -> bool:
     """Whether a module's output at a token depends on that token alone, found by feeding it numbers."""
-    anchor = next(parameter for parameter in module.parameters() if parameter.dtype.is_floating_point)
+    # Quantised weights are integers: the layer's norms then tell the dtype of what it computes.
+    parameters = (*module.parameters(), *layer.parameters())
+    anchor = next((parameter for parameter in parameters if parameter.dtype.is_floating_point), None)
+    if anchor is None:
+        return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(anchor.device, anchor.dtype)
     forward = original_forward(module)
