@@ -147,7 +147,7 @@ def assert_within_terms(
     assert actual.shape == truth.shape == terms.shape, f"{what}: {actual.shape}, {truth.shape}, {terms.shape}"
     assert actual.dtype == yardstick.dtype, f"{what}: dtype {actual.dtype}, want {yardstick.dtype}"
     limits = torch.finfo(actual.dtype)
-    # A truth in the dtype under test is rounded itself. Below the smallest normal number nothing has relative precision.
+    # A truth in the dtype under test is rounded itself. Below the smallest normal number no relative precision is left.
     ulps = ROUNDING_ULPS * (2 if actual.dtype == truth.dtype else 1)
     rounding = ulps * limits.eps * torch.maximum(truth.abs(), terms) + limits.smallest_normal
     for measure in (torch.linalg.vector_norm, _largest):
