@@ -24,7 +24,8 @@ from hypothesis.internal.constants_ast import Constants
 SEED = "0"
 # It would draw numbers from the source of whatever module is loaded too: tests/test_draws.py.
 HypothesisProvider._local_constants = Constants()  # type: ignore[assignment]
-settings.register_profile("by seed", deadline=None, database=None)
+# Said in full, since hypothesis derandomizes by itself wherever the variable CI is set.
+settings.register_profile("by seed", deadline=None, database=None, derandomize=False)
 settings.load_profile("by seed")
 
 
