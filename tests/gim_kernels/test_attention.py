@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import gim_kernels
 from gim_kernels import reference
+from tests.gim_kernels.attention_terms import terms
 from tests.oracle import assert_close64, assert_within_budget, assert_within_terms
 
 ON_GPU = torch.cuda.is_available()
@@ -275,60 +276,6 @@ def test_within_the_error_budget(
     hold(engine, tensors, causal=True, softmax_backward=rule, temperature=temperature)
 
 
-def terms(tensors: tuple[torch.Tensor, ...], sinks: torch.Tensor | None, **options: Any) -> dict[str, torch.Tensor]:
-    """For each result, the sum of the absolute values of what it adds up, each grown by what its weights may err.
-
-    A gradient of the scores is a difference: where it cancels, no engine errs less than its terms are rounded. A weight
-    errs by its scores' rounding, in float32 at least, over the temperature.
-    """
-    query, key, value, grad_out = (x.detach().cpu().double() for x in tensors)
-    (batch, heads, queries, size), keys = query.shape, key.shape[2]
-    group = heads // key.shape[1]
-    rounding = torch.finfo(torch.promote_types(tensors[0].dtype, torch.float32)).eps / torch.finfo(tensors[0].dtype).eps
-    scale = size**-0.5 if options["scale"] is None else options["scale"]
-    wide_key, wide_value = (x.repeat_interleave(group, 1) for x in (key, value))
-    position, column = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
-    if options["causal"]:
-        seen &= column <= position
-    if options["window"] is not None:
-        seen &= column > position - options["window"]
-    if "key_range" in options:
-        first, end = options["key_range"].cpu().long().T[..., None, None, None]
-        seen &= (column >= first) & (column < end)
-    scores, sizes = scale * query @ wide_key.mT, abs(scale) * query.abs() @ wide_key.abs().mT
-    if options["softcap"] is not None:
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    scores, sizes = scores.masked_fill(~seen, -math.inf), sizes * seen
-    upstream = grad_out.abs() @ wide_value.abs().mT
-    if sinks is not None:
-        column_of_sinks = sinks.cpu().double()[:, None, None].expand(batch, heads, queries, 1)
-        scores, sizes = torch.cat([scores, column_of_sinks], -1), torch.cat([sizes, column_of_sinks.abs()], -1)
-        upstream = torch.cat([upstream, torch.zeros(batch, heads, queries, 1, dtype=torch.float64)], -1)
-    temperature = options["temperature"] if options["softmax_backward"] == "temperature" else 1.0
-
-    def weights(temperature: float) -> torch.Tensor:
-        errs = rounding * (sizes + sizes.amax(-1, keepdim=True)) / temperature
-        return torch.softmax(scores / temperature, -1).nan_to_num(0.0) * (1 + errs)
-
-    of_values, softened = weights(1.0), weights(temperature)
-    of_scores = softened * (upstream + (softened * upstream).sum(-1, keepdim=True))
-    if options["softmax_backward"] == "constant":
-        of_scores = torch.zeros_like(of_scores)
-    q_scale, k_scale, v_scale = options["grad_scale"]
-    found = {
-        "out": of_values[..., :keys] @ wide_value.abs(),
-        "query": q_scale * abs(scale) * of_scores[..., :keys] @ wide_key.abs(),
-        "key": k_scale * abs(scale) * of_scores[..., :keys].mT @ query.abs(),
-        "value": v_scale * of_values[..., :keys].mT @ grad_out.abs(),
-    }
-    for name in ("key", "value"):
-        found[name] = found[name].unflatten(1, (-1, group)).sum(2)
-    if sinks is not None:
-        found["sinks"] = of_scores[..., -1].sum((0, 2))
-    return found
-
-
 def hold_any(draw: Any, engine: str, longest: int) -> None:
     """One call of an engine with a shape and options that hypothesis draws."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -358,7 +305,8 @@ def hold_any(draw: Any, engine: str, longest: int) -> None:
     yardstick = differentiate(reference.attention, *tensors, sinks=sinks, **options)
     wide = None if sinks is None else sinks.double()
     truth = differentiate(reference.attention, *(x.double() for x in tensors), sinks=wide, **options)
-    sizes = terms(tensors, sinks, **options)
+    named = dict(zip(("query", "key", "value", "grad_out"), tensors, strict=True))
+    sizes = terms(named if sinks is None else {**named, "sinks": sinks}, **options)
     for name, x in got.items():
         assert_within_terms(x.cpu(), truth[name].cpu(), yardstick[name].cpu(), sizes[name], f"{engine} {name}")
 

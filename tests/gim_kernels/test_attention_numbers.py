@@ -33,7 +33,7 @@ def test_random_draws(first: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(300, 3_255, 985))
+@pytest.mark.parametrize("first", range(300, 20_000, 985))
 def test_many_random_draws(first: int) -> None:
     for seed in range(first, first + 985):
         check(draw(seed, CPU), "blockwise")
@@ -52,6 +52,13 @@ def _interpreted(first: int, end: int) -> None:
 @pytest.mark.parametrize("first", range(0, 12, 4))
 def test_random_draws_of_the_kernels(first: int) -> None:
     _interpreted(first, first + 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("first", range(12, 500, 61))
+def test_many_random_draws_of_the_kernels(first: int) -> None:
+    _interpreted(first, first + 61)
 
 
 # ---- strides
