@@ -1,8 +1,8 @@
 """How much of its numbers' rounding each result of attention must show: what its error is held against.
 
 To first order, when every number that a result is made of is rounded once, each the worst way. The rounding ``u`` is
-that of scores and sums: float32's, or float64's for float64. Every line is the derivative of attention's own, with
-absolute values for signs that nobody knows::
+that of scores and sums: half a unit in the last place of float32, or of float64 for float64. Every line is the
+derivative of attention's own, with absolute values for signs that nobody knows::
 
     S = scale Q K^T           err S   = u |scale| |Q| |K|^T
     S' = c tanh(S / c)        err S'  = t err S + u |S'|              t = 1 - (S' / c)^2 is its slope; 1 without c
@@ -14,10 +14,12 @@ absolute values for signs that nobody knows::
     delta = rowsum(P_T dP)    err delta = rowsum(err P_T |dP - delta| + P_T u b)
     dS' = P_T (dP - delta)    err dS' = err P_T |dP - delta| + P_T (u b + u rowsum(P b) + err delta)
     dS = t dS'                err dS  = t err dS' + |dS'| err t
+    O = P V, dQ = dS K, ..    err P |V| + u sum_k |sum_{l <= k} P_l V_l|, ..     sums of rows have their partial sums
 
 ``rowsum(P b)`` bounds ``rowsum(dO O)``, by which dP may be shifted. Where scores are large over T, where dP and delta
 cancel, or where a sum over queries does, these say by how much; a wrong formula is no rounding and is not in them.
-Products take their factors P and dS in the dtype of the tensors, which rounds them once more.
+Products take their factors P and dS in the dtype of the tensors, which rounds them once more. Partial sums matter where
+rows repeat one another, which an expanded tensor's do: each is then rounded the same way.
 """
 
 from __future__ import annotations
@@ -42,6 +44,16 @@ def _seen(
         first, end = key_range.cpu().long().T[..., None, None, None]
         seen &= (column >= first) & (column < end)
     return seen
+
+
+def _product(left: torch.Tensor, error: torch.Tensor, right: torch.Tensor, u: float) -> torch.Tensor:
+    """The error of ``left @ right`` ``[.., M, N]``, one row of ``right`` added after the other."""
+    found = error @ right.abs()
+    total = torch.zeros_like(found)
+    for row in range(right.shape[-2]):
+        total.addcmul_(left[..., row : row + 1], right[..., row : row + 1, :])
+        found.add_(total.abs(), alpha=u)
+    return found
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ def terms(
         For the output (``"out"``) and each gradient, float64 of its shape, in units of the tensors' ``eps``.
     """
     dtype = tensors["query"].dtype
-    u = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / torch.finfo(dtype).eps
+    u = 0.5 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / torch.finfo(dtype).eps
     query, key, value, grad_out = (tensors[x].detach().cpu().double() for x in ("query", "key", "value", "grad_out"))
     (batch, heads, queries, size), keys = query.shape, key.shape[2]
     group = heads // key.shape[1]
@@ -125,26 +137,31 @@ def terms(
     grad_weights, sizes = grad_out @ wide_value.mT, grad_out.abs() @ wide_value.abs().mT
     if sinks is not None:  # no value
         grad_weights, sizes = (torch.cat([x, x.new_zeros(*x.shape[:3], 1)], -1) for x in (grad_weights, sizes))
-    centred = (grad_weights - (softened * grad_weights).sum(-1, keepdim=True)).abs()
-    delta_error = (softened_error * centred + u * softened * sizes).sum(-1, keepdim=True)
+    centred = grad_weights - (softened * grad_weights).sum(-1, keepdim=True)
+    delta_error = (softened_error * centred.abs() + u * softened * sizes).sum(-1, keepdim=True)
     shift_error = u * (weights * sizes).sum(-1, keepdim=True)
     grad_scores = softened * centred
-    grad_scores_error = softened_error * centred + softened * (u * sizes + shift_error + delta_error)
+    grad_scores_error = softened_error * centred.abs() + softened * (u * sizes + shift_error + delta_error)
     if softmax_backward == "constant":
         grad_scores, grad_scores_error = torch.zeros_like(grad_scores), torch.zeros_like(grad_scores)
 
-    own, error = grad_scores[..., :keys], grad_scores_error[..., :keys]
-    of_scores = given.slope * (own + error) + own * given.slope_error
-    of_values = (weights + weights_error)[..., :keys]
-    q_scale, k_scale, v_scale = (abs(factor) for factor in grad_scale)
+    # As factors of products they are rounded to the tensors' dtype, by half a unit.
+    own, error = (x[..., :keys] for x in (grad_scores, grad_scores_error))
+    error = given.slope * (error + 0.5 * own.abs()) + given.slope_error * own.abs()
+    own = given.slope * own
+    weights, weights_error = weights[..., :keys], (weights_error + 0.5 * weights)[..., :keys]
+
+    def of_keys(x: torch.Tensor) -> torch.Tensor:
+        """``[B, HQ, T, ..]`` as ``[B, HK, G T, ..]``: all that is added up for a key."""
+        return x.unflatten(1, (-1, group)).flatten(2, 3)
+
+    q_factor, k_factor, v_factor = (abs(factor) for factor in grad_scale)
     found = {
-        "out": of_values @ wide_value.abs(),
-        "query": q_scale * abs(scale) * of_scores @ wide_key.abs(),
-        "key": k_scale * abs(scale) * of_scores.mT @ query.abs(),
-        "value": v_scale * of_values.mT @ grad_out.abs(),
+        "out": _product(weights, weights_error, wide_value, u),
+        "query": q_factor * abs(scale) * _product(own, error, wide_key, u),
+        "key": k_factor * abs(scale) * _product(of_keys(own).mT, of_keys(error).mT, of_keys(query), u),
+        "value": v_factor * _product(of_keys(weights).mT, of_keys(weights_error).mT, of_keys(grad_out), u),
     }
-    for name in ("key", "value"):
-        found[name] = found[name].unflatten(1, (-1, group)).sum(2)
     if sinks is not None:
-        found["sinks"] = (grad_scores + grad_scores_error)[..., -1].sum((0, 2))
+        found["sinks"] = grad_scores_error[..., -1].sum((0, 2))
     return found
