@@ -1,4 +1,4 @@
-"""Attention on tensors that lie against memory nobody may touch: a read outside a tensor ends the process.
+"""Operators on tensors that lie against memory nobody may touch: a read outside a tensor ends the process.
 
 ``python -m tests.gim_kernels.guarded FIRST END`` runs the draws of these seeds; ``... beyond`` reads one element too
 many on purpose.
@@ -33,6 +33,20 @@ def guarded(x: torch.Tensor, at_end: bool) -> torch.Tensor:
     return flat.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
+def pointwise(tensors: dict[str, torch.Tensor]) -> None:
+    """Norms and the gated product, forward and backward, on tensors of any strides."""
+    import gim_kernels
+
+    x, grad, weight = tensors["query"], tensors["grad_out"], tensors["key"][0, 0, 0]
+    for function, leaves in (
+        (lambda x, weight: gim_kernels.rms_norm(x, weight, 1e-5), (x, weight)),
+        (lambda x, weight: gim_kernels.layer_norm(x, weight, weight, 1e-5), (x, weight)),
+        (lambda gate, up: gim_kernels.gated(gate, up, "gelu"), (x, grad)),
+    ):
+        given = [leaf.detach().requires_grad_(True) for leaf in leaves]
+        torch.autograd.grad(function(*given), given, grad)
+
+
 def main(arguments: list[str]) -> None:
     """Run the draws ``FIRST`` to ``END``, each at either end of its memory."""
     torch.set_num_threads(1)
@@ -47,6 +61,7 @@ def main(arguments: list[str]) -> None:
         for at_end in (True, False):
             tensors = {name: guarded(x, at_end) for name, x in given.tensors.items()}
             differentiate(gim_kernels.attention, tensors, **given.options, engine="blockwise")
+            pointwise(tensors)
     print("read nothing outside")  # noqa: T201
 
 

@@ -293,24 +293,3 @@ def test_two_dtypes_are_refused_where_autocast_is_off() -> None:
         pytest.raises(TypeError, match="value must have query's dtype torch.float32, got torch.bfloat16"),
     ):
         gim_kernels.attention(x, x, x.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-def test_norms_and_gated_products_keep_their_types_under_autocast(dtype: torch.dtype) -> None:
-    # As torch's layer_norm, rms_norm and activations do on a CPU.
-    x, weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.rand(8).to(dtype)
-    calls: list[Any] = [
-        lambda: gim_kernels.rms_norm(x, weight, 1e-5),
-        lambda: gim_kernels.layer_norm(x, weight, weight, 1e-5, frozen=True),
-        lambda: gim_kernels.gated(x, x, "silu"),
-    ]
-    theirs: list[Any] = [
-        lambda: F.rms_norm(x, (8,), weight, 1e-5),
-        lambda: F.layer_norm(x, (8,), weight, weight, 1e-5),
-        lambda: F.silu(x) * x,
-    ]
-    for ours, torchs in zip(calls, theirs, strict=True):
-        plain = ours()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(ours(), plain)
-            assert torchs().dtype == plain.dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +15,11 @@ from hypothesis import strategies as st
 
 import gim_kernels
 from gim_kernels import pointwise, reference
+from tests.gim_kernels.attention_draws import draw_strides, laid_out
 from tests.oracle import assert_close64, assert_within_budget, assert_within_terms
+
+#: Floating-point types of every operator.
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -199,6 +205,77 @@ def test_parameters_may_have_another_dtype_than_the_input(dtype: torch.dtype, ow
     for index, (a, c, truth) in enumerate(zip(got, yardstick, run(reference, torch.Tensor.double), strict=True)):
         assert a.dtype == c.dtype
         assert_within_budget(a, truth, c, f"output {index}")
+
+
+#: Live norms and a gated product, each of its tensors, and as torch has them.
+OURS: dict[str, Any] = {
+    "rms": lambda x, w: gim_kernels.rms_norm(x, w, 1e-5),
+    "layer": lambda x, w, b: gim_kernels.layer_norm(x, w, b, 1e-5),
+    "silu": lambda gate, up: gim_kernels.gated(gate, up, "silu"),
+}
+TORCHS: dict[str, Any] = {
+    "rms": lambda x, w: F.rms_norm(x, w.shape, w, 1e-5),
+    "layer": lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5),
+    "silu": lambda gate, up: F.silu(gate) * up,
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["rms", "layer", "silu"])
+def test_any_strides_of_every_tensor(kind: str, dtype: torch.dtype) -> None:
+    for seed in range(80):
+        rng = random.Random(seed)
+        shape = (rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 9), rng.choice((1, 2, 7, 16, 33)))
+        x, up, dy = (
+            laid_out(numbers(*shape, seed=5 * seed + index, dtype=dtype), draw_strides(rng, shape), rng.choice((0, 3)))
+            for index in range(3)
+        )
+        w, b = (
+            laid_out(numbers(shape[-1], seed=5 * seed + index, dtype=dtype), (rng.choice((0, 1, 3)),), 0)
+            for index in (3, 4)
+        )
+        tensors = {"rms": [x, w], "layer": [x, w, b], "silu": [x, up]}[kind]
+        got = differentiate(OURS[kind], tensors, dy)
+        yardstick = differentiate(TORCHS[kind], tensors, dy)
+        truth = differentiate(TORCHS[kind], [t.double() for t in tensors], dy.double())
+        if kind == "silu":
+            sizes = [t.abs() for t in truth]
+        else:
+            rows = [t.reshape(-1, shape[-1]) for t in (x, dy)]
+            sizes = norm_terms(rows[0], w, b if kind == "layer" else None, rows[1], 1e-5, False)
+        for index, (a, t, c, size) in enumerate(zip(got, truth, yardstick, sizes, strict=True)):
+            assert_within_terms(a, t, c, size.view(t.shape), f"{kind}, output {index} of seed {seed}")
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(TYPES, repeat=2)), ids=lambda types: "-".join(map(str, types))
+)
+@pytest.mark.parametrize("kind", OURS)
+def test_autocast_changes_nothing_as_in_torch_on_a_cpu(
+    kind: str, dtypes: tuple[torch.dtype, torch.dtype], low: torch.dtype
+) -> None:
+    dtype, other = dtypes
+    x, dy = numbers(3, 8, dtype=dtype), numbers(3, 8, seed=1, dtype=dtype)
+    w, b, up = numbers(8, seed=2, dtype=other), numbers(8, seed=3, dtype=other), numbers(3, 8, seed=4, dtype=other)
+    tensors = {"rms": [x, w], "layer": [x, w, b], "silu": [x, up]}[kind]
+    if kind == "silu" and dtype != other:  # torch would give the wider of the two
+        with torch.autocast("cpu", low), pytest.raises(TypeError, match="up must have gate's dtype"):
+            OURS[kind](*tensors)
+        return
+    plain = differentiate(OURS[kind], tensors, dy)
+    with torch.autocast("cpu", low):
+        got = differentiate(OURS[kind], tensors, dy)
+        assert all(torch.equal(inside, outside) for inside, outside in zip(got, plain, strict=True))
+        narrow = (dtype, torch.float32) if dtype != torch.float64 else (dtype,)
+        if kind == "layer" and other not in narrow:
+            with pytest.raises(RuntimeError, match="mixed dtype"):  # ours takes parameters of any dtype
+                TORCHS[kind](*tensors)
+            return
+        want = differentiate(TORCHS[kind], tensors, dy)
+    truth = differentiate(TORCHS[kind], [t.double() for t in tensors], dy.double())
+    for index, results in enumerate(zip(got, truth, want, strict=True)):
+        assert_within_budget(*results, what=f"output {index}")
 
 
 def saved_elements(function: Any, x: torch.Tensor) -> int:
