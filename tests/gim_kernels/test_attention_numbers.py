@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -59,6 +60,24 @@ def test_random_draws_of_the_kernels(first: int) -> None:
 @pytest.mark.parametrize("first", range(12, 500, 61))
 def test_many_random_draws_of_the_kernels(first: int) -> None:
     _interpreted(first, first + 61)
+
+
+@pytest.mark.parametrize("option", ["scale", "softcap", "temperature"])
+def test_a_number_wrong_by_a_thousandth_is_no_rounding(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gim_kernels.attention
+
+    def wrong(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        return right(*tensors, **{**options, option: options[option] * 1.001})
+
+    monkeypatch.setattr(gim_kernels, "attention", wrong)
+    passed = 0
+    for seed in range(60):
+        given = draw(seed, (torch.float32, torch.float64))
+        given.options |= {"scale": 0.5, "softcap": 3.0, "softmax_backward": "temperature", "temperature": 1.5}
+        with contextlib.suppress(AssertionError):
+            check(given, "blockwise")
+            passed += 1
+    assert passed <= 15  # one key is seen, or all are alike
 
 
 # ---- strides
