@@ -18,18 +18,22 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
+def _logit(x, ACTIVATION: tl.constexpr):
+    """What ``act(x) / x`` is the sigmoid of: x for SiLU, twice the tanh's argument for the approximate GELU."""
+    if ACTIVATION == 0:
+        return x
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
 def activation_ratio(x, ACTIVATION: tl.constexpr):
     """``act(x) / x``: sigmoid(x), the normal distribution function, or its tanh approximation, in float32.
 
     ``(1 + tanh(u)) / 2 = sigmoid(2 u)``, so that all that is small keeps its digits.
     """
-    if ACTIVATION == 0:
-        ratio = tl.sigmoid(x)
-    elif ACTIVATION == 1:
-        ratio = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    else:
-        ratio = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return ratio
+    if ACTIVATION == 1:
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    return tl.sigmoid(_logit(x, ACTIVATION))
 
 
 @triton.jit
@@ -37,7 +41,8 @@ def activation_derivative(x, ratio, ACTIVATION: tl.constexpr):
     """``act'(x)`` given ``ratio = act(x) / x``, in float32: ``ratio + x ratio'``."""
     if ACTIVATION == 1:
         return ratio + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    slope = ratio * (1.0 - ratio)
+    # 1 - sigmoid(u) = sigmoid(-u): the difference would have no digits where x, its factor, is large.
+    slope = ratio * tl.sigmoid(-_logit(x, ACTIVATION))
     if ACTIVATION == 2:
         slope *= 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return ratio + x * slope

@@ -384,6 +384,17 @@ def test_gated_is_torchs_own_without_factors(activation: str) -> None:
         assert_within_budget(*results, what=name)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_the_derivative_of_a_large_gate_keeps_its_digits(activation: str) -> None:
+    """``1 - act(x) / x`` has few where that is nearly 1, and is multiplied by x there."""
+    gate = torch.linspace(0.5, 15.0, 400, device=DEVICE)
+    one = torch.ones_like(gate)
+    choice = {"grad_scale": (1.0, 1.0), "activation_backward": "exact"}
+    grad, _ = kernels.gated_backward(one, gate, one, activation, **choice, needs=(True, False))
+    truth = reference_gated(gate, one, one, activation, "exact", torch.float64, (1.0, 1.0))[1]
+    assert_within_budget(grad, truth, truth.float(), activation)
+
+
 def test_activation_is_rounded_before_the_product() -> None:
     """As in a model that computes act(gate) * up in half precision: at least 99.9 % of the bits agree with it."""
     gate, up = normal(64, 64, seed=29, dtype=torch.float16), normal(64, 64, seed=30, dtype=torch.float16)
