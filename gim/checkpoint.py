@@ -20,7 +20,7 @@ from gim.parts.adapters.hugging_face import as_before
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
 from gim.patches.attention import SPANS, Spans, patched_modules
-from gim.patches.session import Session, session_of
+from gim.patches.session import Changes, Session, session_of
 from gim.plan import MemoryPlan
 from gim.tokenwise import MLP, NormBefore, find_mlps, in_backward, in_tiles, norms_of, run_again
 
@@ -117,7 +117,7 @@ def applied(
     offload = None
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
-    inner = Session(session.rules, session.strict)
+    inner = Changes()
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
     parts = anatomy.of(model)
     try:
@@ -155,7 +155,7 @@ class _Layers:
         self,
         plan: MemoryPlan,
         session: Session,
-        inner: Session,
+        inner: Changes,
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,

@@ -101,7 +101,7 @@ class MemoryPlan:
                 chosen["mlp_tile"] = int(tile[1])
             elif part == "attention":
                 chosen["keep_attention"] = True
-            elif part == "offload":
+            elif part in ("offload", "offload=cpu"):
                 chosen["offload"] = "cpu"
             elif part == "head=all":
                 chosen["head"] = "all"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
+from gim.patches.session import Changes
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
@@ -126,8 +127,15 @@ def passes(
     parts, mask = anatomy.of(model), request.rows.mask
     with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
         leaves = stack.enter_context(_embedding_leaf(parts))
+        changes = stack.enter_context(closing(Changes()))
         prepared = stack.enter_context(
-            parts.call.prepared(request.rows, request.kept, narrow=plan.head == "explained", leaves=leaves)
+            parts.call.prepared(
+                request.rows,
+                request.kept,
+                narrow=plan.head == "explained",
+                leaves=leaves,
+                replace_forward=changes.replace_forward,
+            )
         )
         total, values, wanted = _explained(parts, request, prepared, check)
         if len(leaves) != 1:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from gim.parts import anatomy
 from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
 from gim.patches import attention, norms
-from gim.patches.session import Session, original_forward
+from gim.patches.session import Changes, Session, original_forward
 
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
@@ -212,7 +212,7 @@ class NormBefore:
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
 
-    def watch(self, norm: nn.Module, session: Session) -> None:
+    def watch(self, norm: nn.Module, changes: Changes) -> None:
         """Remember what this norm was called with, until its MLP has asked."""
         forward = norm.forward
 
@@ -222,7 +222,7 @@ class NormBefore:
                 self._last = (hidden, y, forward)
             return y
 
-        session.replace_forward(norm, run)
+        changes.replace_forward(norm, run)
 
     def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Forward] | None:
         """The input and the forward of the norm that gave ``hidden``, or None where none did."""

@@ -12,12 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gim.parts.adapters import hugging_face, torch_modules, transformer_lens
+from gim.parts import adapters
+from gim.parts.adapters import hugging_face, torch_modules
 from gim.parts.calling import Call
 from gim.parts.hidden_states import device_of
-
-#: The first that knows a model says how it is called; a new front end is a new file and a name here.
-FRONT_ENDS: tuple[ModuleType, ...] = (transformer_lens, hugging_face, torch_modules)
 
 Head = Literal["next token", "masked token", "class"]
 #: What transformers says in the names of its classes of what logits are of.
@@ -166,7 +164,7 @@ def of(model: nn.Module) -> Anatomy:
 
 
 def _find(modules: Mapping[str, nn.Module]) -> _Names:
-    front = next(one for one in FRONT_ENDS if one.is_one(modules))
+    front = adapters.of(modules)
     embedding = front.embedding(modules)
     layers = _layers(modules, embedding or "")
     through = tuple(name for name in (embedding, layers) if name is not None)

@@ -115,7 +115,15 @@ class Call:
     layers: Sequence[nn.Module]
 
     @contextmanager
-    def prepared(self, rows: Rows, kept: Kept, *, narrow: bool, leaves: Sequence[torch.Tensor]) -> Iterator[Prepared]:
+    def prepared(
+        self,
+        rows: Rows,
+        kept: Kept,
+        *,
+        narrow: bool,
+        leaves: Sequence[torch.Tensor],
+        replace_forward: Callable[[nn.Module, Callable[..., Any]], None],
+    ) -> Iterator[Prepared]:
         """Inside, the model can be run on rows; its parts are called as they must be, whatever a wrapper hands on.
 
         Args:
@@ -123,6 +131,7 @@ class Call:
             kept: positions whose logits are wanted.
             narrow: whether to ask for those logits only, where the model can be asked.
             leaves: the embeddings, once the model has run.
+            replace_forward: gives one instance another ``forward``, until its owner puts the one before back.
 
         Raises:
             ValueError: the model cannot be called so; names it and why.
@@ -139,7 +148,7 @@ class Call:
                 change = functools.partial(
                     prepared.settings, core, outermost=core is self.cores[0], narrow=narrow and core is keeper
                 )
-                stack.enter_context(_called_with(core, change))
+                replace_forward(core, _called_with(core, change))
             for layer in self.layers[:1]:
                 handle = layer.register_forward_pre_hook(prepared.see_layer, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -229,12 +238,13 @@ class Prepared:
         self._proved = extra
 
 
-@contextmanager
-def _called_with(module: nn.Module, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Iterator[None]:
-    """Inside, a module's forward gets what ``change`` says of its arguments, besides them or in their place."""
+def _called_with(module: nn.Module, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
+    """A module's forward, which gets what ``change`` says of its arguments, besides them or in their place.
+
+    Not a hook, for a wrapper may call ``forward`` itself.
+    """
     names = [name for name in torch_modules.parameters(module) if name != "self"]
     inner = module.forward
-    before = module.__dict__.get("forward")
 
     @functools.wraps(inner)
     def forward(*inputs: Any, **named: Any) -> Any:
@@ -243,11 +253,4 @@ def _called_with(module: nn.Module, change: Callable[[Mapping[str, Any]], dict[s
         inputs = tuple(changed.pop(name, one) for name, one in placed.items()) + inputs[len(placed) :]
         return inner(*inputs, **{**named, **changed})
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = before
+    return forward

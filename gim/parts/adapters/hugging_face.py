@@ -22,16 +22,20 @@ arguments = torch_modules.arguments
 
 def is_one(modules: Mapping[str, nn.Module]) -> bool:
     """Whether a Hugging Face model is among a model's modules."""
-    return any(isinstance(module, PreTrainedModel) for module in modules.values())
+    return bool(models(modules))
+
+
+def models(modules: Mapping[str, nn.Module]) -> dict[str, PreTrainedModel]:
+    """The Hugging Face models among modules, by name; one may be a part of another."""
+    return {name: module for name, module in modules.items() if isinstance(module, PreTrainedModel)}
 
 
 def inside(modules: Mapping[str, nn.Module], through: tuple[str, ...]) -> tuple[str, ...]:
     """The names of the Hugging Face models that the modules named in ``through`` are parts of, outermost first."""
     return tuple(
         name
-        for name, module in modules.items()
-        if isinstance(module, PreTrainedModel)
-        and any(one == name or one.startswith(f"{name}." if name else "") for one in through)
+        for name in models(modules)
+        if any(one == name or one.startswith(f"{name}." if name else "") for one in through)
     )
 
 
