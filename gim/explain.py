@@ -60,7 +60,8 @@ def explain(
     with respect to the embedding under the GIM rules.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode; bare or
+            inside a wrapper such as PEFT's.
         input_ids: ``[T]`` or ``[B, T]``, integers.
         target_token_id: the token whose logit is explained, or the class of a classifier; a list, tuple or tensor
             ``[B]`` of them, one for each row; None for each row's own prediction.
@@ -147,7 +148,8 @@ def attribute(
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode; bare or
+            inside a wrapper such as PEFT's.
         tokenizer: its fast tokenizer (one that tells character offsets).
         prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
             chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which

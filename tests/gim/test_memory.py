@@ -311,6 +311,9 @@ def test_names_of_plans_are_read_back() -> None:
         assert back == plan or (plan.checkpoint != "layer" and plan.keep_attention)
         assert back.describe() == plan.describe()
     assert len({plan.describe() for plan in PLANS}) == len(PLANS)
+    assert (
+        MemoryPlan.parse("layer+offload=cpu") == MemoryPlan.parse("layer+offload") == MemoryPlan("layer", offload="cpu")
+    )
     assert MemoryPlan("layer", offload="cpu").describe(pinned=False).endswith("offloaded to ordinary memory")
 
 
