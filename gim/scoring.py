@@ -142,6 +142,11 @@ def passes(
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
             )
+        if leaves[0].shape[:-1] != request.rows.ids.shape:
+            raise ValueError(
+                f"model must embed its input ids as they are, of shape {tuple(request.rows.ids.shape)}; it embedded "
+                f"{tuple(leaves[0].shape[:-1])} of them"
+            )
         if not total.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
         (grad,) = torch.autograd.grad(total, leaves[0])

@@ -65,6 +65,12 @@ class Rows:
         """Where positions ``[B, P]`` of the batch as it was given are now."""
         return positions if self.start is None else positions - self.start[:, None].to(positions.device)
 
+    def last(self) -> torch.Tensor:
+        """The columns ``[B]``, or ``[1]`` where all rows are as long, of the rows' last tokens."""
+        if self.mask is None:
+            return torch.tensor([self.ids.shape[1] - 1], device=self.ids.device)
+        return self.mask.sum(-1) - 1
+
     def as_given(self, scores: torch.Tensor) -> torch.Tensor:
         """Numbers ``[B, L]`` in the columns of the batch as it was given ``[B, T]``, 0 on padding."""
         if self.given is None:
@@ -121,7 +127,7 @@ class Call:
         kept: Kept,
         *,
         narrow: bool,
-        leaves: Sequence[torch.Tensor],
+        leaves: list[torch.Tensor],
         replace_forward: Callable[[nn.Module, Callable[..., Any]], None],
     ) -> Iterator[Prepared]:
         """Inside, the model can be run on rows; its parts are called as they must be, whatever a wrapper hands on.
@@ -130,7 +136,7 @@ class Call:
             rows: the batch.
             kept: positions whose logits are wanted.
             narrow: whether to ask for those logits only, where the model can be asked.
-            leaves: the embeddings, once the model has run.
+            leaves: the embeddings, each time the model has run.
             replace_forward: gives one instance another ``forward``, until its owner puts the one before back.
 
         Raises:
@@ -141,14 +147,14 @@ class Call:
             if reason is not None:
                 raise ValueError(f"{type(core).__name__} {reason}")
         positional, named = self.arguments(self.taken, self.model, rows.ids, rows.mask, rows.position_ids)
-        prepared = Prepared(self, kept, positional, named, leaves)
+        prepared = Prepared(self, rows, kept, positional, named, narrow, leaves)
         with ExitStack() as stack:
             keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
             for core in self.cores:
                 change = functools.partial(
-                    prepared.settings, core, outermost=core is self.cores[0], narrow=narrow and core is keeper
+                    prepared.settings, core, outermost=core is self.cores[0], keeps=core is keeper
                 )
-                replace_forward(core, _called_with(core, change))
+                replace_forward(core, _called_with(core, change, prepared.see_head if core is keeper else None))
             for layer in self.layers[:1]:
                 handle = layer.register_forward_pre_hook(prepared.see_layer, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -161,34 +167,49 @@ class Prepared:
     def __init__(
         self,
         call: Call,
+        rows: Rows,
         kept: Kept,
         positional: tuple[torch.Tensor, ...],
         named: dict[str, Any],
-        leaves: Sequence[torch.Tensor],
+        narrow: bool,
+        leaves: list[torch.Tensor],
     ) -> None:
         self._call = call
+        self._rows = rows
         self._kept = kept
         self._positional = positional
         self._named = named
         self._leaves = leaves
-        self._narrowed = False
+        self._narrow = narrow
+        self._asked = False
+        self._narrowed: torch.Tensor | None = None
         self._proved = 0
 
     def run(self) -> Any:
         """What the model puts out."""
-        self._narrowed = False
+        self._narrowed = None
         return self._call.model(*self._positional, **self._named)
 
     def logits(self) -> torch.Tensor:
-        """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for every position."""
-        output = self.run()
-        logits = output.logits if hasattr(output, "logits") else output
-        if isinstance(logits, tuple):
-            logits = logits[0]
-        kept = self._kept
+        """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for the last of each row.
+
+        Raises:
+            ValueError: which logits belong to which token cannot be told.
+        """
+        kept, logits = self._kept, self._logits_of(self.run())
+        if self._narrowed is not None and logits is not self._narrowed:
+            # A wrapper has made something of the logits, and what it would make of all of them is what is explained.
+            self._narrow = False
+            self._leaves.clear()
+            logits = self._logits_of(self.run())
         if logits.dim() == 2:
+            if not torch.isin(kept.positions, self._rows.last()).all():
+                raise ValueError(
+                    f"{type(self._call.model).__name__} gives one row of logits for each prompt, not one for each "
+                    "token, so the explained position must be the last"
+                )
             return logits[:, None].expand(-1, len(kept.positions), -1)
-        if self._narrowed:
+        if self._narrowed is not None:
             return logits
         extra = logits.shape[1] - kept.tokens
         if extra not in (0, self._proved):
@@ -198,7 +219,25 @@ class Prepared:
             )
         return logits[:, kept.among(logits.shape[1])]
 
-    def settings(self, core: nn.Module, given: Mapping[str, Any], *, outermost: bool, narrow: bool) -> dict[str, Any]:
+    def _logits_of(self, output: Any) -> torch.Tensor:
+        """The logits in what a model puts out: by that name, by themselves, or the first of several."""
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+        if isinstance(found, tuple | list):
+            # transformers puts the loss first, where there is one.
+            found = next((one for one in found if isinstance(one, torch.Tensor) and one.dim() > 1), None)
+        if not isinstance(found, torch.Tensor) or found.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self._call.model).__name__} must put out logits [B, T, V] or [B, C], by themselves, first in a "
+                f"tuple or under the name logits, got {type(output).__name__}"
+            )
+        return found
+
+    def see_head(self, output: Any) -> None:
+        """Remember the logits at the explained positions, where the head was asked for those."""
+        if self._asked:
+            self._narrowed = self._logits_of(output)
+
+    def settings(self, core: nn.Module, given: Mapping[str, Any], *, outermost: bool, keeps: bool) -> dict[str, Any]:
         """What a Hugging Face model inside is called with besides what it was given."""
         if outermost:
             for name in ("attention_mask", "position_ids"):
@@ -208,12 +247,12 @@ class Prepared:
                         f"its {type(core).__name__}"
                     )
         found = hugging_face.settings(core)
-        if narrow:
+        if keeps:
             given_ids = given.get("input_ids")
             tokens = given.get("inputs_embeds") if given_ids is None else given_ids
-            if isinstance(tokens, torch.Tensor):
-                found["logits_to_keep"] = self._kept.among(tokens.shape[1])
-                self._narrowed = True
+            self._asked = self._narrow and isinstance(tokens, torch.Tensor)
+            if self._asked:
+                found["logits_to_keep"] = self._kept.among(tokens.shape[1])  # type: ignore[union-attr]
         return found
 
     def see_layer(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -238,10 +277,14 @@ class Prepared:
         self._proved = extra
 
 
-def _called_with(module: nn.Module, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
+def _called_with(
+    module: nn.Module,
+    change: Callable[[Mapping[str, Any]], dict[str, Any]],
+    see: Callable[[Any], None] | None,
+) -> Callable[..., Any]:
     """A module's forward, which gets what ``change`` says of its arguments, besides them or in their place.
 
-    Not a hook, for a wrapper may call ``forward`` itself.
+    Not a hook, for a wrapper may call ``forward`` itself. ``see`` is shown what it puts out.
     """
     names = [name for name in torch_modules.parameters(module) if name != "self"]
     inner = module.forward
@@ -251,6 +294,9 @@ def _called_with(module: nn.Module, change: Callable[[Mapping[str, Any]], dict[s
         placed = dict(zip(names, inputs, strict=False))
         changed = change({**placed, **named})
         inputs = tuple(changed.pop(name, one) for name, one in placed.items()) + inputs[len(placed) :]
-        return inner(*inputs, **{**named, **changed})
+        output = inner(*inputs, **{**named, **changed})
+        if see is not None:
+            see(output)
+        return output
 
     return forward

@@ -330,6 +330,76 @@ def test_the_head_runs_on_the_explained_positions_through_a_wrapper() -> None:
     assert seen == [1, 1, 1]
 
 
+@pytest.mark.parametrize("plan", ["none", "layer"])
+def test_no_cache_is_filled_through_a_wrapper(plan: str) -> None:
+    seen: list[Any] = []
+    for model in (make("llama"), adapted("llama", "lora")):
+        inner = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
+        for layer in inner.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, __, named: seen.append(named.get("past_key_values")), with_kwargs=True
+            )
+        for wrapped in (model, Anything(model)):
+            explain(wrapped, prompts()[0], memory=plan)
+    assert len(seen) >= 12 and not any(one is not None for one in seen)
+
+
+class Warm(Anything):
+    """Makes something of each logit by itself."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return {"logits": self.inner(*args, **kwargs).logits * 0.5}
+
+
+class Centred(Anything):
+    """Makes something of the logits at all places together."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        logits = self.inner(*args, **kwargs).logits
+        return None, logits - 0.1 * logits.mean(1, keepdim=True)
+
+
+class Closing(Anything):
+    """Gives the logits at the last column alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs).logits[:, -1]
+
+
+def test_what_a_wrapper_makes_of_the_logits_is_explained() -> None:
+    model, row = make("llama"), prompts()[0]
+    want = alone(model, row)
+    assert_close64(explain(Warm(model), row), 0.5 * want, "by itself", FLOAT64_MODEL_RELATIVE)
+    assert_close64(explain(Closing(model), row), want, "the last", FLOAT64_MODEL_RELATIVE)
+    mean = torch.stack([alone(model, row, at) for at in range(LONG)]).mean(0)
+    got = explain(Centred(model), row, memory="none+head=all")
+    assert_close64(got, want - 0.1 * mean, "together", FLOAT64_MODEL_RELATIVE)
+    with pytest.raises(gim.UnsupportedModelError, match="depends on the last layer at other positions"):
+        explain(Centred(model), row, memory="none")
+
+
+def test_logits_that_cannot_be_told_are_an_error() -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match="Closing gives one row of logits for each prompt, not one for each token"):
+        explain(Closing(model), prompts()[0], target_position=-2)
+    with pytest.raises(
+        ValueError, match=r"LlamaModel must put out logits \[B, T, V\] or \[B, C\], .*got BaseModelOutput"
+    ):
+        explain(model.model, prompts()[0])
+
+
+class Repeated(Anything):
+    """Runs each row twice."""
+
+    def forward(self, input_ids: Any, **kwargs: Any) -> Any:
+        return self.inner(input_ids.repeat(2, 1), **kwargs).logits[: len(input_ids)]
+
+
+def test_ids_that_are_not_embedded_as_they_are_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"as they are, of shape \(1, 17\); it embedded \(2, 17\) of them"):
+        explain(Repeated(make("llama")), prompts()[0])
+
+
 @pytest.mark.parametrize("wrap", [Soft, lambda x: Anything(Soft(x))])
 def test_virtual_tokens_in_front_are_no_part_of_the_prompt(wrap: Callable[[Any], nn.Module]) -> None:
     model = make("llama")
