@@ -195,6 +195,10 @@ def _explained(
     chosen = wide[rows, request.where]  # [B, P, V]
     wanted = request.scored.token_ids.to(device).expand(batch, -1)
     wanted = torch.where(wanted == PREDICTION, chosen.argmax(-1), wanted)
+    if check and int(wanted.max()) >= chosen.shape[-1]:
+        raise ValueError(
+            f"target must be in 0..{chosen.shape[-1] - 1}, as many as there are logits, got {wanted.max()}"
+        )
     if request.scored.measure == "logprob":
         chosen = torch.log_softmax(chosen, dim=-1)
     terms = chosen.gather(-1, wanted[..., None])[..., 0] * request.scored.signs.to(device)

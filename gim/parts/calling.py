@@ -225,6 +225,8 @@ class Prepared:
         if isinstance(found, tuple | list):
             # transformers puts the loss first, where there is one.
             found = next((one for one in found if isinstance(one, torch.Tensor) and one.dim() > 1), None)
+        if isinstance(found, torch.Tensor) and found.shape == self._rows.ids.shape[:1]:
+            return found[:, None]  # one number for each row is that of one class
         if not isinstance(found, torch.Tensor) or found.dim() not in (2, 3):
             raise ValueError(
                 f"{type(self._call.model).__name__} must put out logits [B, T, V] or [B, C], by themselves, first in a "

@@ -388,6 +388,39 @@ def test_logits_that_cannot_be_told_are_an_error() -> None:
         explain(model.model, prompts()[0])
 
 
+class Head(nn.Module):
+    """A head of one's own on an encoder without one, whose mask must be given."""
+
+    def __init__(self, inner: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder: Any = inner
+        self.out = nn.Linear(SHARED["hidden_size"], classes).double()
+        torch.manual_seed(0)
+        nn.init.normal_(self.out.weight)
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        mean = (hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        found: torch.Tensor = self.out(mean)
+        return found[:, 0] if found.shape[1] == 1 else found
+
+
+@pytest.mark.parametrize(("classes", "target"), [(3, TARGET), (1, 0)])
+def test_a_head_of_ones_own(classes: int, target: int) -> None:
+    model = Head(make("bert").bert, classes)
+    embed = model.encoder.embeddings.word_embeddings
+    want = []
+    for row in prompts():
+        with gim.GIM(model):
+            leaf = embed(row[None]).detach().requires_grad_()
+            hidden = model.encoder(inputs_embeds=leaf).last_hidden_state
+            (grad,) = torch.autograd.grad(model.out(hidden.mean(1))[0, target], leaf)
+        want.append(((leaf - embed(torch.tensor([[BASELINE]]))) * grad).sum(-1)[0].detach())
+    check_rows(model, want, target_token_id=target)
+    with pytest.raises(ValueError, match=f"target must be in 0..{classes - 1}, as many as there are logits, got 50"):
+        explain(model, prompts()[0], target_token_id=50)
+
+
 class Repeated(Anything):
     """Runs each row twice."""
 

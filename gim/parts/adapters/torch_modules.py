@@ -71,6 +71,9 @@ def arguments(
     position_ids: torch.Tensor | None,
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """What a model is called with for ids ``[B, T]``."""
+    asked = parameters(model).get("attention_mask")
+    if mask is None and asked is not None and asked.default is inspect.Parameter.empty:
+        mask = torch.ones_like(ids)  # a forward that cannot do without one
     given = {"attention_mask": None if mask is None else mask.to(torch.int64), "position_ids": position_ids}
     named = {name: value for name, value in given.items() if value is not None}
     for name in named:
