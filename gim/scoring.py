@@ -128,14 +128,12 @@ def passes(
     with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
         leaves = stack.enter_context(_embedding_leaf(parts))
         changes = stack.enter_context(closing(Changes()))
-        prepared = stack.enter_context(
-            parts.call.prepared(
-                request.rows,
-                request.kept,
-                narrow=plan.head == "explained",
-                leaves=leaves,
-                replace_forward=changes.replace_forward,
-            )
+        prepared = parts.call.prepared(
+            request.rows,
+            request.kept,
+            narrow=plan.head == "explained",
+            leaves=leaves,
+            replace_forward=changes.replace_forward,
         )
         total, values, wanted = _explained(parts, request, prepared, check)
         if len(leaves) != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
@@ -24,8 +24,13 @@ HEADS: tuple[tuple[str, Head], ...] = (("ForSequenceClassification", "class"), (
 
 @dataclass(frozen=True)
 class _Names:
-    """What is kept of a model: names only, so that it keeps nothing alive and goes into no copy."""
+    """What is kept of a model: names only, so that it keeps nothing alive and goes into no copy.
 
+    ``tree`` is that of the modules they were found in, and ``modules`` the names of all of those.
+    """
+
+    tree: int
+    modules: tuple[str, ...]
     front: ModuleType
     embedding: str | None
     layers: str | None
@@ -138,18 +143,16 @@ class Anatomy:
         return limit
 
 
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[int, _Names]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[nn.Module, _Names] = weakref.WeakKeyDictionary()
 
 
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a model, which is looked for again only where its tree of modules has changed."""
-    modules = dict(model.named_modules())
-    print_of = hash(tuple((name, id(module), type(module)) for name, module in modules.items()))
-    known = _kept.get(model)
-    if known is None or known[0] != print_of:
-        known = (print_of, _find(modules))
-        _kept[model] = known
-    names = known[1]
+    held, marks = _tree(model)
+    tree, names = hash(tuple(marks)), _kept.get(model)
+    if names is None or names.tree != tree:
+        names = _kept[model] = _find(dict(zip(_named(marks), held, strict=True)), tree)
+    modules = dict(zip(names.modules, held, strict=True))
     listed: Any = () if names.layers is None else modules[names.layers]
     layers = tuple((f"{names.layers}.{index}", layer) for index, layer in enumerate(listed))
     cores = tuple(modules[name] for name in names.cores)
@@ -163,12 +166,47 @@ def of(model: nn.Module) -> Anatomy:
     )
 
 
-def _find(modules: Mapping[str, nn.Module]) -> _Names:
+#: Of a module: its parent's id, its name there, its own id and class.
+_Mark = tuple[int, str, int, type]
+
+
+def _tree(model: nn.Module) -> tuple[list[nn.Module], list[_Mark]]:
+    """A model's modules, each once, in the order of ``named_modules()``, and what tells their tree from another.
+
+    It is asked for often, and does without whole names.
+    """
+    held, seen = [model], {id(model)}
+    marks: list[_Mark] = [(0, "", id(model), type(model))]
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                held.append(child)
+                marks.append((id(parent), name, id(child), type(child)))
+                visit(child)
+
+    visit(model)
+    return held, marks
+
+
+def _named(marks: Sequence[_Mark]) -> list[str]:
+    """The whole names of modules, the model's own empty."""
+    names: dict[int, str] = {}
+    for parent, name, own, _ in marks:
+        before = names.get(parent, "")
+        names[own] = f"{before}.{name}" if before else name
+    return list(names.values())
+
+
+def _find(modules: Mapping[str, nn.Module], tree: int) -> _Names:
     front = adapters.of(modules)
     embedding = front.embedding(modules)
     layers = _layers(modules, embedding or "")
     through = tuple(name for name in (embedding, layers) if name is not None)
     return _Names(
+        tree,
+        tuple(modules),
         front,
         embedding,
         layers,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +119,6 @@ class Call:
     cores: Sequence[nn.Module]
     layers: Sequence[nn.Module]
 
-    @contextmanager
     def prepared(
         self,
         rows: Rows,
@@ -129,15 +127,15 @@ class Call:
         narrow: bool,
         leaves: list[torch.Tensor],
         replace_forward: Callable[[nn.Module, Callable[..., Any]], None],
-    ) -> Iterator[Prepared]:
-        """Inside, the model can be run on rows; its parts are called as they must be, whatever a wrapper hands on.
+    ) -> Prepared:
+        """The model ready to be run on rows: its parts are called as they must be, whatever a wrapper hands on.
 
         Args:
             rows: the batch.
             kept: positions whose logits are wanted.
             narrow: whether to ask for those logits only, where the model can be asked.
             leaves: the embeddings, each time the model has run.
-            replace_forward: gives one instance another ``forward``, until its owner puts the one before back.
+            replace_forward: gives one instance another ``forward``; its owner puts the one before back.
 
         Raises:
             ValueError: the model cannot be called so; names it and why.
@@ -148,17 +146,11 @@ class Call:
                 raise ValueError(f"{type(core).__name__} {reason}")
         positional, named = self.arguments(self.taken, self.model, rows.ids, rows.mask, rows.position_ids)
         prepared = Prepared(self, rows, kept, positional, named, narrow, leaves)
-        with ExitStack() as stack:
-            keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
-            for core in self.cores:
-                change = functools.partial(
-                    prepared.settings, core, outermost=core is self.cores[0], keeps=core is keeper
-                )
-                replace_forward(core, _called_with(core, change, prepared.see_head if core is keeper else None))
-            for layer in self.layers[:1]:
-                handle = layer.register_forward_pre_hook(prepared.see_layer, with_kwargs=True)
-                stack.callback(handle.remove)
-            yield prepared
+        keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
+        for core in self.cores:
+            change = functools.partial(prepared.settings, core, outermost=core is self.cores[0], keeps=core is keeper)
+            replace_forward(core, _called_with(core, change, prepared.see_head if core is keeper else None))
+        return prepared
 
 
 class Prepared:
@@ -188,7 +180,23 @@ class Prepared:
     def run(self) -> Any:
         """What the model puts out."""
         self._narrowed = None
-        return self._call.model(*self._positional, **self._named)
+        longer: list[torch.Tensor] = []
+
+        def see(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden = inputs[0] if inputs else named.get("hidden_states")
+            if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
+                longer.append(hidden)
+
+        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in self._call.layers[:1]]
+        try:
+            output = self._call.model(*self._positional, **self._named)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for hidden in longer[:1]:
+            if hidden.requires_grad and not hidden.is_meta and len(self._leaves) == 1:
+                self._prove(hidden, self._leaves[0])
+        return output
 
     def logits(self) -> torch.Tensor:
         """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for the last of each row.
@@ -257,19 +265,14 @@ class Prepared:
                 found["logits_to_keep"] = self._kept.among(tokens.shape[1])  # type: ignore[union-attr]
         return found
 
-    def see_layer(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Make sure that what a wrapper has put among the embeddings stands before all of them."""
-        hidden = inputs[0] if inputs else named.get("hidden_states")
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or len(self._leaves) != 1:
-            return
+    def _prove(self, hidden: torch.Tensor, leaf: torch.Tensor) -> None:
+        """Make sure that what a wrapper has put among the embeddings ``leaf`` stands before all of them."""
         extra = hidden.shape[1] - self._kept.tokens
-        if extra <= 0 or extra == self._proved or not hidden.requires_grad or hidden.is_meta:
-            return
+        weights = torch.linspace(1.0, 2.0, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
         for token in (0, self._kept.tokens - 1):
             # What one hidden state depends on, before any layer has mixed them, is its own embedding.
-            probe = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
-            total = (hidden[:, extra + token] * probe).sum()
-            (grad,) = torch.autograd.grad(total, self._leaves[0], retain_graph=True, allow_unused=True)
+            one = hidden[:, extra + token]
+            (grad,) = torch.autograd.grad(one, leaf, weights.expand_as(one), retain_graph=True, allow_unused=True)
             reached = [] if grad is None else (grad != 0).any(-1).any(0).nonzero().flatten().tolist()
             if reached != [token]:
                 raise ValueError(

@@ -733,9 +733,9 @@ def test_an_anatomy_is_found_once_and_again_where_the_model_has_changed(monkeypa
     searches: list[Any] = []
     find = anatomy._find
 
-    def counted(modules: Any) -> Any:
+    def counted(modules: Any, tree: int) -> Any:
         searches.append(modules)
-        return find(modules)
+        return find(modules, tree)
 
     monkeypatch.setattr(anatomy, "_find", counted)
     model = make("llama")
