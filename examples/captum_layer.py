@@ -15,6 +15,7 @@ from captum.attr import LayerGradientXActivation
 
 import gim
 import gim.demo
+from gim.parts import anatomy
 
 
 def scores(model: Any, ids: torch.Tensor, target: int, rules: gim.rules.Rules | str = "GIM") -> torch.Tensor:
@@ -23,7 +24,7 @@ def scores(model: Any, ids: torch.Tensor, target: int, rules: gim.rules.Rules | 
     def last_logits(tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, use_cache=False).logits[:, -1]
 
-    captum = LayerGradientXActivation(last_logits, model.get_input_embeddings())
+    captum = LayerGradientXActivation(last_logits, anatomy.of(model).embedding)
     with gim.GIM(model, rules=rules):
         found: torch.Tensor = captum.attribute(ids, target=target)
     return found[0].sum(-1).detach()

@@ -25,6 +25,7 @@ from torch import nn
 
 import gim
 import gim.demo
+from gim.parts import anatomy
 
 
 @contextmanager
@@ -88,12 +89,13 @@ def edges(
     if clean.shape != corrupted.shape:
         raise ValueError(f"the prompts must have as many tokens, got {tuple(clean.shape)} and {tuple(corrupted.shape)}")
     layers = model.model.layers
+    embedding: Any = anatomy.of(model).embedding
     with torch.no_grad(), head_inputs(model) as corrupted_heads:
         model(corrupted, use_cache=False)
     with gim.GIM(model, rules=rules), head_inputs(model) as clean_heads, reader_gradients(model) as gradients:
         logits = model(clean, use_cache=False).logits[0, -1]
-        (logits[answer] - logits[wrong]).backward(inputs=[model.get_input_embeddings().weight])
-    model.get_input_embeddings().weight.grad = None
+        (logits[answer] - logits[wrong]).backward(inputs=[embedding.weight])
+    embedding.weight.grad = None
 
     scores: dict[tuple[int, int, str], float] = {}
     heads = model.config.num_attention_heads

@@ -13,13 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gim.applied import UnsupportedModelError
-from gim.context import decoder_layers, refuse_when_closed
+from gim.context import refuse_when_closed
 from gim.offload import Offload, Watch, pool_of
-from gim.parts.hidden_states import dtype_of, weights_of
+from gim.parts import anatomy
+from gim.parts.adapters.hugging_face import as_before
+from gim.parts.calling import Kept
+from gim.parts.hidden_states import weights_of
 from gim.patches.attention import SPANS, Spans, patched_modules
-from gim.patches.session import Session, session_of
+from gim.patches.session import Changes, Session, session_of
 from gim.plan import MemoryPlan
-from gim.tokenwise import MLP, NormBefore, find_mlps, hidden_size, in_backward, in_tiles, norms_of, run_again
+from gim.tokenwise import MLP, NormBefore, find_mlps, in_backward, in_tiles, norms_of, run_again
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
 MLPs = Mapping[str, list[MLP] | str]
@@ -33,11 +36,11 @@ def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
     session = session_of(model)
     if session is None:
         raise RuntimeError("a memory plan is applied inside a GIM context only")
-    layers = decoder_layers(model)
+    parts = anatomy.of(model)
+    layers = parts.layers
     if not acts_on_mlps(plan):
-        layers = layers[-1:] if plan.head == "explained" else []
-    width, dtype = hidden_size(model), dtype_of(model)
-    return {name: find_mlps(layer, width, dtype, session) for name, layer in layers}
+        layers = layers[-1:] if plan.head == "explained" else ()
+    return {name: find_mlps(layer, parts.hidden_size, parts.dtype, session) for name, layer in layers}
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -50,7 +53,7 @@ def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
     """
     if plan.checkpoint == "none":
         return None
-    layers = decoder_layers(model)
+    layers = anatomy.of(model).layers
     if not layers:
         return (
             f"memory={plan.name!r} needs a list of layers, and {type(model).__name__} has no ModuleList whose entries "
@@ -76,7 +79,7 @@ def acts_on_mlps(plan: MemoryPlan) -> bool:
 def applied(
     plan: MemoryPlan,
     model: nn.Module,
-    kept: torch.Tensor,
+    kept: Kept,
     device: torch.device,
     *,
     mlps: MLPs | None = None,
@@ -92,7 +95,7 @@ def applied(
     Args:
         plan: the plan.
         model: a Hugging Face model.
-        kept: ``[K]`` positions whose logits are wanted, ascending.
+        kept: positions whose logits are wanted.
         device: where the hidden states are.
         mlps: from :func:`mlps_of`; None to find them here where the plan acts on them.
         watch: told ``("checkpoints" | "attention" | "host", tensor)`` of what is kept.
@@ -114,18 +117,18 @@ def applied(
     offload = None
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
-    inner = Session(session.rules, session.strict)
+    inner = Changes()
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
+    parts = anatomy.of(model)
     try:
-        for module in model.modules():
+        for module in parts.modules.values():
             if getattr(module, "gradient_checkpointing", False) is True:
                 # A checkpoint in a checkpoint would run a layer twice again.
                 inner.set_attribute(module, "gradient_checkpointing", False)
-        found = decoder_layers(model)
-        for index, (name, layer) in enumerate(found):
+        for index, (name, layer) in enumerate(parts.layers):
             of_layer = mlps.get(name, "")
             of_mlps = [] if isinstance(of_layer, str) else of_layer
-            is_last = index == len(found) - 1 and plan.head == "explained"
+            is_last = index == len(parts.layers) - 1 and plan.head == "explained"
             if is_last and layers.narrow(layer, name, kept, of_mlps):
                 continue  # its few queries leave less to keep than a checkpoint would
             if acts_on_mlps(plan):
@@ -152,7 +155,7 @@ class _Layers:
         self,
         plan: MemoryPlan,
         session: Session,
-        inner: Session,
+        inner: Changes,
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,
@@ -182,7 +185,8 @@ class _Layers:
 
             def again(*tensors: torch.Tensor) -> Any:
                 self.running = name
-                filled = list(flat)
+                # What a layer adds to a cache must not be there when it runs again, nor be kept until then.
+                filled = [as_before(x) for x in flat]
                 for place, x in zip(at, tensors, strict=True):
                     filled[place] = x
                 inputs, named = tree_unflatten(filled, spec)
@@ -240,7 +244,7 @@ class _Layers:
 
         self._inner.replace_forward(mlp.module, run)
 
-    def narrow(self, layer: nn.Module, name: str, kept: torch.Tensor, mlps: list[MLP]) -> bool:
+    def narrow(self, layer: nn.Module, name: str, kept: Kept, mlps: list[MLP]) -> bool:
         """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.
 
         It is done where every other part of the layer maps each token by itself. What the layer puts out elsewhere is
@@ -255,7 +259,13 @@ class _Layers:
         def refuse(grad: torch.Tensor) -> None:
             _refuse_elsewhere(grad, kept, name)
 
-        self._inner.set_attribute(attentions[0], SPANS, Spans(spans(kept), refuse))
+        def place(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # A wrapper may have put tokens before those of the prompt.
+            hidden = inputs[0] if inputs else named["hidden_states"]
+            attentions[0].__dict__[SPANS] = Spans(spans(kept.among(hidden.shape[1])), refuse)
+
+        self._inner.set_attribute(attentions[0], SPANS, None)
+        self._inner.undo.callback(layer.register_forward_pre_hook(place, with_kwargs=True).remove)
         for mlp in mlps:
             self._narrow_mlp(mlp.module, f"{name}.{mlp.name}", kept)
 
@@ -268,13 +278,13 @@ class _Layers:
         self._inner.undo.callback(handle.remove)
         return True
 
-    def _narrow_mlp(self, mlp: nn.Module, name: str, kept: torch.Tensor) -> None:
+    def _narrow_mlp(self, mlp: nn.Module, name: str, kept: Kept) -> None:
         forward = refuse_when_closed(mlp.forward, name, self._session)
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
             if others or named:
                 return forward(hidden, *others, **named)
-            at = kept.to(hidden.device)
+            at = kept.among(hidden.shape[1]).to(hidden.device)
             some = forward(hidden.index_select(1, at))
             return torch.zeros_like(hidden).index_copy_(1, at, some)
 
@@ -362,11 +372,12 @@ def _refuse_more(name: str, others: tuple[Any, ...], named: dict[str, Any]) -> N
         )
 
 
-def _refuse_elsewhere(grad: torch.Tensor, kept: torch.Tensor, name: str) -> None:
+def _refuse_elsewhere(grad: torch.Tensor, kept: Kept, name: str) -> None:
     """An error unless a gradient ``[B, T, ...]`` is 0 at every position that is not explained."""
     if grad.is_meta:
         return
-    elsewhere = torch.count_nonzero(grad) - torch.count_nonzero(grad.index_select(1, kept.to(grad.device)))
+    at = kept.among(grad.shape[1]).to(grad.device)
+    elsewhere = torch.count_nonzero(grad) - torch.count_nonzero(grad.index_select(1, at))
     if bool(elsewhere):
         raise UnsupportedModelError(
             f"{name}: what is explained depends on the last layer at other positions than the explained, so it must "

@@ -389,16 +389,16 @@ def _check_outputs(outputs: dict[str, Path | None]) -> dict[str, Path]:
 def _target(target: str | None, contrast: str | None, measure: Measure | None, tokenizer: Any, model: Any) -> Target:
     """The target that --target, --contrast and --measure mean together."""
     from gim import targets
-    from gim.inputs import head_of
+    from gim.parts import anatomy
 
     wanted: Target
     if contrast:
         wanted = targets.Contrast(target, contrast)
-        if head_of(model) != "class":
+        if anatomy.of(model).head != "class":
             targets.contrast_ids(wanted, tokenizer, ("--target", "--contrast"))
     else:
         # The name of a class is no text of the tokenizer's.
-        wanted = targets.Token(target) if head_of(model) == "class" else targets.parse(target, tokenizer)
+        wanted = targets.Token(target) if anatomy.of(model).head == "class" else targets.parse(target, tokenizer)
     return wanted if measure is None else dataclasses.replace(wanted, measure=measure.value)
 
 
@@ -653,8 +653,8 @@ def _show_report(model: str, rules: Rules, report: AppliedReport) -> None:
 
 def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given: bool, rows: list[PlanRow]) -> None:
     """Every plan's predicted memory and cost, the one that `auto` would take marked."""
-    from gim.inputs import position_limit
     from gim.memory import AUTO_SHARE, size
+    from gim.parts import anatomy
     from gim.render import visible
 
     console = Console()
@@ -699,7 +699,7 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
             "dim",
         )
     )
-    limit = position_limit(twin.model)
+    limit = anatomy.of(twin.model).position_limit
     if limit is not None and tokens > limit:
         console.print(Text(f"the model has {limit:,} positions: more needs --allow-extrapolation", "yellow"))
 

@@ -287,14 +287,3 @@ def refuse_when_closed(function: Callable[..., Any], name: str, session: Session
         return function(*inputs, **named)
 
     return checked
-
-
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated layers of a model: the longest ``ModuleList`` whose every entry contains attention."""
-    best: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) <= len(best):
-            continue
-        if all(attention.attention_modules(layer) for layer in module):
-            best = [(f"{name}.{index}", layer) for index, layer in enumerate(module)]
-    return best

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from gim import checkpoint
-from gim.context import GIM, decoder_layers
+from gim.context import GIM
 from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
-from gim.parts.hidden_states import device_of, dtype_of
+from gim.parts import anatomy
+from gim.parts.hidden_states import device_of
 from gim.patches.session import SESSION
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.rules import get as get_rules
 from gim.scoring import Request, Terms, passes
-from gim.tokenwise import hidden_size
 
 #: Parts of an estimate, in the order they are shown.
 PARTS = ("weights", "embeddings", "checkpoints", "attention", "layer", "head")
@@ -320,7 +320,7 @@ class Twin:
 
         entered: list[Counter[Tag]] = []
         request = Request.of(ids, None, scored)
-        mlps = {name: self._mlps[self._layers.name(layer)] for name, layer in decoder_layers(self.model)}
+        mlps = {name: self._mlps[self._layers.name(layer)] for name, layer in anatomy.of(self.model).layers}
         try:
             with ExitStack() as stack:
                 plan_at_work = checkpoint.applied(
@@ -408,12 +408,12 @@ def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Modul
     is_model = isinstance(model_or_config, nn.Module)
     config = copy.deepcopy(model_or_config.config if is_model else model_or_config)
     if dtype is None and is_model:
-        dtype = dtype_of(model_or_config)
+        dtype = anatomy.of(model_or_config).dtype
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     config._attn_implementation_internal = None
     with torch.device("meta"):
         model = type(model_or_config)(config) if is_model else AutoModelForCausalLM.from_config(config)
-    for module in model.modules():
+    for module in anatomy.of(model).modules.values():
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -426,7 +426,7 @@ class _Few:
     """Makes a model run a few of its layers: some of each kind, and the last."""
 
     def __init__(self, model: nn.Module) -> None:
-        found = decoder_layers(model)
+        found = anatomy.of(model).layers
         self._list: Any = model.get_submodule(found[0][0].rpartition(".")[0]) if found else None
         self._kinds: list[Any] = []
         for _, layer in found[:-1]:
@@ -474,8 +474,8 @@ def _stand_in_weights(model: nn.Module, shrink: int) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(0)
     before: list[tuple[nn.Module, str, nn.Parameter]] = []
-    width = hidden_size(model) or 0
-    for module in model.modules():
+    width = anatomy.of(model).hidden_size or 0
+    for module in anatomy.of(model).modules.values():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -494,9 +494,9 @@ def _stand_in_weights(model: nn.Module, shrink: int) -> Iterator[None]:
 
 def _shrink(model: nn.Module) -> int:
     """By how much the insides of MLPs can be narrower, all alike, and still be 16 wide or more."""
-    width = hidden_size(model) or 0
-    layers = [layer for _, layer in decoder_layers(model)]
-    inside = {size for layer in layers for p in layer.parameters() for size in p.shape if size > width}
+    parts = anatomy.of(model)
+    width = parts.hidden_size or 0
+    inside = {size for _, layer in parts.layers for p in layer.parameters() for size in p.shape if size > width}
     found = 1
     while inside and all(size % (2 * found) == 0 and size // (2 * found) >= 16 for size in inside):
         found *= 2

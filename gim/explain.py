@@ -21,11 +21,11 @@ from gim.inputs import (
     check_target,
     check_targets,
     check_token_id,
-    head_of,
     infer_baseline,
     resolve_position,
 )
 from gim.memory import MemoryPlan, run
+from gim.parts import anatomy
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
@@ -60,7 +60,8 @@ def explain(
     with respect to the embedding under the GIM rules.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode; bare or
+            inside a wrapper such as PEFT's.
         input_ids: ``[T]`` or ``[B, T]``, integers.
         target_token_id: the token whose logit is explained, or the class of a classifier; a list, tuple or tensor
             ``[B]`` of them, one for each row; None for each row's own prediction.
@@ -147,7 +148,8 @@ def attribute(
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
-        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode.
+        model: a Hugging Face language model, causal or masked, or sequence classifier, in evaluation mode; bare or
+            inside a wrapper such as PEFT's.
         tokenizer: its fast tokenizer (one that tells character offsets).
         prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
             chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which
@@ -185,7 +187,7 @@ def attribute(
     chosen = get_rules(rules)
     encoded = prompts.encode(prompt, tokenizer)
     text, token_ids, offsets = encoded.text, list(encoded.ids), list(encoded.offsets)
-    head = head_of(model)
+    head = anatomy.of(model).head
     wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
     baseline_id = (
         infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
@@ -253,7 +255,7 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
     """The checked id of a target token; :data:`PREDICTION` for None."""
     if token is None:
         return PREDICTION
-    if head_of(model) == "class":
+    if anatomy.of(model).head == "class":
         found = _class_number(model, token)
         if not isinstance(found, int):
             raise ValueError(f"{argument} must be a class by number or label, got {token!r}")
@@ -264,7 +266,7 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
 
 
 def _class_labels(model: nn.Module, classes: Sequence[int]) -> tuple[str, ...]:
-    labels: Any = getattr(model.config, "id2label", None) or {}
+    labels: Any = getattr(anatomy.of(model).config, "id2label", None) or {}
     return tuple(str(labels.get(one, one)) for one in classes)
 
 
@@ -272,7 +274,7 @@ def _class_number(model: nn.Module, target: Any) -> Any:
     """A class by number or label as its number; anything else as it is."""
     if not isinstance(target, str):
         return target
-    labels: Any = getattr(model.config, "label2id", None) or {}
+    labels: Any = getattr(anatomy.of(model).config, "label2id", None) or {}
     if target not in labels:
         raise ValueError(f"target must be one of the model's classes {sorted(labels)}, got {target!r}")
     return int(labels[target])
@@ -286,7 +288,7 @@ def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | 
         if not -len(ids) <= position < len(ids):
             raise ValueError(f"position must be in {-len(ids)}..{len(ids) - 1}, got {position}")
         return position % len(ids)
-    if head_of(model) != "masked token":
+    if anatomy.of(model).head != "masked token":
         return len(ids) - 1
     masks = [index for index, one in enumerate(ids) if one == tokenizer.mask_token_id]
     if len(masks) != 1:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from gim.parts.hidden_states import device_of
+from gim.parts import anatomy
 from gim.parts.placement import refuse_unsupported_placement
-from gim.patches import transformer_lens
 from gim.targets import whole_number
 from gim_kernels.engines import key_range_of
 
@@ -30,35 +29,13 @@ def infer_baseline(tokenizer: Any) -> int:
     raise ValueError("baseline could not be inferred: the tokenizer has no space, padding or unknown token. Give one.")
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """How many token ids the model embeds."""
-    found = embeddings(model)
-    weight = getattr(found, "weight", getattr(found, "W_E", None))  # TransformerLens's name is the second
-    size = getattr(found, "num_embeddings", None)
-    if isinstance(size, int) and not (isinstance(weight, torch.Tensor) and weight.dtype.is_floating_point):
-        return size  # a quantised weight is packed
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"the input embeddings of {type(model).__name__} must have a weight, and have none")
-    return int(weight.shape[0])
-
-
-Head = Literal["next token", "masked token", "class"]
-
-
-def head_of(model: nn.Module) -> Head:
-    """What a model's logits are of, which transformers says in the name of its class."""
-    name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
-        return "class"
-    return "masked token" if name.endswith("ForMaskedLM") else "next token"
-
-
 def check_target(model: nn.Module, argument: str, target: int) -> None:
     """Raise a ValueError that names ``argument`` unless the model has a logit for the target."""
-    if head_of(model) != "class":
+    parts = anatomy.of(model)
+    if parts.head != "class":
         check_token_id(model, argument, target)
         return
-    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    classes = int(parts.config.num_labels)
     if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
         raise ValueError(f"{argument} must be a class in 0..{classes - 1}, got {target!r}")
 
@@ -100,21 +77,9 @@ def check_targets(model: nn.Module, argument: str, target: Any, rows: int) -> li
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def embeddings(model: nn.Module) -> nn.Module:
-    """The module that turns ids into embeddings."""
-    if transformer_lens.is_one(model):
-        found = getattr(model, "embed", None)
-    else:
-        get = getattr(model, "get_input_embeddings", None)
-        found = get() if get is not None else None
-    if not isinstance(found, nn.Module):
-        raise TypeError(f"model must have get_input_embeddings() as Hugging Face models do, got {type(model).__name__}")
-    return found
-
-
 def check_token_id(model: nn.Module, argument: str, token_id: int) -> None:
     """Raise a ValueError that names ``argument`` unless it is an id of the vocabulary."""
-    size = vocabulary_size(model)
+    size = anatomy.of(model).vocabulary_size
     if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
         raise ValueError(f"{argument} must be a token id in 0..{size - 1}, got {token_id!r}")
 
@@ -132,9 +97,10 @@ def check_ids(
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
     refuse_unsupported_placement(model)
-    device = embedding_device(model)
+    parts = anatomy.of(model)
+    device = parts.device
     ids = (input_ids[None] if input_ids.dim() == 1 else input_ids).to(device)
-    size = vocabulary_size(model)
+    size = parts.vocabulary_size
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= size:
         raise ValueError(f"input_ids must be in 0..{size - 1}, got ids from {lowest} to {highest}")
@@ -168,18 +134,9 @@ def check_positions(ids: torch.Tensor, position_ids: torch.Tensor | None) -> tor
     return given.to(ids.device)
 
 
-def position_limit(model_or_config: Any) -> int | None:
-    """How many positions a model was made for, by its config; None where that does not say."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, allow_extrapolation: bool) -> None:
     """Raise a ValueError where a row has more tokens than the model has positions, unless that is asked for."""
-    limit = position_limit(model)
+    limit = anatomy.of(model).position_limit
     length = ids.shape[1] if mask is None else int(mask.sum(-1).max())
     if limit is not None and length > limit and not allow_extrapolation:
         raise ValueError(
@@ -187,11 +144,6 @@ def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None,
             "(max_position_embeddings): shorten it, or allow extrapolation (allow_extrapolation=True, "
             "--allow-extrapolation), whose attributions explain a model beyond what it was made for"
         )
-
-
-def embedding_device(model: nn.Module) -> torch.device:
-    """Where ids must be."""
-    return device_of(embeddings(model)) or torch.device("cpu")
 
 
 def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> torch.Tensor:

@@ -9,15 +9,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from gim import scoring
-from gim.context import decoder_layers
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
-from gim.parts.hidden_states import dtype_of
+from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -91,7 +89,8 @@ def activation_bytes(model: nn.Module, tokens: int) -> int | None:
     A layer keeps its queries, keys and values, attention's output and log-sum-exp, and the two branches of its MLP.
     None where the config does not tell the sizes.
     """
-    config: Any = getattr(model, "config", None)
+    parts = anatomy.of(model)
+    config = parts.config
     if config is None:
         return None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -104,8 +103,7 @@ def activation_bytes(model: nn.Module, tokens: int) -> int | None:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None)
     numbers = 2 * heads * head_size + 2 * kv_heads * head_size + 2 * (inner if isinstance(inner, int) else 4 * hidden)
-    dtype = dtype_of(model)
-    return tokens * layers * (numbers * dtype.itemsize + 4 * heads)
+    return tokens * layers * (numbers * parts.dtype.itemsize + 4 * heads)
 
 
 _twins: weakref.WeakKeyDictionary[nn.Module, dict[Rules, Twin | EstimateError]] = weakref.WeakKeyDictionary()
@@ -118,12 +116,15 @@ class _Adviser:
         self._model = model
         self._request = request
         self._rules = rules
-        self.device = request.ids.device
-        self.batch, self.tokens = request.ids.shape
+        self.parts = anatomy.of(model)
+        self.device = request.rows.ids.device
+        self.batch, self.tokens = request.rows.ids.shape
         self.free = free_bytes(self.device)
         # Offloading to the memory that the model is in itself wins nothing.
         self.plans = [plan for plan in PLANS if plan.offload == "none" or self.device.type == "cuda"]
-        if any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in model.modules()):
+        if any(
+            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.parts.modules.values()
+        ):
             # The user has asked for checkpoints: keeping more than those would not respect that.
             self.plans = [plan for plan in self.plans if plan.checkpoint == "layer"]
 
@@ -134,7 +135,7 @@ class _Adviser:
         if self.free is None or needed is None:
             return False
         # A model that does not know which positions matter computes logits at all of them.
-        vocabulary = getattr(getattr(self._model, "config", None), "vocab_size", None) or 0
+        vocabulary = getattr(self.parts.config, "vocab_size", None) or 0
         return PLENTY * (needed + 4 * self.batch * self.tokens * vocabulary) <= self.free
 
     @property
@@ -162,7 +163,7 @@ class _Adviser:
         Raises:
             EstimateError: it cannot be told.
         """
-        return self.twin.estimate(plan, self.tokens, batch=self.batch, explained=len(self._request.kept))
+        return self.twin.estimate(plan, self.tokens, batch=self.batch, explained=len(self._request.kept.positions))
 
     def try_estimate(self, plan: MemoryPlan) -> MemoryEstimate | None:
         """What a plan would take, or None where it cannot be told."""
@@ -177,7 +178,7 @@ class _Adviser:
         Raises:
             OutOfMemoryError: none does.
         """
-        checkpointable = bool(decoder_layers(self._model))
+        checkpointable = bool(self.parts.layers)
         if self.has_plenty and self.plans[0].checkpoint == "none":
             return self.plans[0]
         if self.free is None or not checkpointable:
@@ -339,7 +340,7 @@ def run(
     if not isinstance(memory, MemoryPlan | str):
         raise ValueError(f"memory must be a MemoryPlan, 'auto' or one of {CHECKPOINTS}, got {memory!r}")
     chosen = MemoryPlan.parse(memory) if isinstance(memory, str) and memory != "auto" else memory
-    adviser = _Adviser(model, Request.of(ids, mask, scored, position_ids), rules)
+    adviser = _Adviser(model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id), rules)
     if isinstance(chosen, MemoryPlan):
         plan = chosen
         adviser.check(plan)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gim.parts.anatomy import Anatomy
+
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     """The floating-point tensors in a module's output, through tuples, lists and dictionaries."""
@@ -24,8 +26,8 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def first_nonfinite_output(model: nn.Module, arguments: dict[str, Any]) -> str:
-    """The name of the first module, in the order they finish, whose output holds NaN or infinity."""
+def first_nonfinite_output(parts: Anatomy, run: Callable[[], Any]) -> str:
+    """The name of the first module, in the order they finish, whose output holds NaN or infinity, when it runs."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -35,29 +37,27 @@ def first_nonfinite_output(model: nn.Module, arguments: dict[str, Any]) -> str:
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in parts.modules.items() if name]
     try:
         with torch.no_grad():
-            model(**arguments)
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else type(model).__name__
+    return found[0] if found else type(parts.model).__name__
 
 
 def first_nonfinite_gradient(
-    model: nn.Module,
-    arguments: dict[str, Any],
-    logits_of: Callable[[Any], torch.Tensor],
+    parts: Anatomy,
+    logits_of: Callable[[], torch.Tensor],
     token_ids: torch.Tensor,
     where: torch.Tensor,
 ) -> str:
     """The name of the first module, going backwards, whose output's gradient holds NaN or infinity.
 
     Args:
-        model: inside its GIM context, its embedding's output asking for a gradient.
-        arguments: of the model's forward.
-        logits_of: from the model's output to the logits ``[B, K, V]``.
+        parts: of a model inside its GIM context, its embedding's output asking for a gradient.
+        logits_of: runs it and gives the logits ``[B, K, V]``.
         token_ids: ``[B, P]``, explained tokens.
         where: ``[B, P]``, their positions among the logits.
     """
@@ -71,9 +71,9 @@ def first_nonfinite_gradient(
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in parts.modules.items() if name]
     try:
-        logits = logits_of(model(**arguments))
+        logits = logits_of()
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         total = logits[rows, where, token_ids].sum()
         inputs = [tensor for tensor in [total] if tensor.requires_grad]
@@ -82,4 +82,4 @@ def first_nonfinite_gradient(
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else type(model).__name__
+    return found[0] if found else type(parts.model).__name__

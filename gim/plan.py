@@ -83,7 +83,7 @@ class MemoryPlan:
 
     @classmethod
     def parse(cls, name: str) -> MemoryPlan:
-        """The plan of a name such as ``"layer+attention+offload+tile=4096+head=all"``.
+        """The plan of a name such as ``"layer+attention+offload+tile=4096+head=all"``; ``offload=cpu`` is ``offload``.
 
         Raises:
             ValueError: a part that is none of these.
@@ -101,7 +101,7 @@ class MemoryPlan:
                 chosen["mlp_tile"] = int(tile[1])
             elif part == "attention":
                 chosen["keep_attention"] = True
-            elif part == "offload":
+            elif part in ("offload", "offload=cpu"):
                 chosen["offload"] = "cpu"
             elif part == "head=all":
                 chosen["head"] = "all"

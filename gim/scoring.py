@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import nn
 
 from gim import checkpoint
 from gim.applied import AppliedReport
-from gim.context import GIM, decoder_layers
-from gim.inputs import embedding_device, embeddings, head_of
+from gim.context import GIM
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
-from gim.patches import transformer_lens
+from gim.parts import anatomy
+from gim.parts.anatomy import Anatomy
+from gim.parts.calling import Kept, Prepared, Rows
+from gim.patches.session import Changes
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
@@ -60,29 +61,37 @@ class Request:
     """A checked batch and what is wanted of it.
 
     Args:
-        ids, mask: ``[B, T]``, the padding mask as booleans or None.
-        scored: what is explained.
-        kept: ``[K]``, every row's positions together, ascending: the head runs on these.
+        rows: the batch as the model reads it, ``[B, L]``.
+        scored: what is explained, its positions columns of ``rows``.
+        kept: every row's positions together: the head runs on these.
         where: ``[B, P]``, each row's positions among ``kept``.
-        position_ids: ``[B, T]``, or None for what the model counts itself.
     """
 
-    ids: torch.Tensor
-    mask: torch.Tensor | None
+    rows: Rows
     scored: Terms
-    kept: torch.Tensor
+    kept: Kept
     where: torch.Tensor
-    position_ids: torch.Tensor | None = None
 
     @classmethod
     def of(
-        cls, ids: torch.Tensor, mask: torch.Tensor | None, scored: Terms, position_ids: torch.Tensor | None = None
+        cls,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        scored: Terms,
+        position_ids: torch.Tensor | None = None,
+        pad_token_id: int | None = None,
     ) -> Request:
-        """The request, its positions collected."""
-        positions = scored.positions.to(ids.device).expand(ids.shape[0], -1)
+        """The request for a batch ``[B, T]``, whose positions count its columns."""
+        rows = Rows.of(ids, mask, position_ids, pad_token_id)
+        positions = rows.columns(scored.positions.to(ids.device).expand(ids.shape[0], -1))
         # The head runs on the union of all rows' positions; each row then takes its own.
         kept, where = torch.unique(positions, return_inverse=True)
-        return cls(ids, mask, scored, kept, where.view(positions.shape), position_ids)
+        return cls(
+            rows,
+            dataclasses.replace(scored, positions=positions),
+            Kept(kept, rows.ids.shape[1]),
+            where.view(positions.shape),
+        )
 
 
 def run(
@@ -96,15 +105,16 @@ def run(
     """One forward and one backward over a checked batch, its memory spent by a plan."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explain cannot run under torch.inference_mode(): gradients do not exist there")
-    if head_of(model) == "class":
+    parts = anatomy.of(model)
+    if parts.head == "class":
         # A class is read off a token of the model's choice, so the last layer runs for all of them.
         plan = dataclasses.replace(plan, head="all")
     with GIM(model, rules=rules) as report, ExitStack() as stack:
-        stack.enter_context(checkpoint.applied(plan, model, request.kept, request.ids.device))
+        stack.enter_context(checkpoint.applied(plan, model, request.kept, request.rows.ids.device))
         if progress is not None:
-            stack.enter_context(_reporting(model, progress))
+            stack.enter_context(_reporting(parts, progress))
         scores, wanted, values = passes(model, request, baseline_id, plan)
-    return Result(scores, wanted, values, report, plan)
+    return Result(request.rows.as_given(scores), wanted, values, report, plan)
 
 
 def passes(
@@ -112,45 +122,70 @@ def passes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward and backward inside a GIM context with its plan applied.
 
-    Scores ``[B, T]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
+    Scores ``[B, L]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
     """
-    arguments = _forward_arguments(model, request, plan)
-    with torch.enable_grad(), _frozen_parameters(model), _embedding_leaf(model) as leaves:
-        total, values, wanted = _explained(model, request, arguments, check)
+    parts, mask = anatomy.of(model), request.rows.mask
+    with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
+        leaves = stack.enter_context(_embedding_leaf(parts))
+        changes = stack.enter_context(closing(Changes()))
+        prepared = parts.call.prepared(
+            request.rows,
+            request.kept,
+            narrow=plan.head == "explained",
+            leaves=leaves,
+            replace_forward=changes.replace_forward,
+        )
+        total, values, wanted = _explained(parts, request, prepared, check)
         if len(leaves) != 1:
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
+            )
+        if leaves[0].shape[:-1] != request.rows.ids.shape:
+            raise ValueError(
+                f"model must embed its input ids as they are, of shape {tuple(request.rows.ids.shape)}; it embedded "
+                f"{tuple(leaves[0].shape[:-1])} of them"
             )
         if not total.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
         (grad,) = torch.autograd.grad(total, leaves[0])
         del total
-        scores, finite = _scores(model, leaves[0].detach(), grad, baseline_id, check)
+        scores, finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
         if not finite:
-            module = first_nonfinite_gradient(
-                model, arguments, lambda out: _logits(out, arguments, request.kept), wanted, request.where
-            )
+            module = first_nonfinite_gradient(parts, prepared.logits, wanted, request.where)
             raise FloatingPointError(
                 f"the gradient holds NaN or infinity; going backwards, the first module whose output's gradient has "
                 f"one is {module}"
             )
-        if request.mask is not None:
-            scores = scores.masked_fill(~request.mask, 0.0)
+        if mask is not None:
+            _refuse_padding_that_is_read(model, mask, grad)
+            scores = scores.masked_fill(~mask, 0.0)
     return scores, wanted, values
 
 
+def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:
+    """An error where what is explained depends on a padded place of ``[B, L]``: a row alone would give another."""
+    read = torch.zeros_like(mask)
+    read[~mask] = (grad[~mask] != 0).any(-1)
+    if bool(read.any()):
+        raise ValueError(
+            f"{type(model).__name__} reads padding in row {int(read.any(-1).int().argmax())}, so a padded row does not "
+            "give what it gives alone (its config may lack pad_token_id, or it pools over all tokens): explain rows "
+            "one at a time"
+        )
+
+
 def _explained(
-    model: nn.Module, request: Request, arguments: dict[str, Any], check: bool
+    parts: Anatomy, request: Request, prepared: Prepared, check: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of the explained numbers, those of each row ``[B]``, and the ids ``[B, P]``.
 
     Logits go out of scope here, so that the backward does not run beside them.
     """
-    logits = _logits(model(**arguments), arguments, request.kept)  # [B, K, V]
+    logits = prepared.logits()  # [B, K, V]
     if check and not bool(torch.isfinite(logits).all()):
-        module = first_nonfinite_output(model, arguments)
+        module = first_nonfinite_output(parts, prepared.run)
         raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
-    batch, device = request.ids.shape[0], request.ids.device
+    batch, device = request.where.shape[0], request.where.device
     if logits.device != device and not logits.is_meta:
         logits = logits.to(device)  # a model that is spread over devices puts its logits out on the last
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -158,6 +193,10 @@ def _explained(
     chosen = wide[rows, request.where]  # [B, P, V]
     wanted = request.scored.token_ids.to(device).expand(batch, -1)
     wanted = torch.where(wanted == PREDICTION, chosen.argmax(-1), wanted)
+    if check and int(wanted.max()) >= chosen.shape[-1]:
+        raise ValueError(
+            f"target must be in 0..{chosen.shape[-1] - 1}, as many as there are logits, got {wanted.max()}"
+        )
     if request.scored.measure == "logprob":
         chosen = torch.log_softmax(chosen, dim=-1)
     terms = chosen.gather(-1, wanted[..., None])[..., 0] * request.scored.signs.to(device)
@@ -167,13 +206,13 @@ def _explained(
 
 @torch.no_grad()
 def _scores(
-    model: nn.Module, embedded: torch.Tensor, grad: torch.Tensor, baseline_id: int, check: bool
+    parts: Anatomy, embedded: torch.Tensor, grad: torch.Tensor, baseline_id: int, check: bool
 ) -> tuple[torch.Tensor, bool]:
     """``(embedding - baseline embedding) . gradient`` of every token ``[B, T]``, and whether the gradient is finite.
 
     In tiles of tokens: in half precision, whole products in float32 would be larger than what the backward kept.
     """
-    baseline = embeddings(model)(torch.full((1, 1), baseline_id, device=embedding_device(model)))
+    baseline = parts.embedding(torch.full((1, 1), baseline_id, device=parts.device))
     wide = torch.promote_types(embedded.dtype, torch.float32)
     scores = torch.empty(embedded.shape[:-1], dtype=wide, device=embedded.device)
     finite = True
@@ -184,45 +223,6 @@ def _scores(
         difference = embedded[:, tokens].to(wide) - baseline.to(wide)
         scores[:, tokens] = (difference * gradient.to(wide)).sum(-1)
     return scores, finite
-
-
-def _forward_arguments(model: nn.Module, request: Request, plan: MemoryPlan) -> dict[str, Any]:
-    """What the model is called with."""
-    known = inspect.signature(model.forward).parameters
-    mask, position_ids = request.mask, request.position_ids
-    arguments: dict[str, Any]
-    if transformer_lens.is_one(model):
-        if position_ids is not None:
-            raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
-        arguments = {"input": request.ids, "return_type": "logits"}
-        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
-            arguments["use_cache"] = False  # a bridge hands it to the Hugging Face model that it wraps
-        if mask is not None:
-            arguments["attention_mask"] = mask.to(torch.int64)
-        return arguments
-    arguments = {"input_ids": request.ids}
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    if position_ids is not None:
-        if "position_ids" not in known:
-            raise ValueError(f"position_ids cannot be given to {type(model).__name__}, whose forward takes none")
-        arguments["position_ids"] = position_ids
-    if mask is not None:
-        arguments["attention_mask"] = mask.to(torch.int64)
-        if "position_ids" in known and position_ids is None:
-            # Models count positions from the first column; a row padded on the left starts later.
-            arguments["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)
-    if "logits_to_keep" in known and plan.head == "explained":
-        arguments["logits_to_keep"] = request.kept
-    return arguments
-
-
-def _logits(output: Any, arguments: dict[str, Any], kept: torch.Tensor) -> torch.Tensor:
-    """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for every position."""
-    logits = output.logits if hasattr(output, "logits") else output
-    if logits.dim() == 2:
-        return logits[:, None].expand(-1, len(kept), -1)
-    return logits if "logits_to_keep" in arguments else logits[:, kept]
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _embedding_leaf(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+def _embedding_leaf(parts: Anatomy) -> Iterator[list[torch.Tensor]]:
     """Inside, the output of the embedding is a leaf that asks for its gradient; yields the leaves made."""
     leaves: list[torch.Tensor] = []
 
@@ -248,7 +248,7 @@ def _embedding_leaf(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         leaves.append(leaf)
         return leaf
 
-    handle = embeddings(model).register_forward_hook(replace)
+    handle = parts.embedding.register_forward_hook(replace)
     try:
         yield leaves
     finally:
@@ -256,9 +256,9 @@ def _embedding_leaf(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _reporting(model: nn.Module, progress: Progress) -> Iterator[None]:
+def _reporting(parts: Anatomy, progress: Progress) -> Iterator[None]:
     """Inside, ``progress`` hears of every layer that has finished its forward and its backward."""
-    layers = decoder_layers(model)
+    layers = parts.layers
     total = len(layers)
     handles = []
 

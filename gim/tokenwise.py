@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from gim.parts import anatomy
 from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
 from gim.patches import attention, norms
-from gim.patches.session import Session, original_forward
+from gim.patches.session import Changes, Session, original_forward
 
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
@@ -41,15 +42,6 @@ class MLP(NamedTuple):
     whole: bool
 
 
-def hidden_size(model: nn.Module) -> int | None:
-    """Width of the tensors that go from layer to layer, by the model's config."""
-    config: Any = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    width = getattr(config, "hidden_size", None)
-    return width if isinstance(width, int) else None
-
-
 def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype, session: Session) -> list[MLP] | str:
     """The children of a layer that are MLPs: they map ``[B, T, width]`` to the same shape, each token by itself.
 
@@ -72,7 +64,7 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype, session: 
             if len(matrices) < 2 or attention.attention_modules(child):
                 continue
             if any(weight.dim() > 2 for weight in matrices) or any(
-                isinstance(module, nn.ModuleList) for module in child.modules()
+                isinstance(module, nn.ModuleList) for module in anatomy.of(child).modules.values()
             ):
                 reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
                 continue
@@ -220,7 +212,7 @@ class NormBefore:
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
 
-    def watch(self, norm: nn.Module, session: Session) -> None:
+    def watch(self, norm: nn.Module, changes: Changes) -> None:
         """Remember what this norm was called with, until its MLP has asked."""
         forward = norm.forward
 
@@ -230,7 +222,7 @@ class NormBefore:
                 self._last = (hidden, y, forward)
             return y
 
-        session.replace_forward(norm, run)
+        changes.replace_forward(norm, run)
 
     def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Forward] | None:
         """The input and the forward of the norm that gave ``hidden``, or None where none did."""

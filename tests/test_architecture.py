@@ -70,8 +70,74 @@ def test_leaves_of_the_policy_import_nothing_of_ours_above_themselves() -> None:
     for name in IMPORTS:
         if name.startswith("gim.parts"):
             assert not reaches(name, (*above, "gim.checkpoint", "gim.inputs", "gim.tokenwise"))
+        if name.startswith("gim.parts.adapters"):
+            # Of ours, an adapter knows other adapters alone.
+            ours = {one for one in reaches(name, ("gim",)) if not one.startswith("gim.parts")}
+            upper = ("gim.parts.anatomy", "gim.parts.calling", "gim.parts.placement")
+            assert not ours and not reaches(name, upper)
         if name.startswith("gim.patches"):
             assert not reaches(name, ("gim.context", "gim.explain", "gim.scoring", "gim.memory", "gim.cli"))
+
+
+#: How rules get in today looks for its own parts; what replaces these files is handed them.
+REPLACED = ("gim/patches/", "gim/context.py", "gim/applied.py", "gim/nonfinite.py")
+#: What walks a model or asks it for its embedding; and what tells a front end by a model's class.
+WALKS = ("modules", "named_modules", "get_input_embeddings")
+
+
+def searches(path: Path) -> set[str]:
+    """What of a model a file looks for by itself, and how."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in (*WALKS[1:], "is_one"):
+            found.add(node.attr)
+        if isinstance(node, ast.FunctionDef) and node.name == "is_one":
+            found.add(node.name)
+        if not isinstance(node, ast.Call):
+            continue
+        called, given = node.func, [ast.unparse(argument) for argument in node.args]
+        if isinstance(called, ast.Attribute) and called.attr == "modules":
+            found.add(called.attr)
+        if isinstance(called, ast.Name) and called.id == "getattr":
+            found |= {name for name in WALKS if repr(name) in given}
+        if isinstance(called, ast.Name) and called.id in ("isinstance", "issubclass") and "PreTrainedModel" in given[1]:
+            found.add("PreTrainedModel")
+    return found
+
+
+def test_a_models_parts_are_looked_for_in_one_place() -> None:
+    examples = sorted((ROOT / "examples").rglob("*.py"))
+    for path in (*(ROOT / "gim").rglob("*.py"), *examples):
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(REPLACED) or name.startswith("gim/parts/adapters/"):
+            continue
+        found = searches(path)
+        if name.startswith("gim/parts/"):
+            found -= set(WALKS)
+        assert not found, f"{name} looks for {sorted(found)}: gim.parts.anatomy has found them"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("for one in model.modules(): pass", {"modules"}),
+        ("dict(model.named_modules())", {"named_modules"}),
+        ("getattr(model, 'named_modules')()", {"named_modules"}),
+        ("walk = model.named_modules", {"named_modules"}),
+        ("model.get_input_embeddings().weight", {"get_input_embeddings"}),
+        ("getattr(model, 'get_input_embeddings', None)", {"get_input_embeddings"}),
+        ("isinstance(model, PreTrainedModel)", {"PreTrainedModel"}),
+        ("isinstance(model, (hf.PreTrainedModel, dict))", {"PreTrainedModel"}),
+        ("transformer_lens.is_one(model)", {"is_one"}),
+        ("def is_one(model): return True", {"is_one"}),
+        ("parts.modules.values()", set()),
+        ("def explain(model: PreTrainedModel) -> None: pass", set()),
+    ],
+)
+def test_a_search_of_ones_own_is_seen(tmp_path: Path, code: str, found: set[str]) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(code)
+    assert searches(path) == found
 
 
 def test_no_file_reads_the_environment_or_prints() -> None:

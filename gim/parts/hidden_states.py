@@ -7,32 +7,9 @@ are its scales, while what it takes and gives are the model's hidden states.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's hidden states: its embeddings', else its config's, else its first floating parameter's.
-
-    Args:
-        model: any module; one with nothing of the three has torch's default dtype.
-    """
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get() if get is not None else None
-    except NotImplementedError:  # a model of transformers without embeddings of tokens
-        embeddings = None
-    config: Any = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    said = getattr(config, "dtype", None)
-    held = embeddings.parameters() if isinstance(embeddings, nn.Module) else iter(())
-    candidates = chain(
-        (x.dtype for x in held), [said] if isinstance(said, torch.dtype) else [], (x.dtype for x in model.parameters())
-    )
-    return next((dtype for dtype in candidates if dtype.is_floating_point), torch.get_default_dtype())
 
 
 def dtypes_taken(module: nn.Module, hidden: torch.dtype) -> list[torch.dtype]:

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gim.applied import UnsupportedModelError
+from gim.parts.adapters import hugging_face
 
 #: Packages whose functions are plain attention: over the whole sequence, with all heads, on one device.
 PLAIN = ("transformers", "torch", "gim")
@@ -65,9 +66,8 @@ def refuse_sharded_sequence(model: nn.Module) -> None:
             config names an attention or a mask that is neither transformers' own nor gim's.
     """
     refuse_context_parallelism(model)
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            _refuse_unknown_attention(name or type(module).__name__, module)
+    for name, module in hugging_face.models(dict(model.named_modules())).items():
+        _refuse_unknown_attention(name or type(module).__name__, module)
 
 
 def refuse_context_parallelism(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from gim.applied import ABSENT, Application, UnsupportedModelError
-from gim.parts.hidden_states import device_of, dtype_of, dtypes_taken, weights_of
+from gim.parts import anatomy
+from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
 from gim.patches.products import FunctionalActivations, Site, product
 from gim.patches.session import Session, original_forward, probing
 from gim.rules import GRADIENT, Rules
@@ -287,7 +288,7 @@ def patch(model: nn.Module, session: Session) -> None:
     They are patched under every rule, so that the forward inside a context is the same whatever the rules are. One
     that is not recognised is an error only where a rule should have acted on it.
     """
-    rules, dtype = session.rules, dtype_of(model)
+    rules, dtype = session.rules, anatomy.of(model).dtype
     found = False
     # Modules of one class with layers of the same sizes run the same code: one of them is probed. That each of
     # them computes its product is seen in every forward pass.

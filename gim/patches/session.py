@@ -38,7 +38,29 @@ def probing() -> Iterator[None]:
         _local.probing = before
 
 
-class Session:
+class Changes:
+    """Changes of instances, each to be put back exactly as it was."""
+
+    def __init__(self) -> None:
+        self.undo = ExitStack()
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""
+        before = module.__dict__.get(name, _MISSING)
+        module.__dict__[name] = value
+        self.undo.callback(_put_back, module, name, before)
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give one instance another ``forward``, which remembers the one before."""
+        setattr(forward, _ORIGINAL, original_forward(module))
+        self.set_attribute(module, "forward", forward)
+
+    def close(self) -> None:
+        """Undo every change, the last first."""
+        self.undo.close()
+
+
+class Session(Changes):
     """Rules, report and undo list of one context over one model.
 
     Args:
@@ -47,10 +69,10 @@ class Session:
     """
 
     def __init__(self, rules: Rules, strict: bool) -> None:
+        super().__init__()
         self.rules = rules
         self.strict = strict
         self.report = AppliedReport(rules=rules.describe())
-        self.undo = ExitStack()
         self.closed = False
         self.thread = threading.get_ident()
         #: Called when a forward pass of the model starts; and when it ends, for what it should have used and did not.
@@ -98,21 +120,10 @@ class Session:
             name for name in self._by_module if name not in self._ran and not any(part in name for part in OPTIONAL)
         ]
 
-    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""
-        before = module.__dict__.get(name, _MISSING)
-        module.__dict__[name] = value
-        self.undo.callback(_put_back, module, name, before)
-
-    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give one instance another ``forward``, which remembers the one before."""
-        setattr(forward, _ORIGINAL, original_forward(module))
-        self.set_attribute(module, "forward", forward)
-
     def close(self) -> None:
         """Undo every change, the last first."""
         self.closed = True
-        self.undo.close()
+        super().close()
 
 
 def _put_back(module: nn.Module, name: str, before: Any) -> None:

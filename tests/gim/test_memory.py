@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import warnings
@@ -18,6 +19,7 @@ from gim import memory, offload, scoring
 from gim.applied import UnsupportedModelError
 from gim.checkpoint import spans
 from gim.inputs import check_ids
+from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, HEADS, MLP_TILE, OFFLOADS, PLANS, MemoryPlan
 from gim_kernels import blockwise
 from tests.families import FAMILIES, ids, make
@@ -309,6 +311,9 @@ def test_names_of_plans_are_read_back() -> None:
         assert back == plan or (plan.checkpoint != "layer" and plan.keep_attention)
         assert back.describe() == plan.describe()
     assert len({plan.describe() for plan in PLANS}) == len(PLANS)
+    assert (
+        MemoryPlan.parse("layer+offload=cpu") == MemoryPlan.parse("layer+offload") == MemoryPlan("layer", offload="cpu")
+    )
     assert MemoryPlan("layer", offload="cpu").describe(pinned=False).endswith("offloaded to ordinary memory")
 
 
@@ -360,7 +365,8 @@ def test_layers_whose_mlp_cannot_run_in_parts_are_named(part: Callable[[], nn.Mo
 
 def test_a_model_without_layers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama")
-    monkeypatch.setattr("gim.checkpoint.decoder_layers", lambda _: [])
+    found = anatomy.of(model)
+    monkeypatch.setattr("gim.checkpoint.anatomy.of", lambda _: dataclasses.replace(found, layers=()))
     with pytest.raises(
         ValueError, match=r"memory='layer' needs a list of layers, and LlamaForCausalLM has no ModuleList"
     ):
@@ -417,7 +423,7 @@ def _request(model: Any, length: int = LENGTH) -> scoring.Request:
 def request(model: Any, length: int = LENGTH) -> tuple[Any, ...]:
     """The first arguments of :func:`gim.memory.run`."""
     found = _request(model, length)
-    return model, found.ids, found.mask, found.scored, BASELINE, gim.rules.GIM
+    return model, found.rows.ids, found.rows.mask, found.scored, BASELINE, gim.rules.GIM
 
 
 def test_prompts_beyond_the_position_limit_are_refused() -> None:
