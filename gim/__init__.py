@@ -5,8 +5,8 @@ from gim.applied import AppliedReport, UnsupportedModelError
 from gim.attribution import Attribution
 from gim.context import GIM
 from gim.explain import attribute, explain
+from gim.intercept.interface import set_attention_rules
 from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
-from gim.patches.attention import set_attention_rules
 
 __all__ = [
     "GIM",

@@ -10,15 +10,9 @@ PARTS: tuple[Part, ...] = ("attention", "norm", "gated_mlp")
 
 #: Notes that a rule has nothing to act on; each stands only until something of its part is found.
 ABSENT: dict[Part, str] = {
+    "attention": "softmax_temperature, q_scale, k_scale and v_scale: the model has no attention",
     "norm": "freeze_norm: the model has no norm",
     "gated_mlp": "gate_scale and up_scale: the model has no gated MLP",
-}
-#: The same where parts are found by the functions that a model calls.
-UNSEEN: dict[Part, str] = {
-    "norm": "freeze_norm: no norm was seen: neither a module that is one nor a call of F.layer_norm or F.rms_norm",
-    "gated_mlp": "gate_scale and up_scale: no gated MLP was recognised: neither a module with gate, up and down "
-    "projections nor a product of F.silu(gate) or F.gelu(gate) with another branch; one written in another form "
-    "cannot be seen",
 }
 
 
@@ -60,6 +54,8 @@ class AppliedReport:
             only under ``strict=False``, since a strict context raises instead.
         notes: rules that have nothing to act on, and MLPs that a memory plan could not run in tiles, and why.
         forwards: complete forward passes of the model inside the context.
+        watched: whether the last of them, or one of its kind, ran under :class:`gim.intercept.watch.Watch`, which saw
+            every operator and would have found a part that no rule reached.
     """
 
     rules: str = ""
@@ -67,6 +63,7 @@ class AppliedReport:
     unsupported: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     forwards: int = 0
+    watched: bool = False
 
     def of(self, part: Part) -> list[Application]:
         """The applications to modules of one kind."""
@@ -93,7 +90,12 @@ class AppliedReport:
 
     def found(self, part: Part) -> None:
         """Take back the note that there is nothing of a part, if it stands."""
-        self.notes[:] = [note for note in self.notes if note not in (ABSENT.get(part), UNSEEN.get(part))]
+        self.notes[:] = [note for note in self.notes if note != ABSENT[part]]
+
+    def note_absent(self, part: Part) -> None:
+        """Note that there is nothing of a part, unless there is."""
+        if not self.of(part) and ABSENT[part] not in self.notes:
+            self.notes.append(ABSENT[part])
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each part: modules a rule acts on, and calls of them."""
@@ -105,6 +107,7 @@ class AppliedReport:
         parts = [f"{n} {words[part]} ({calls} calls)" for part, (n, calls) in self.counts().items()]
         if self.unsupported:
             parts.append("NOT covered: " + ", ".join(name for name, _ in self.unsupported))
+        parts.append("watched" if self.watched else "not watched")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -118,6 +121,7 @@ class AppliedReport:
             "unsupported": [list(pair) for pair in self.unsupported],
             "notes": list(self.notes),
             "forwards": self.forwards,
+            "watched": self.watched,
         }
 
     @classmethod
@@ -129,4 +133,5 @@ class AppliedReport:
             unsupported=[(name, reason) for name, reason in fields["unsupported"]],
             notes=list(fields["notes"]),
             forwards=fields["forwards"],
+            watched=fields.get("watched", False),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gim.applied import UnsupportedModelError
-from gim.context import refuse_when_closed
+from gim.intercept.attention import SPANS, Spans
+from gim.intercept.checkpoints import Again
+from gim.intercept.session import Changes, Session, session_of
 from gim.offload import Offload, Watch, pool_of
 from gim.parts import anatomy
 from gim.parts.adapters.hugging_face import as_before
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
-from gim.patches.attention import SPANS, Spans, patched_modules
-from gim.patches.session import Changes, Session, session_of
+from gim.parts.layers import attentions
 from gim.plan import MemoryPlan
-from gim.tokenwise import MLP, NormBefore, find_mlps, in_backward, in_tiles, norms_of, run_again
+from gim.tokenwise import MLP, Forward, NormBefore, find_mlps, in_backward, in_tiles, norms_of, run_again
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
 MLPs = Mapping[str, list[MLP] | str]
@@ -33,14 +35,11 @@ def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
 
     It runs those MLPs on a few tokens, so the weights must be there.
     """
-    session = session_of(model)
-    if session is None:
-        raise RuntimeError("a memory plan is applied inside a GIM context only")
     parts = anatomy.of(model)
     layers = parts.layers
     if not acts_on_mlps(plan):
         layers = layers[-1:] if plan.head == "explained" else ()
-    return {name: find_mlps(layer, parts.hidden_size, parts.dtype, session) for name, layer in layers}
+    return {name: find_mlps(layer, parts.hidden_size, parts.dtype) for name, layer in layers}
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -117,7 +116,7 @@ def applied(
     offload = None
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
-    inner = Changes()
+    inner = Changes(session)
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
     parts = anatomy.of(model)
     try:
@@ -162,7 +161,8 @@ class _Layers:
     ) -> None:
         self._plan = plan
         self._session = session
-        self._inner = inner
+        # What is changed is put back once nobody holds the changes, and these are reached from what they have changed.
+        self._inner: Changes = weakref.proxy(inner)
         self._offload = offload
         self._watch = watch
         self._every_tile = every_tile
@@ -171,7 +171,7 @@ class _Layers:
 
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
-        forward = refuse_when_closed(layer.forward, name, self._session)
+        forward = Again(self._session, layer.forward, name, layer)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -210,20 +210,18 @@ class _Layers:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
         for child in norms_of(layer):
-            norm.watch(child, self._inner)
+            norm.watch(child, Again(self._session, child.forward, name, child), self._inner)
         for mlp in mlps:
             self._run_mlp_again(mlp, f"{name}.{mlp.name}", index, norm)
         handle = layer.register_forward_hook(lambda *_: norm.forget())
-        self._inner.undo.callback(handle.remove)
+        self._inner.callback(handle.remove)
 
     def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
-        forward = refuse_when_closed(mlp.module.forward, name, self._session)
+        forward = Again(self._session, mlp.module.forward, name, mlp.module)
         tile = self._plan.mlp_tile
         if mlp.whole and tile is not None:
             tile = None
-            self._session.report.notes.append(
-                f"{name} runs whole: an outlier at one token changes its output at others"
-            )
+            self._session.report.notes.append(f"{name} runs whole: {mlp.whole}")
         outside = self._plan.checkpoint == "mlp"
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
@@ -231,18 +229,27 @@ class _Layers:
             before = norm.take(hidden)
             if not torch.is_grad_enabled() or not hidden.requires_grad:
                 return forward(hidden)
-            source, again = hidden, forward
+            source, again = hidden, cast(Forward, forward)
             if before is not None:
                 source, normalise = before
                 again = lambda x: forward(normalise(x))  # noqa: E731
 
             def compute() -> torch.Tensor:
-                return in_tiles(forward, hidden.detach(), tile if in_backward() else None)
+                return self._compute(forward, hidden.detach(), tile)
 
             with self.keeping(index) if outside else nullcontext():
                 return run_again(source, again, compute, tile, self._every_tile)
 
         self._inner.replace_forward(mlp.module, run)
+
+    def _compute(self, forward: Forward, hidden: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """An MLP's output; in a forward pass with a graph, which tells the rules what they act on."""
+        if in_backward():
+            return in_tiles(forward, hidden, tile)
+
+        # Nothing of the graph is kept.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return forward(hidden.requires_grad_()).detach()
 
     def narrow(self, layer: nn.Module, name: str, kept: Kept, mlps: list[MLP]) -> bool:
         """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.
@@ -250,36 +257,39 @@ class _Layers:
         It is done where every other part of the layer maps each token by itself. What the layer puts out elsewhere is
         then not what the model would, and reaches nothing: the gradients there are checked to be 0.
         """
-        attentions = patched_modules(layer)
+        attending = attentions(layer)
         proved = {id(mlp.module) for mlp in mlps if not mlp.whole} | {id(norm) for norm in norms_of(layer)}
-        others = [child for child in layer.children() if id(child) not in proved and not patched_modules(child)]
-        if len(attentions) != 1 or any(weight.numel() for child in others for weight in weights_of(child)):
+        others = [child for child in layer.children() if id(child) not in proved and not attentions(child)]
+        if len(attending) != 1 or any(weight.numel() for child in others for weight in weights_of(child)):
             return False
 
         def refuse(grad: torch.Tensor) -> None:
             _refuse_elsewhere(grad, kept, name)
 
         def place(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if not self._session.is_followed_here():
+                return
             # A wrapper may have put tokens before those of the prompt.
             hidden = inputs[0] if inputs else named["hidden_states"]
-            attentions[0].__dict__[SPANS] = Spans(spans(kept.among(hidden.shape[1])), refuse)
+            attending[0].__dict__[SPANS] = Spans(spans(kept.among(hidden.shape[1])), refuse, self._session)
 
-        self._inner.set_attribute(attentions[0], SPANS, None)
-        self._inner.undo.callback(layer.register_forward_pre_hook(place, with_kwargs=True).remove)
+        self._inner.set_attribute(attending[0], SPANS, None)
+        self._inner.callback(layer.register_forward_pre_hook(place, with_kwargs=True).remove)
         for mlp in mlps:
             self._narrow_mlp(mlp.module, f"{name}.{mlp.name}", kept)
 
         def check(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            ours = self._session.is_followed_here()
+            if ours and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
                 hidden.register_hook(refuse)
 
         handle = layer.register_forward_hook(check)
-        self._inner.undo.callback(handle.remove)
+        self._inner.callback(handle.remove)
         return True
 
     def _narrow_mlp(self, mlp: nn.Module, name: str, kept: Kept) -> None:
-        forward = refuse_when_closed(mlp.forward, name, self._session)
+        forward = Again(self._session, mlp.forward, name, mlp)
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
             if others or named:
@@ -362,6 +372,10 @@ def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((position, position + 1))
     return tuple(runs)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _refuse_more(name: str, others: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from gim.rules import Rules
     from gim.targets import Target
 
+#: What a model reads in `gim check`, where no other text is given.
+CHECK_PROMPT = "The capital of France is"
+
 app = typer.Typer(
     name="gim",
     help="Gradient attribution of large language models with the GIM rules.",
@@ -190,20 +193,26 @@ def check(
     device: _Device = "cpu",
     dtype: _DtypeOption = Dtype.AUTO,
     trust_remote_code: _Trust = False,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="What the model reads while every operator is watched.")
+    ] = CHECK_PROMPT,
     debug: _Debug = False,
 ) -> None:
-    """Show what each rule would be applied to, without running the model.
+    """Show what each rule is applied to in one forward pass, watched operator by operator.
 
     Exits with 1 where a rule cannot be applied to a part that it is meant for.
     """
     with _handled(debug):
         chosen = _rules(rules, None)
-        loaded, _ = _load(model, device, dtype, trust_remote_code, with_tokenizer=False)
+        loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
+        if not ids.numel():
+            raise UserError("--prompt: holds no token")
         with _refused():
             from gim.context import inspect
 
-            report = inspect(loaded, chosen)
-        _show_report(type(loaded).__name__, chosen, report)
+            report = inspect(loaded, chosen, ids)
+        _show_report(type(loaded).__name__, chosen, report, prompt)
     if not report.complete:
         raise typer.Exit(1)
 
@@ -617,7 +626,7 @@ def _write(attribution: Attribution, outputs: dict[str, Path], top: int) -> None
         console.print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
 
 
-def _show_report(model: str, rules: Rules, report: AppliedReport) -> None:
+def _show_report(model: str, rules: Rules, report: AppliedReport, prompt: str) -> None:
     """What each rule would be applied to, modules that differ in their numbers only in one row."""
     from gim.applied import PARTS
     from gim.render import visible
@@ -645,6 +654,8 @@ def _show_report(model: str, rules: Rules, report: AppliedReport) -> None:
         console.print(Text.assemble(("note: ", "dim"), visible(note)))
     for module, reason in report.unsupported:
         console.print(Text.assemble(("not covered: ", "bold red"), visible(f"{module}: {reason}")))
+    watched = f"watched, every operator of a forward over {prompt!r}" if report.watched else "not watched"
+    console.print(Text.assemble((visible(watched), "dim")))
     verdict = (
         ("every rule can be applied", "green") if report.complete else ("NOT every rule can be applied", "bold red")
     )

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Mapping
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch._dynamo.eval_frame
 from torch import nn
-from transformers import PreTrainedModel
 
 from gim.applied import AppliedReport, UnsupportedModelError
+from gim.intercept import checkpoints, fused, interface
+from gim.intercept.proof import Proof
+from gim.intercept.session import Frame, Gate, Session, running, stack_of
+from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
-from gim.patches import attention, functional, gated_mlps, norms, transformer_lens
-from gim.patches.session import SESSION, Session, session_of
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
-
-_enter_lock = threading.Lock()
 
 
 def resolve_rules(
@@ -60,31 +60,32 @@ def resolve_rules(
 class GIM:
     """Inside this context, gradients through a model follow the GIM rules.
 
-    Every norm, attention and gated MLP that a rule should act on is found, patched on the instance, counted, and put
-    back on leaving, bit for bit, after an exception too. What is differentiated inside may be anything: a loss with
-    its own ``backward()``, ``torch.autograd.grad``, hooks. The backward may run after the context has closed; a
-    checkpoint's recompute may not, and raises.
+    Every norm, attention and gated MLP that a rule should act on is found as the model's own forward runs, by what is
+    computed, and counted; the first forward of each kind is watched operator by operator, and what no rule has reached
+    is an error. What is differentiated inside may be anything: a loss with its own ``backward()``,
+    ``torch.autograd.grad``, hooks. The backward may run after the context has closed; a checkpoint's recompute may not,
+    and raises.
 
-    Models outside transformers follow the rules at torch's own functions, and models of TransformerLens at their own
-    code: see :mod:`gim.patches.functional` and :mod:`gim.patches.transformer_lens` for what is seen and what is not.
-    Only what runs inside the ``forward`` of the model or of one of its modules is touched.
+    A forward pass follows the innermost context that its own thread or task has opened, in whatever order they close.
+    Only what runs inside the ``forward`` of the model or of one of its modules is touched, and nothing of a hook of
+    yours.
+    A copy or a pickle made inside is independent of the context, and after it the model is as it was, bit for bit.
 
     Args:
-        model: a Hugging Face model, a model of TransformerLens, or any module that calls torch's attention.
+        model: a Hugging Face model, a model of TransformerLens, or any other module.
         freeze_norm: treat the statistic of every norm as a constant.
         softmax_temperature: temperature of the softmax backward; None for the ordinary softmax gradient.
         q_scale, k_scale, v_scale: factors of the gradients of queries, keys and values; None for 1.
         gate_scale, up_scale: factors of the gradients of the branches of gated MLPs; None for 1.
         rules: in place of the single arguments: :class:`gim.rules.Rules` or the name of a preset.
         strict: whether a part that a rule should act on and cannot is an error. With False it is reported in
-            :attr:`AppliedReport.unsupported`. Outside transformers a gated MLP or a norm written in elementary
-            operations looks like any arithmetic: that none was recognised is a note of the report, not an error.
+            :attr:`AppliedReport.unsupported`.
 
     Raises:
         UnsupportedModelError: on entering, or at a forward pass: a part is not covered, is compiled, or does not lie
             whole in this process (a sharded sequence, sharded or offloaded weights, a stage of a pipeline); names it.
         ValueError: a value that no rule allows; dropout is on.
-        RuntimeError: the model is inside a context of another thread.
+        RuntimeError: this context is open already.
 
     Example:
         >>> import torch, gim
@@ -132,22 +133,21 @@ class GIM:
     def __enter__(self) -> AppliedReport:
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
-        _refuse_what_cannot_be_patched(self.model)
-        refuse_unsupported_placement(self.model)
-        _refuse_dropout(self.model)
-        session = Session(self.rules, self.strict)
-        with _enter_lock:
-            outer = session_of(self.model)
-            if outer is not None and outer.thread != session.thread:
-                raise RuntimeError(
-                    "model is inside a GIM context of another thread: use one model object for each thread"
-                )
-            try:
-                apply_patches(self.model, session)
-            except BaseException:
-                session.close()
-                raise
+        modules = anatomy.of(self.model).modules
+        _refuse_compiled(modules)
+        refuse_unsupported_placement(modules)
+        _refuse_dropout(modules)
+        stack = stack_of(self.model)
+        session = Session(self.rules, self.strict, stack)
+        session.check_no_graph = functools.partial(checkpoints.refuse_reentrant, session)
+        # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
+        weakref.finalize(self, session.close)
+        interface.prepare(modules, stack)
+        session.proof = Proof(self.model, session.rules, session.report)
+        stack.run, stack.leaf = forward_pass, fused.call
+        stack.install(modules)
         self._session = session
+        session.open()
         return session.report
 
     def __exit__(
@@ -158,132 +158,67 @@ class GIM:
     ) -> None:
         session, self._session = self._session, None
         if session is not None:
-            with _enter_lock:
-                session.close()
+            session.close()
 
 
-def apply_patches(model: nn.Module, session: Session) -> None:
-    """Patch every part of a model for a session, and make sure that each forward pass uses all of the patches.
+def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """A forward pass of a session's model, or of one of its modules, from outside."""
+    refuse_context_parallelism(gate.stack.modules)
+    whole = gate.name == "" and torch._C._current_graph_task_id() == -1
+    # Where no gradient is asked for, none can be wrong.
+    proof = session.proof if whole and session.proves and torch.is_grad_enabled() else None
 
-    Raises:
-        UnsupportedModelError: the session is strict and a part is not covered.
-    """
-    for module in model.modules():
-        session.set_attribute(module, SESSION, session)
-    if transformer_lens.is_one(model):
-        transformer_lens.patch(model, session)
-    else:
-        norms.patch(model, session)
-        gated_mlps.patch(model, session)
-        if isinstance(model, PreTrainedModel):
-            attention.patch(model, session)
-        else:
-            functional.patch(model, session)
-    if session.strict:
-        _raise_unsupported(model, session.report.unsupported)
-    _guard_checkpoints(model, session)
+    def run(frame: Frame) -> Any:
+        running.frames.pop()
+        with nullcontext() if proof is None else proof.watching(inputs, named):
+            return gate.enter(frame, inputs, named)
 
-    def begin(*_: Any) -> None:
-        refuse_context_parallelism(model)
-        session.start_forward()
-
-    def finish(*_: Any) -> None:
-        if session_of(model) is not session:
-            return  # an inner context's rules are in force, and it looks after its own forward passes
+    out = session.inside(gate.name, gate.module, run)
+    if whole:
         session.report.forwards += 1
-        missing = [(name, "did not run in this forward pass, or ran without its patch") for name in session.not_run()]
-        for end in session.end_of_forward:
-            missing += end()
-        if session.strict:
-            _raise_unsupported(model, missing)
-        known = set(session.report.unsupported)
-        session.report.unsupported.extend(pair for pair in missing if pair not in known)
-
-    if isinstance(model, PreTrainedModel):
-        for handle in (model.register_forward_pre_hook(begin), model.register_forward_hook(finish)):
-            session.undo.callback(handle.remove)
-        return
-    # Front ends call forward itself (TransformerLens's run_with_hooks does), past the hooks of the model.
-    inner = model.forward
-
-    @functools.wraps(inner)
-    def forward(*inputs: Any, **named: Any) -> Any:
-        begin()
-        out = inner(*inputs, **named)
-        finish()
-        return out
-
-    session.replace_forward(model, forward)
+        session.add_unsupported(session.without_values())
+    if proof is not None:
+        session.add_unsupported(proof.unreached())
+    return out
 
 
-def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES) -> AppliedReport:
-    """What each rule would be applied to, found without a forward pass of the model; nothing stays changed.
+def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES, input_ids: torch.Tensor | None = None) -> AppliedReport:
+    """What each rule is applied to in one forward pass, every operator of which is watched; nothing stays changed.
 
     Args:
-        model: a Hugging Face model with its weights (norms are probed with them).
+        model: a model with its weights.
         rules: the rules in question.
+        input_ids: ``[B, T]`` token ids to run it on; with None the ids 0 and 1, in one row.
 
     Returns:
-        A report whose calls are 0; parts that cannot be covered are in its ``unsupported``.
+        A report of that forward; parts that cannot be covered are in its ``unsupported``.
     """
-    with GIM(model, rules=rules, strict=False) as report:
-        return report
+    parts = anatomy.of(model)
+    if input_ids is None:
+        input_ids = torch.arange(2, device=parts.device)[None]
+    asking = parts.embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
+    try:
+        with GIM(model, rules=rules, strict=False) as report, torch.enable_grad():
+            inputs, named = parts.call.arguments(parts.call.taken, model, input_ids, None, None)
+            model(*inputs, **named)
+    finally:
+        asking.remove()
+    return report
 
 
-def _refuse_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_dropout(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"model must not use dropout, but {name} is in training mode with p={module.p:g}: call model.eval()"
             )
 
 
-def _refuse_what_cannot_be_patched(model: nn.Module) -> None:
-    """Errors for models whose modules could be patched to no effect."""
-    for name, module in model.named_modules():
+def _refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
+    """Errors for models whose modules run as code that was compiled before."""
+    for name, module in modules.items():
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
             raise UnsupportedModelError(
-                f"{name or type(model).__name__} is compiled, and compiled code would run without the rules: give the "
+                f"{name or type(module).__name__} is compiled, and compiled code would run without the rules: give the "
                 "module that torch.compile was given (model._orig_mod), or compile after the context has closed"
             )
-
-
-def _raise_unsupported(model: nn.Module, unsupported: list[tuple[str, str]]) -> None:
-    if not unsupported:
-        return
-    shown = "\n".join(f"  {name}: {reason}" for name, reason in unsupported[:8])
-    more = f"\n  and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not fully covered by the rules that were asked for:\n{shown}{more}\n"
-        "Switch off the rule, or pass strict=False to have this reported instead."
-    )
-
-
-def _guard_checkpoints(model: nn.Module, session: Session) -> None:
-    """Make a Hugging Face checkpoint raise where it would run a layer again after its patches are gone."""
-    for name, module in model.named_modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is None:
-            continue
-        session.set_attribute(module, "_gradient_checkpointing_func", _guarded(checkpoint, name, session))
-
-
-def _guarded(checkpoint: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
-    def guarded(function: Callable[..., Any], *inputs: Any) -> Any:
-        return checkpoint(refuse_when_closed(function, name, session), *inputs)
-
-    return guarded
-
-
-def refuse_when_closed(function: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
-    """``function``, but an error once the session has closed: its modules are no longer patched."""
-
-    def checked(*inputs: Any, **named: Any) -> Any:
-        if session.closed:
-            raise RuntimeError(
-                f"{name}: a checkpoint runs this layer again after its GIM context has closed: call backward() "
-                "inside the context"
-            )
-        return function(*inputs, **named)
-
-    return checked

@@ -14,11 +14,11 @@ from torch import nn
 
 from gim import checkpoint
 from gim.context import GIM
+from gim.intercept.session import session_of
 from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
 from gim.parts import anatomy
 from gim.parts.hidden_states import device_of
-from gim.patches.session import SESSION
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -193,7 +193,9 @@ class Twin:
                 with _stand_in_weights(self.model, attempt):
                     self._open.enter_context(GIM(self.model, rules=rules))
                     # A dry run leaves layers out, which is no fault of theirs.
-                    self.model.__dict__[SESSION].strict = False
+                    session = session_of(self.model)
+                    assert session is not None
+                    session.strict = session.proves = False
                     self._mlps = checkpoint.mlps_of(self.model, MemoryPlan("mlp"))
                     if attempt == 1 or not any(isinstance(found, str) for found in self._mlps.values()):
                         break

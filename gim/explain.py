@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -32,7 +35,21 @@ from gim.rules import get as get_rules
 from gim.scoring import PREDICTION, Progress, Terms
 from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _looked_at_once(function: Function) -> Function:
+    """The model, the first argument, is searched for its parts once in the whole call."""
+
+    @functools.wraps(function)
+    def once(model: nn.Module, *args: Any, **named: Any) -> Any:
+        with anatomy.held(model) if isinstance(model, nn.Module) else nullcontext():
+            return function(model, *args, **named)
+
+    return cast(Function, once)
+
+
+@_looked_at_once
 def explain(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -53,6 +70,7 @@ def explain(
     rules: Rules | str | None = None,
     memory: MemoryPlan | str = "auto",
     allow_extrapolation: bool = False,
+    strict: bool = True,
 ) -> torch.Tensor:
     """Attributions of input tokens to one logit, with the names, defaults and result of gim-explain.
 
@@ -78,6 +96,8 @@ def explain(
         memory: a :class:`gim.MemoryPlan` or its name, such as ``"layer+attention"``; ``"auto"`` is the fastest plan
             that fits the device's free memory. Every plan gives the same attributions.
         allow_extrapolation: run prompts longer than the model's position limit.
+        strict: whether a part that a rule should act on and cannot is an error; with False it is a warning, which
+            names it.
 
     Returns:
         ``[T]`` for one row, else ``[B, T]``; float32 (float64 for a float64 model), on the model's device, 0 on
@@ -128,10 +148,13 @@ def explain(
         measure="logit",
     )
     places = check_positions(ids, position_ids)
-    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None, places)
+    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None, places, strict=strict)
+    if not result.report.complete:
+        warnings.warn(f"not every rule was applied: {result.report.summary()}", stacklevel=2)
     return result.scores[0] if result.scores.shape[0] == 1 else result.scores
 
 
+@_looked_at_once
 def attribute(
     model: nn.Module,
     tokenizer: Any,
@@ -144,6 +167,7 @@ def attribute(
     memory: MemoryPlan | str = "auto",
     progress: Progress | None = None,
     allow_extrapolation: bool = False,
+    strict: bool = True,
 ) -> Attribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
@@ -164,6 +188,8 @@ def attribute(
         memory: as in :func:`explain`.
         progress: called with ``("forward" or "backward", layers done, layers in all)``.
         allow_extrapolation: as in :func:`explain`.
+        strict: whether a part that a rule should act on and cannot is an error; with False it is in the result's
+            ``report.unsupported``.
 
     Returns:
         The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
@@ -225,7 +251,7 @@ def attribute(
         signs=torch.tensor([signs], device=ids_tensor.device),
         measure=wanted.measure,
     )
-    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress)
+    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress, strict=strict)
     found = [int(one) for one in result.token_ids[0]]
     words = _class_labels(model, found) if head == "class" else tuple(tokenizer.decode([one]) for one in found)
     explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, words)

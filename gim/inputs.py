@@ -96,7 +96,7 @@ def check_ids(
         raise ValueError(f"input_ids must have shape [T] or [B, T], got {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
-    refuse_unsupported_placement(model)
+    refuse_unsupported_placement(anatomy.of(model).modules)
     parts = anatomy.of(model)
     device = parts.device
     ids = (input_ids[None] if input_ids.dim() == 1 else input_ids).to(device)

@@ -326,6 +326,8 @@ def run(
     memory: MemoryPlan | str,
     progress: Progress | None,
     position_ids: torch.Tensor | None = None,
+    *,
+    strict: bool = True,
 ) -> Result:
     """One forward and one backward over a checked batch, under the plan that ``memory`` means.
 
@@ -350,7 +352,7 @@ def run(
     def attempt(plan: MemoryPlan) -> Result | str:
         """The result, or the message with which memory ran out; the exception would hold all that was allocated."""
         try:
-            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress)
+            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -195,10 +195,12 @@ def _target(value: Any) -> str | None:
 
 
 _text = _is(str, "text")
+_truth = _is(bool, "true or false")
 
 #: What a declared type means in JSON. A field of a type that is not here fails when this is imported.
 _BY_TYPE: dict[str, Check] = {
     "str": _text,
+    "bool": _truth,
     "int": _count,
     "float": _number,
     "Part": _one_of(PARTS),
@@ -216,7 +218,7 @@ _FIELDS: dict[str, Check] = {
     "token_ids": _list_of(_count),
     "offsets": _list_of(_pair_of(_count, _count)),
     "scores": _list_of(_number),
-    "special": _list_of(_is(bool, "true or false")),
+    "special": _list_of(_truth),
     "target": _target,
     "rules": _is(dict, "an object"),  # whose fields Rules checks by itself
     "engine": _text,

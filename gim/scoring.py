@@ -14,11 +14,11 @@ from torch import nn
 from gim import checkpoint
 from gim.applied import AppliedReport
 from gim.context import GIM
+from gim.intercept.session import Changes, Session, session_of, stack_of
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
-from gim.patches.session import Changes
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
@@ -101,6 +101,7 @@ def run(
     rules: Rules,
     plan: MemoryPlan,
     progress: Progress | None,
+    strict: bool = True,
 ) -> Result:
     """One forward and one backward over a checked batch, its memory spent by a plan."""
     if torch.is_inference_mode_enabled():
@@ -109,7 +110,8 @@ def run(
     if parts.head == "class":
         # A class is read off a token of the model's choice, so the last layer runs for all of them.
         plan = dataclasses.replace(plan, head="all")
-    with GIM(model, rules=rules) as report, ExitStack() as stack:
+    # One explanation of a model at a time: a plan and frozen weights are the model's, not a thread's.
+    with stack_of(model).exclusive, GIM(model, rules=rules, strict=strict) as report, ExitStack() as stack:
         stack.enter_context(checkpoint.applied(plan, model, request.kept, request.rows.ids.device))
         if progress is not None:
             stack.enter_context(_reporting(parts, progress))
@@ -126,8 +128,10 @@ def passes(
     """
     parts, mask = anatomy.of(model), request.rows.mask
     with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
-        leaves = stack.enter_context(_embedding_leaf(parts))
-        changes = stack.enter_context(closing(Changes()))
+        session = session_of(model)
+        assert session is not None, "a GIM context is open around this"
+        leaves = stack.enter_context(_embedding_leaf(parts, session))
+        changes = stack.enter_context(closing(Changes(session)))
         prepared = parts.call.prepared(
             request.rows,
             request.kept,
@@ -239,11 +243,13 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _embedding_leaf(parts: Anatomy) -> Iterator[list[torch.Tensor]]:
+def _embedding_leaf(parts: Anatomy, session: Session) -> Iterator[list[torch.Tensor]]:
     """Inside, the output of the embedding is a leaf that asks for its gradient; yields the leaves made."""
     leaves: list[torch.Tensor] = []
 
     def replace(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        if not session.is_followed_here():
+            return output  # somebody else runs the model, on a thread of their own
         leaf = output.detach().requires_grad_(True)
         leaves.append(leaf)
         return leaf

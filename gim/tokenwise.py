@@ -6,6 +6,7 @@ their class: nothing here knows a model.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from gim.intercept.session import Changes, original_forward
 from gim.parts import anatomy
+from gim.parts.adapters import accelerate
 from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
-from gim.patches import attention, norms
-from gim.patches.session import Changes, Session, original_forward
+from gim.parts.layers import attentions, looks_like_norm
+from gim.parts.placement import PLAIN, home_of
 
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
@@ -33,22 +36,25 @@ class MLP(NamedTuple):
     Args:
         name: among its layer's children.
         module: it.
-        whole: an outlier at one token changes it at others by a rounding of its weights' dtype, so only all tokens
-            together give what the model gives.
+        whole: why only all tokens together give what the model gives, in words; empty where parts do.
     """
 
     name: str
     module: nn.Module
-    whole: bool
+    whole: str
 
 
-def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype, session: Session) -> list[MLP] | str:
+#: An outlier changes what the other tokens get by a rounding of the weights' dtype.
+OUTLIERS = "an outlier at one token changes its output at others"
+HOOKED = "a hook inside it is to see all tokens"
+
+
+def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[MLP] | str:
     """The children of a layer that are MLPs: they map ``[B, T, width]`` to the same shape, each token by itself.
 
     Args:
         layer: a decoder layer with its weights; inside a context or not.
         width, dtype: of the hidden states.
-        session: its counts are as before afterwards, for a probe is no call of the model.
 
     Returns:
         The MLPs, or the reason, in words, why there is none.
@@ -57,32 +63,29 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype, session: 
         return "the model's config does not tell the width of its hidden states"
     found: list[MLP] = []
     reason = "has no child that maps each token by itself, with one tensor in and one out"
-    counts = [(row, row.calls, row.engine) for row in session.report.applications]
-    try:
-        for name, child in layer.named_children():
-            matrices = [weight for weight in weights_of(child) if weight.dim() >= 2]
-            if len(matrices) < 2 or attention.attention_modules(child):
-                continue
-            if any(weight.dim() > 2 for weight in matrices) or any(
-                isinstance(module, nn.ModuleList) for module in anatomy.of(child).modules.values()
-            ):
-                reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
-                continue
-            alone = maps_each_token(child, width, dtype)
-            if alone is not None:
-                found.append(MLP(name, child, whole=not alone))
-    finally:
-        for row, calls, engine in counts:
-            row.calls, row.engine = calls, engine
+    for name, child in layer.named_children():
+        matrices = [weight for weight in weights_of(child) if weight.dim() >= 2]
+        if len(matrices) < 2 or attentions(child):
+            continue
+        inside = anatomy.of(child).modules
+        if any(weight.dim() > 2 for weight in matrices) or any(
+            isinstance(module, nn.ModuleList) for module in inside.values()
+        ):
+            reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
+            continue
+        alone = maps_each_token(child, width, dtype)
+        if alone is not None:
+            hooked = any(has_hooks(module) for one, module in inside.items() if one)
+            found.append(MLP(name, child, HOOKED if hooked else "" if alone else OUTLIERS))
     return found or reason
 
 
 @torch.no_grad()
 def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool | None:
-    """Whether a module's output at a token depends on that token alone, found by feeding it numbers.
+    """Whether a module's output at a token depends on that token alone, found by feeding numbers to a copy of it.
 
     Args:
-        module: its weights may be of any kind, quantised ones too.
+        module: its weights may be of any kind, quantised ones too; the copy has the same, and no hook of a user's.
         width, dtype: of the hidden states.
 
     Returns:
@@ -93,7 +96,9 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
     tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device_of(module) or "cpu")
     outlier = torch.ones_like(tokens)
     outlier[:, 0] = PROBE_OUTLIER
-    forward = original_forward(module)
+    forward = without_hooks(module)
+    if forward is None:
+        return None
     for taken in dtypes_taken(module, dtype):
         x, loud = tokens.to(taken), (tokens * outlier).to(taken)
         try:
@@ -108,6 +113,49 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
             return None
         return _same(beside[:, 1:3], part)
     return None
+
+
+#: Where a module keeps its hooks.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user has put a hook on a module itself; those of a library are its code."""
+    return any(_is_users(hook) for name in HOOKS for hook in module.__dict__[name].values())
+
+
+def _is_users(hook: Any) -> bool:
+    return home_of(hook).partition(".")[0] not in PLAIN
+
+
+def without_hooks(module: nn.Module) -> nn.Module | None:
+    """A copy of a module that shares its tensors and runs no hook of a user's; None where a user set its ``forward``.
+
+    What stands before the ``forward`` of a class by a hook of accelerate's that only moves tensors is left out too.
+    What a library has put there, as transformers' tensor parallelism does, stays where the module holds no other.
+    """
+    own = original_forward(module)
+    of_class = getattr(own, "__func__", None) is type(module).forward
+    if not of_class and not accelerate.only_moves(module) and (module._modules or _is_users(own)):
+        return None
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__.pop("forward", None)
+    if not of_class and not accelerate.only_moves(module):
+        copied.__dict__["forward"] = own
+    for name in HOOKS:
+        hooks = ((number, hook) for number, hook in module.__dict__[name].items() if not _is_users(hook))
+        copied.__dict__[name] = OrderedDict(hooks)
+    children = {name: None if one is None else without_hooks(one) for name, one in module._modules.items()}
+    if any(one is not None and children[name] is None for name, one in module._modules.items()):
+        return None
+    copied.__dict__["_modules"] = children
+    return copied
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -212,9 +260,8 @@ class NormBefore:
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
 
-    def watch(self, norm: nn.Module, changes: Changes) -> None:
-        """Remember what this norm was called with, until its MLP has asked."""
-        forward = norm.forward
+    def watch(self, norm: nn.Module, forward: Forward, changes: Changes) -> None:
+        """Remember what this norm was called with, until its MLP has asked; ``forward`` runs it, in a backward too."""
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
             y = forward(hidden, *others, **named)
@@ -236,4 +283,4 @@ class NormBefore:
 
 def norms_of(layer: nn.Module) -> list[nn.Module]:
     """The norms among a layer's own children."""
-    return [child for child in layer.children() if norms.looks_like_norm(child)]
+    return [child for child in layer.children() if looks_like_norm(child)]

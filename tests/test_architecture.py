@@ -65,7 +65,7 @@ def test_leaves_of_the_policy_import_nothing_of_ours_above_themselves() -> None:
     assert not reaches("gim.rules", ("gim", "gim_kernels"))
     assert not reaches("gim.applied", ("gim", "gim_kernels"))
     assert not reaches("gim.targets", ("gim", "gim_kernels"))
-    above = ("gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.patches", "gim.memory", "gim_kernels")
+    above = ("gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.intercept", "gim.memory", "gim_kernels")
     assert not reaches("gim.attribution", above)
     for name in IMPORTS:
         if name.startswith("gim.parts"):
@@ -75,12 +75,10 @@ def test_leaves_of_the_policy_import_nothing_of_ours_above_themselves() -> None:
             ours = {one for one in reaches(name, ("gim",)) if not one.startswith("gim.parts")}
             upper = ("gim.parts.anatomy", "gim.parts.calling", "gim.parts.placement")
             assert not ours and not reaches(name, upper)
-        if name.startswith("gim.patches"):
-            assert not reaches(name, ("gim.context", "gim.explain", "gim.scoring", "gim.memory", "gim.cli"))
+        if name.startswith("gim.intercept"):
+            assert not reaches(name, ("gim.context", "gim.explain", "gim.scoring", "gim.memory", "gim.cli", "tests"))
 
 
-#: How rules get in today looks for its own parts; what replaces these files is handed them.
-REPLACED = ("gim/patches/", "gim/context.py", "gim/applied.py", "gim/nonfinite.py")
 #: What walks a model or asks it for its embedding; and what tells a front end by a model's class.
 WALKS = ("modules", "named_modules", "get_input_embeddings")
 
@@ -109,7 +107,7 @@ def test_a_models_parts_are_looked_for_in_one_place() -> None:
     examples = sorted((ROOT / "examples").rglob("*.py"))
     for path in (*(ROOT / "gim").rglob("*.py"), *examples):
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(REPLACED) or name.startswith("gim/parts/adapters/"):
+        if name.startswith("gim/parts/adapters/"):
             continue
         found = searches(path)
         if name.startswith("gim/parts/"):

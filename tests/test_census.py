@@ -1,19 +1,16 @@
-"""The committed census is what a census here finds, and its watch can see a part that no rule reaches."""
+"""The committed census is what a census here finds, and a part that no rule reaches makes a class refused."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import pytest
-import torch
 import transformers
 
-import gim
 from benchmarks import coverage
 from benchmarks.census import build, examine
-from gim.patches import gated_mlps, norms
-from tests.families import ids, make
-from tests.watch import watching
+from gim.intercept import fused, products
+from gim.intercept.mode import HANDLERS
 
 #: One of each kind: every status, latent attention, experts, chunks, sinks, cross attention left out, no interface.
 SAMPLE = [
@@ -50,17 +47,12 @@ def test_at_least_three_in_five_are_covered_and_none_in_part() -> None:
     assert not [row for row in rows if row["status"] == "partial"]
 
 
-@pytest.mark.parametrize(
-    ("patch", "what"),
-    [(norms, "statistic by rsqrt"), (gated_mlps, "product with an activation")],
-    ids=["norms", "gated_mlps"],
-)
-def test_the_watch_sees_a_rule_that_is_left_out(monkeypatch: pytest.MonkeyPatch, patch: Any, what: str) -> None:
-    monkeypatch.setattr(patch, "patch", lambda model, session: None)
-    model = make("llama", torch.float32)
-    with gim.GIM(model), watching(model, 37) as findings:
-        model(ids(1))
-    assert what in {found for _, found in findings.found}
+def test_a_rule_that_is_left_out_makes_a_class_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "ENABLED", False)
+    for function in products.PRODUCTS:
+        monkeypatch.delitem(HANDLERS, function)
+    row = examine("llama")
+    assert row.status == "refused" and re.search(r"model\.layers\.0\.input_layernorm: norm \(", row.reason), row.reason
 
 
 def test_every_kind_of_layer_is_built() -> None:

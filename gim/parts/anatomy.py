@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
@@ -144,15 +146,31 @@ class Anatomy:
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, _Names] = weakref.WeakKeyDictionary()
+#: What :func:`held` has found on this thread or in this task.
+_held: contextvars.ContextVar[tuple[tuple[nn.Module, Anatomy], ...]] = contextvars.ContextVar("gim_held", default=())
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[Anatomy]:
+    """Inside, on this thread or in this task, a model is taken to consist of what it consists of now."""
+    parts = of(model)
+    token = _held.set((*_held.get(), (model, parts)))
+    try:
+        yield parts
+    finally:
+        _held.reset(token)
 
 
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a model, which is looked for again only where its tree of modules has changed."""
-    held, marks = _tree(model)
+    for one, parts in _held.get():
+        if one is model:
+            return parts
+    inside, marks = _tree(model)
     tree, names = hash(tuple(marks)), _kept.get(model)
     if names is None or names.tree != tree:
-        names = _kept[model] = _find(dict(zip(_named(marks), held, strict=True)), tree)
-    modules = dict(zip(names.modules, held, strict=True))
+        names = _kept[model] = _find(dict(zip(_named(marks), inside, strict=True)), tree)
+    modules = dict(zip(names.modules, inside, strict=True))
     listed: Any = () if names.layers is None else modules[names.layers]
     layers = tuple((f"{names.layers}.{index}", layer) for index, layer in enumerate(listed))
     cores = tuple(modules[name] for name in names.cores)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -22,10 +22,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gim.applied import UnsupportedModelError
-from gim.parts.adapters import hugging_face
+from gim.parts.adapters import hugging_face, transformer_lens
 
 #: Packages whose functions are plain attention: over the whole sequence, with all heads, on one device.
-PLAIN = ("transformers", "torch", "gim")
+PLAIN = ("transformers", "torch", "gim", transformer_lens.PACKAGE)
 #: What torch's context parallelism is written in, in each of its releases.
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental"
 
@@ -36,21 +36,21 @@ _ADVICE = (
 _TENSOR_PARALLEL = "Tensor parallelism (tp_plan, DistributedConfig(tp_size=...)) is exact"
 
 
-def refuse_unsupported_placement(model: nn.Module) -> None:
+def refuse_unsupported_placement(modules: Mapping[str, nn.Module]) -> None:
     """An error where a model's weights or its sequence do not lie whole in this process; names what has them.
 
     Args:
-        model: any module. Tensor parallelism is not refused: each rank then has the whole sequence.
+        modules: of a model, by name. Tensor parallelism is not refused: each rank then has the whole sequence.
 
     Raises:
         UnsupportedModelError: fully sharded or partitioned parameters, pipeline stages, weights that accelerate
             offloads, parameters on the meta device; and all of :func:`refuse_sharded_sequence`.
     """
-    _refuse_sharded_weights(model)
-    _refuse_pipeline_stage(model)
-    _refuse_offloaded_weights(model)
-    refuse_sharded_sequence(model)
-    for name, parameter in model.named_parameters():
+    _refuse_sharded_weights(modules)
+    _refuse_pipeline_stage(modules)
+    _refuse_offloaded_weights(modules)
+    refuse_sharded_sequence(modules)
+    for name, parameter in _parameters(modules):
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{name} is on the meta device: load the weights first; for memory alone, gim.estimate_memory takes "
@@ -58,19 +58,19 @@ def refuse_unsupported_placement(model: nn.Module) -> None:
             )
 
 
-def refuse_sharded_sequence(model: nn.Module) -> None:
+def refuse_sharded_sequence(modules: Mapping[str, nn.Module]) -> None:
     """An error where attention is not plain attention over the sequence that this process has.
 
     Raises:
         UnsupportedModelError: torch's context parallelism is on; torch's attention function has been replaced; or a
             config names an attention or a mask that is neither transformers' own nor gim's.
     """
-    refuse_context_parallelism(model)
-    for name, module in hugging_face.models(dict(model.named_modules())).items():
+    refuse_context_parallelism(modules)
+    for name, module in hugging_face.models(modules).items():
         _refuse_unknown_attention(name or type(module).__name__, module)
 
 
-def refuse_context_parallelism(model: nn.Module) -> None:
+def refuse_context_parallelism(modules: Mapping[str, nn.Module]) -> None:
     """The part of :func:`refuse_sharded_sequence` that may change while a context is open.
 
     torch's context parallelism replaces torch's attention function, or makes distributed tensors of what a module is
@@ -79,7 +79,7 @@ def refuse_context_parallelism(model: nn.Module) -> None:
     own = torch._C._nn.scaled_dot_product_attention
     function: Any = nn.functional.scaled_dot_product_attention
     if function is not own:
-        what = "context_parallel of torch" if _home(function).startswith(_CONTEXT_PARALLEL) else _described(function)
+        what = "context_parallel of torch" if home_of(function).startswith(_CONTEXT_PARALLEL) else _described(function)
         raise UnsupportedModelError(
             f"torch.nn.functional.scaled_dot_product_attention has been replaced by {what}. Where that shards the "
             "sequence, each rank has only a part of it, which gim cannot explain; run the model outside, on the "
@@ -87,19 +87,26 @@ def refuse_context_parallelism(model: nn.Module) -> None:
         )
     api: Any = sys.modules.get("torch.distributed.tensor._api")
     handlers = getattr(getattr(getattr(api, "DTensor", None), "_op_dispatcher", None), "_custom_op_handlers", {})
-    if any(_home(handler).startswith(_CONTEXT_PARALLEL) for handler in handlers.values()):
+    if any(home_of(handler).startswith(_CONTEXT_PARALLEL) for handler in handlers.values()):
         raise UnsupportedModelError(
             "context parallelism of torch is on (its dispatcher is enabled), so each rank has only a part of the "
             f"sequence, which gim cannot explain: run the model outside, on the whole sequence. {_TENSOR_PARALLEL}"
         )
     if f"{_CONTEXT_PARALLEL}._attention" not in sys.modules:
         return
-    for name, module in model.named_modules():
-        if any(_home(hook).startswith(_CONTEXT_PARALLEL) for hook in module._forward_pre_hooks.values()):
+    for name, module in modules.items():
+        if any(home_of(hook).startswith(_CONTEXT_PARALLEL) for hook in module._forward_pre_hooks.values()):
             raise UnsupportedModelError(
                 f"{name or type(module).__name__} is under context parallelism of torch, so each rank has only a part "
                 f"of the sequence, which gim cannot explain. {_TENSOR_PARALLEL}"
             )
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in modules.items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{name}.{own}" if name else own, parameter
 
 
 def _refuse_unknown_attention(name: str, model: PreTrainedModel) -> None:
@@ -151,12 +158,12 @@ def _foreign(function: Any, beside: tuple[str, ...] = ()) -> str | None:
         beside: packages that are plain too.
     """
     for layer in _layers(function):
-        if not _is_plain(_home(layer), beside):
+        if not _is_plain(home_of(layer), beside):
             return _described(layer)
         if isinstance(layer, FunctionType):
             called = (layer.__globals__.get(name) for name in layer.__code__.co_names)
             for one in called:
-                if isinstance(one, FunctionType) and not _is_plain(_home(one), beside):
+                if isinstance(one, FunctionType) and not _is_plain(home_of(one), beside):
                     return _described(one)
     return None
 
@@ -182,7 +189,7 @@ def _layers(function: Any) -> Iterator[Any]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _home(function: Any) -> str:
+def home_of(function: Any) -> str:
     """The module whose file a function was written in, whatever ``functools.wraps`` has made it say."""
     function = next(_layers(function))
     if isinstance(function, FunctionType):
@@ -194,12 +201,12 @@ def _described(function: Any) -> str:
     function = next(_layers(function))
     code = getattr(function, "__code__", None)
     name = getattr(code, "co_qualname", None) or getattr(function, "__qualname__", type(function).__name__)
-    return f"{_home(function)}.{name}"
+    return f"{home_of(function)}.{name}"
 
 
-def _refuse_sharded_weights(model: nn.Module) -> None:
+def _refuse_sharded_weights(modules: Mapping[str, nn.Module]) -> None:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         named = name or type(module).__name__
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             raise UnsupportedModelError(
@@ -211,7 +218,7 @@ def _refuse_sharded_weights(model: nn.Module) -> None:
                 f"{named} is wrapped in FullyShardedDataParallel (FSDP): its parameters lie over the ranks and are "
                 f"whole only while it runs. Give gim a model that is not sharded. {_TENSOR_PARALLEL}"
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(modules):
         if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_status"):
             raise UnsupportedModelError(
                 f"{name} is partitioned by ZeRO-3 of DeepSpeed: it lies over the ranks and is whole only while its "
@@ -219,8 +226,8 @@ def _refuse_sharded_weights(model: nn.Module) -> None:
             )
 
 
-def _refuse_pipeline_stage(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_pipeline_stage(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
         if getattr(module, "_pp_stage", None) is not None or type(module).__name__ == "PipelineIdentityLayer":
             raise UnsupportedModelError(
                 f"{name or type(module).__name__} is a stage of pipeline parallelism of transformers (pp_size): this "
@@ -228,7 +235,7 @@ def _refuse_pipeline_stage(model: nn.Module) -> None:
             )
     for stage in _stages_of_torch():
         held = getattr(stage, "submod", None)
-        if isinstance(held, nn.Module) and any(module is held for module in model.modules()):
+        if isinstance(held, nn.Module) and any(module is held for module in modules.values()):
             raise UnsupportedModelError(
                 f"{type(held).__name__} is the module of a {type(stage).__name__} of torch.distributed.pipelining: "
                 f"this rank has only some of the layers. Give gim the whole model. {_TENSOR_PARALLEL}"
@@ -244,10 +251,10 @@ def _stages_of_torch() -> Iterator[Any]:
     return (held for held in gc.get_objects() if issubclass(type(held), stages._PipelineStageBase))
 
 
-def _refuse_offloaded_weights(model: nn.Module) -> None:
+def _refuse_offloaded_weights(modules: Mapping[str, nn.Module]) -> None:
     if "accelerate.hooks" not in sys.modules:
         return
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         hook = getattr(module, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):
             if getattr(one, "offload", False) is True:

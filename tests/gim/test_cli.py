@@ -348,7 +348,11 @@ def test_check_lists_every_part_once(folder: Path) -> None:
         "model.layers.{0-1}.mlp": 2,
     }
     assert "LlamaRMSNorm" in result.out
-    assert lines[-1] == "every rule can be applied"
+    assert lines[-2:] == [
+        "watched, every operator of a forward over 'The capital of France is'",
+        "every rule can be applied",
+    ]
+    assert "a forward over 'Otto'" in run("check", folder, "--prompt", "Otto").out
     assert rules.GRADIENT.describe() in run("check", folder, "--rules", "GRADIENT").out
 
 
@@ -363,6 +367,7 @@ def test_check_fails_where_a_part_is_not_covered(folder: Path, monkeypatch: pyte
     assert result.code == 1
     assert "not covered: layers.0.norm: odd" in result.out
     assert "note: no gates" in result.out
+    assert "not watched" in result.out.splitlines()
     assert result.out.splitlines()[-1] == "NOT every rule can be applied"
 
 

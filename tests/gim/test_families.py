@@ -14,15 +14,14 @@ from transformers import AttentionInterface
 
 import gim
 from gim.context import inspect
-from gim.patches import gated_mlps
-from gim.patches.attention import gim_attention
-from gim.patches.key_patterns import KeyPattern, key_pattern
-from gim.patches.session import SESSION, Session
+from gim.intercept.attention import gim_attention
+from gim.intercept.masks import KeyPattern, key_pattern
+from gim.intercept.session import Session, Stack
+from gim.intercept.watch import PART_OF, Watch
 from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make
 from tests.model_code import Wide, attend
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64, assert_within_budget, relative_error
-from tests.watch import watching
 
 BASELINE = 3
 ALL = {**FAMILIES, **ENCODERS}
@@ -110,15 +109,17 @@ def test_float32_errs_at_most_twice_as_much_as_the_models_own_code(family: str, 
 @pytest.mark.parametrize("family", ALL)
 def test_nothing_that_a_rule_should_act_on_runs_outside_the_kernels(family: str) -> None:
     model, tokens = make(family, torch.float32), ids(1)
-    with gim.GIM(model), watching(model, tokens.shape[1]) as findings:
+    with gim.GIM(model) as report, Watch(dict(model.named_modules())) as inside:
         model(tokens)
-    assert not findings.found
-    with watching(model, tokens.shape[1]) as findings:  # and without a context, the watch does see them
+    assert report.watched and not inside.found
+    with Watch(
+        dict(model.named_modules())
+    ) as watch:  # and without a context, it sees what the report counts, call for call
         model(tokens)
-    seen = {what for _, what in findings.found}
-    assert any("statistic" in what for what in seen)
-    assert "softmax over keys" in seen
-    assert ("product with an activation" in seen) == (ALL[family].gated != 0)
+    seen = dict.fromkeys(PART_OF.values(), 0)
+    for found in watch.found:
+        seen[PART_OF[found.kind]] += 1
+    assert seen == {part: calls for part, (_, calls) in report.counts().items()}
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -161,7 +162,9 @@ def test_every_rule_alone_changes_the_gradient_of_encoders(family: str) -> None:
 
     def explain(**changed: Any) -> torch.Tensor:
         arguments = {**off, **changed}
-        return gim.explain(model, tokens, baseline_token_id=BASELINE, target_token_id=1, target_position=5, **arguments)
+        # A classifier's one row of logits is of the prompt, and no position's.
+        arguments["target_position"] = -1 if "classifier" in family else 5
+        return gim.explain(model, tokens, baseline_token_id=BASELINE, target_token_id=1, **arguments)
 
     base = explain()
     for name, value in {"freeze_norm": True, "softmax_temperature": 2.0, **OWN}.items():
@@ -246,8 +249,8 @@ def test_patterns_equal_dense_masks(shape: str, documents: Any, rule: str) -> No
     own = gim.rules.Rules(
         **{**gim.rules.GIM.to_dict(), "softmax": rule, "q_scale": 0.1, "k_scale": 0.7, "v_scale": 0.3}
     )
-    module.__dict__[SESSION] = Session(own, True)
-    got, _ = gim_attention(module, q, k, v, pattern, scaling=0.25)
+    session = Session(own, True, Stack(module))
+    got, _ = session.inside("", module, lambda _: gim_attention(module, q, k, v, pattern, scaling=0.25))
     assert_close64(got.transpose(1, 2), want, "out")
     given = torch.autograd.grad((got.transpose(1, 2) * w).sum(), inputs, allow_unused=True)
     for name, one, other in zip("qkv", given, expected, strict=True):
@@ -401,7 +404,7 @@ def test_any_layout_and_any_activation(activation: nn.Module, rules: str) -> Non
 def test_an_activation_called_as_a_function() -> None:
     model = put(make("llama"), Functional(48)).double()
     report = inspect(model)
-    assert [a.recognised for a in report.of("gated_mlp")] == ["probed: gate"] * 3
+    assert [a.recognised for a in report.of("gated_mlp")] == ["silu(gate) * up"] * 3
     plain = gim.explain(model, ids(), baseline_token_id=BASELINE, gate_scale=None, up_scale=None)
     got = gim.explain(model, ids(), baseline_token_id=BASELINE)
 
@@ -420,9 +423,9 @@ def test_an_activation_called_as_a_function() -> None:
 
 
 def test_an_activation_that_is_never_multiplied_is_left_alone() -> None:
-    mlp = make("gpt2").transformer.h[0].mlp
-    assert gated_mlps.recognise(mlp) is None
-    assert gated_mlps.recognise(make("bert").bert.encoder.layer[0].intermediate) is None
+    for family in ("gpt2", "bert"):
+        report = inspect(make(family))
+        assert report.of("gated_mlp") == [] and report.complete
 
 
 def test_key_pattern_finds_windows_on_both_sides() -> None:

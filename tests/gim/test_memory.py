@@ -175,25 +175,48 @@ def test_kept_attention_does_not_run_again(calls: list[tuple[int, bool]]) -> Non
     assert calls == 3 * [(LENGTH, False)]
 
 
+class Spy(nn.Linear):
+    """Notes how many tokens it is called with, and whether that is in a backward."""
+
+    seen: list[tuple[int, bool]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 2:  # not a probe
+            self.seen.append((x.shape[1], torch._C._current_graph_task_id() != -1))
+        return super().forward(x)
+
+
 def test_mlps_run_whole_in_the_forward_and_in_tiles_in_the_backward() -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
-    seen: list[tuple[str, int, bool]] = []
-    for part in ("mlp.gate_proj", "post_attention_layernorm"):
-        module = model.get_submodule(f"model.layers.1.{part}")
-
-        def watch(_: nn.Module, inputs: tuple[torch.Tensor], part: str = part) -> None:
-            if inputs[0].shape[0] == 2:  # not a probe
-                seen.append((part, inputs[0].shape[1], torch._C._current_graph_task_id() != -1))
-
-        module.register_forward_pre_hook(watch)
+    gate = model.model.layers[1].mlp.gate_proj
+    gate.__class__, gate.seen = Spy, []
     explain(model, tokens, MemoryPlan("mlp", mlp_tile=8))
-    gate = [(tokens, again) for part, tokens, again in seen if part == "mlp.gate_proj"]
-    assert gate == [(LENGTH, False), (8, True), (8, True), (3, True)]
-    seen.clear()
+    assert gate.seen == [(LENGTH, False), (8, True), (8, True), (3, True)]
+    gate.seen.clear()
     explain(model, tokens, MemoryPlan("layer", mlp_tile=8))
-    gate = [(tokens, again) for part, tokens, again in seen if part == "mlp.gate_proj"]
     # Under a checkpoint of the layer, the MLP runs again in tiles only: never whole, and only once.
-    assert gate == [(LENGTH, False), (8, True), (8, True), (3, True)]
+    assert gate.seen == [(LENGTH, False), (8, True), (8, True), (3, True)]
+
+
+def test_an_mlp_with_a_hook_inside_runs_whole_and_the_hook_never_on_numbers_of_ours() -> None:
+    """What a hook does to one token may depend on all."""
+    model, tokens = make("llama"), ids(2, LENGTH)
+    shapes: list[tuple[int, ...]] = []
+    steer = torch.zeros(LENGTH, 1, dtype=torch.float64)
+    steer[5] = 2.0
+
+    def hook(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(out.shape))
+        return out + steer
+
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(hook)
+    want = explain(model, tokens, MemoryPlan("none", head="all"))
+    assert set(shapes) == {(2, LENGTH, model.config.intermediate_size)} and len(shapes) == len(model.model.layers)
+    for plan in (MemoryPlan("mlp", mlp_tile=8), MemoryPlan("layer", mlp_tile=8), MemoryPlan("none")):
+        shapes.clear()
+        close(explain(model, tokens, plan), want, plan.name)
+        assert set(shapes) == {(2, LENGTH, model.config.intermediate_size)}
 
 
 def test_a_tile_holds_a_few_tokens_of_the_norms_input() -> None:

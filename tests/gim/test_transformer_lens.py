@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import gim.demo
 from gim.applied import UnsupportedModelError
 from tests import eager
 from tests.families import SHARED, ids, make
+from tests.hooks import ordinary
 from tests.oracle import assert_agree
 
 transformer_lens = pytest.importorskip("transformer_lens", reason="needs the extra transformer-lens")
@@ -84,6 +87,15 @@ KINDS = {
 }
 
 
+def written_out(kind: str) -> str:
+    """What the report says of attention that hooks can see."""
+    name = "PositionEmbeddingsAttentionBridge" if kind == "bridge" else "GroupedQueryAttention"
+    return (
+        f"{name} writes its attention out: scores of T x S entries exist, as in the model's own code, and memory is "
+        "O(T^2)"
+    )
+
+
 def lens_gradient(lens: Any, tokens: torch.Tensor, hooks: Any = (), **context: Any) -> tuple[torch.Tensor, Any]:
     """The gradient at the embeddings, by TransformerLens's own way to reach them."""
     leaves: list[torch.Tensor] = []
@@ -122,7 +134,7 @@ def test_gradients_agree_with_the_hugging_face_model(kind: str, family: str, pre
         "norm": (count * LAYERS + 1, calls),
         "gated_mlp": (LAYERS, LAYERS),
     }
-    assert report.complete and report.notes == [] and report.forwards == 1
+    assert report.complete and report.notes == [written_out(kind)] and report.forwards == 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bridge"])
@@ -162,20 +174,51 @@ def test_every_hook_point_works_and_sees_what_it_sees_outside(kind: str) -> None
     assert_agree(zeroed, own, "ablated pattern")
 
 
+@pytest.mark.parametrize("preset", ["GRADIENT", "GIM", "GIM_CONSTANT"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_softmax_and_a_product_of_a_users_hook_are_left_alone(kind: str) -> None:
+def test_a_softmax_and_a_product_of_a_users_hook_are_left_alone(kind: str, preset: str) -> None:
     lens, tokens = KINDS[kind](make("llama", torch.float32)), ids(1, 9)
 
-    def metric(scores: torch.Tensor, hook: Any) -> torch.Tensor:
+    def metric(scores: torch.Tensor) -> torch.Tensor:
         return scores + (torch.softmax(scores.nan_to_num(), -1) @ torch.softmax(scores.nan_to_num(), -1))
 
-    point = ("blocks.1.attn.hook_attn_scores", metric)
-    got, report = lens_gradient(lens, tokens, [point], rules="GRADIENT")
+    name = "blocks.1.attn.hook_attn_scores"
+    got, report = lens_gradient(lens, tokens, [(name, lambda x, hook: metric(x))], rules=preset)
     assert report.counts()["attention"] == (LAYERS, LAYERS)
-    embedded = lens.embed(tokens).detach().requires_grad_(True)
-    logits = lens.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook: embedded), point])
-    (want,) = torch.autograd.grad(logits[:, -1].pow(2).sum(), embedded)
+    assert any(re.match(r"softmax over keys in a hook .*blocks\.1\..*hook_attn_scores$", note) for note in report.notes)
+    want, _ = lens_gradient(lens, tokens, [(name, lambda x, hook: ordinary(metric)(x))], rules=preset)
     assert_agree(got, want, "gradient")
+    if preset == "GRADIENT":
+        embedded = lens.embed(tokens).detach().requires_grad_(True)
+        hooks = [("hook_embed", lambda x, hook: embedded), (name, lambda x, hook: metric(x))]
+        logits = lens.run_with_hooks(tokens, fwd_hooks=hooks)
+        (want,) = torch.autograd.grad(logits[:, -1].pow(2).sum(), embedded)
+        assert_agree(got, want, "gradient outside")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_gradient_reaches_the_scale_of_a_frozen_norm(kind: str) -> None:
+    lens, tokens = KINDS[kind](make("llama", torch.float32)), ids(1, 9)
+    name = "blocks.1.ln1.hook_scale"
+
+    def at_scale(**context: Any) -> torch.Tensor | None:
+        seen: list[torch.Tensor] = []
+        embedded = lens.embed(tokens).detach().requires_grad_(True)
+        hooks = [("hook_embed", lambda x, hook: embedded), (name, lambda x, hook: seen.append(x))]
+        with gim.GIM(lens, **context) if context else nullcontext():
+            logits = lens.run_with_hooks(tokens, fwd_hooks=hooks)
+        grads = torch.autograd.grad(logits[:, -1].pow(2).sum(), seen, allow_unused=True)
+        return grads[0]
+
+    outside, ordinary_rules, frozen = at_scale(), at_scale(rules="GRADIENT"), at_scale(rules="FREEZE_ONLY")
+    assert frozen is None
+    # What a bridge shows here is beside the norm that it runs.
+    assert (outside is None) == (ordinary_rules is None) == (kind == "bridge")
+    if outside is not None and ordinary_rules is not None:
+        assert_agree(ordinary_rules, outside, "gradient at the scale")
+    edited, _ = lens_gradient(lens, tokens, [(name, lambda x, hook: 2 * x)], rules="GIM")
+    constant, _ = lens_gradient(lens, tokens, [(name, lambda x, hook: (2 * x).detach())], rules="GIM")
+    assert_agree(edited, constant, "scale edited")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,21 +237,44 @@ def test_undo_is_exact_and_the_forward_ignores_the_rules(kind: str) -> None:
 
 
 @pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
-def test_what_is_not_recognised_is_an_error() -> None:
-    lens = hooked(make("llama", torch.float32))
+@pytest.mark.parametrize("preset", gim.rules.PRESETS)
+def test_an_activation_of_ones_own_is_one(preset: str) -> None:
+    model, tokens = make("llama", torch.float32), ids(2, 17)
+    lens = hooked(model)
     lens.blocks[1].mlp.act_fn = lambda x: x * torch.sigmoid(x)
-    with (
-        pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mlp: \(GatedMLP\) is a gated MLP whose"),
-        gim.GIM(lens),
-    ):
-        lens.run_with_hooks(ids(1, 9), fwd_hooks=[])
-    lens = hooked(make("llama", torch.float32))
-    lens.blocks[2].attn.forward = lambda query_input, **_: query_input
-    with (
-        pytest.raises(UnsupportedModelError, match=r"blocks\.2\.attn: \(GroupedQueryAttention\) did not compute"),
-        gim.GIM(lens),
-    ):
-        lens.run_with_hooks(ids(1, 9), fwd_hooks=[])
+    got, report = lens_gradient(lens, tokens, rules=preset)
+    assert_agree(got, model_gradient(model, tokens, preset), preset)
+    assert report.counts()["gated_mlp"] == (LAYERS, LAYERS)
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+def test_what_cannot_be_applied_is_an_error() -> None:
+    lens, tokens = hooked(make("llama", torch.float32)), ids(1, 9)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn: writes its softmax out, where only factors"):
+        lens_gradient(lens, tokens, q_scale=0.3)
+
+    def by_logarithm(query_input: torch.Tensor, **_: Any) -> torch.Tensor:
+        scores = query_input @ query_input.mT
+        return torch.log_softmax(scores, -1).exp() @ query_input
+
+    lens.blocks[2].attn.forward = by_logarithm
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.attn: calls log_softmax over its scores"):
+        lens_gradient(lens, tokens)
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("preset", ["GIM", "ATTNLRP"])
+def test_the_gradient_of_the_embedding_matrix_follows_the_rules(preset: str) -> None:
+    """Its rows are looked up by indexing, and no input asks for a gradient but they."""
+    model, tokens = make("llama", torch.float64).requires_grad_(True), ids(2, 17)
+    lens = hooked(model).requires_grad_(True)
+    with gim.GIM(lens, rules=preset) as report:
+        (got,) = torch.autograd.grad(lens(tokens)[:, -1].pow(2).sum(), lens.embed.W_E)
+    with gim.GIM(model, rules=preset):
+        weight = model.get_input_embeddings().weight
+        (want,) = torch.autograd.grad(model(tokens, use_cache=False).logits[:, -1].pow(2).sum(), weight)
+    assert_agree(got, want, "gradient of the matrix")
+    assert report.complete and report.counts()["gated_mlp"] == (LAYERS, LAYERS)
 
 
 @pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")

@@ -109,13 +109,15 @@ def test_every_part_is_counted_and_the_model_comes_back(model: Any, kind: str, r
     tokens, layers = rows[0][None], model.config.num_hidden_layers
     with torch.no_grad():
         before = model(tokens).logits
-        with gim.GIM(model) as report:
-            inside = model(tokens).logits
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with gim.GIM(model) as report:
+        inside = model(inputs_embeds=embedded).logits
+    with torch.no_grad():
         after = model(tokens).logits
     norms = KINDS[kind][1] * layers + 1
     counts = {"attention": layers, "norm": norms, "gated_mlp": layers}
     assert report.counts() == {part: (count, count) for part, count in counts.items()}
-    assert report.complete and report.notes == []
+    assert report.complete and report.watched and report.notes == []
     assert torch.equal(after, before)
     assert torch.equal(inside.argmax(-1), before.argmax(-1))
 

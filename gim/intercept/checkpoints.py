@@ -1,0 +1,83 @@
+"""Checkpoints of the user's own: what they run again in the backward follows the rules of its forward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from gim.intercept.session import Frame, Session, running
+
+
+def follow(session: Session) -> None:
+    """Where a checkpoint saves what runs now, let its second run be under the session's rules too."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return
+    closure = getattr(hooks[0], "__closure__", None)
+    if closure is None or "_checkpoint_hook" not in hooks[0].__qualname__:
+        return
+    for cell in closure:
+        held = cell.cell_contents
+        recompute = getattr(held, "recompute_fn", None)
+        if recompute is not None and not isinstance(recompute, Again):
+            frame = running.frames[-1]
+            held.recompute_fn = Again(session, recompute, frame.name, frame.module)
+
+
+class Again:
+    """A second run in the backward, under the session of the first; an error once that has closed.
+
+    Args:
+        session: whose rules were in force.
+        run: what runs again.
+        name, module: what runs.
+    """
+
+    def __init__(self, session: Session, run: Callable[..., Any], name: str, module: nn.Module) -> None:
+        self._session, self._run, self._name, self._module = session, run, name, module
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        refuse_when_closed(self._session, self._name)
+        if any(frame.session is self._session for frame in running.frames):
+            return self._run(*inputs, **named)
+        # The backward of a GPU runs on a thread of its own, which has opened no session.
+        return self._session.inside(self._name, self._module, lambda _: self._run(*inputs, **named))
+
+
+def refuse_when_closed(session: Session, name: str) -> None:
+    """An error once a session has closed: what runs again would follow no rule.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    if session.closed:
+        raise RuntimeError(
+            f"{name}: a checkpoint runs this layer again after its GIM context has closed: call backward() "
+            "inside the context"
+        )
+
+
+def refuse_reentrant(session: Session, frame: Frame) -> None:
+    """An error in the first run of a reentrant checkpoint, whose second cannot be told from another forward.
+
+    Raises:
+        UnsupportedModelError: it is one, and the session is strict.
+    """
+    caller: FrameType | None = sys._getframe()
+    while caller is not None and caller.f_code is not CheckpointFunction.forward.__code__:
+        caller = caller.f_back
+    if caller is not None:
+        running.frames.append(frame)
+        try:
+            session.refuse(
+                "runs in a reentrant checkpoint, whose second run would follow no rule once the context has closed, "
+                "or on another thread: pass use_reentrant=False"
+            )
+        finally:
+            running.frames.pop()

@@ -1,0 +1,372 @@
+"""What a value was computed from, read off the graph that autograd has recorded for it.
+
+The graph knows every way of writing an operation by one name, passes through views and in-place writes, and ends at
+detached tensors. What is learned of a node is kept as a few words in the node's own metadata, so it is learned once and
+ends with the graph; no tensor and no node is held.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Key of a node's metadata under which its values are described.
+_KEY = "gim"
+
+_numbers = itertools.count(1)
+
+#: Kinds of nodes by what comes before ``Backward`` in their names; every other node of torch acts number by number.
+_KINDS = {
+    kind: frozenset(names.split())
+    for kind, names in {
+        "same": "View UnsafeView ReshapeAlias T Transpose Permute Expand Unsqueeze Squeeze Alias Clone ToCopy _ToCopy "
+        "ScaleGradient Contiguous MvNumpyT Lift Tril Triu Movedim SwapAxes Unflatten Flatten Detach Conj Real",
+        "piece": "Slice Select Split SplitWithSizes Unbind Index IndexSelect Gather Narrow Diagonal AsStrided Unfold "
+        "Flip Roll Topk Sort MaskedSelect Take ConstantPadNd Repeat ReflectionPad1D",
+        "linear": "Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnLinear GroupedMm ScaledGroupedMm "
+        "ScaledMm Addbmm EmbeddingBag",
+        "source": "Embedding",
+        "reduction": "Mean Sum Amax Amin Max Min Logsumexp Prod Norm LinalgVectorNorm Var Std VarMean StdMean Median "
+        "Nansum",
+        "softmax": "Softmax SafeSoftmax LogSoftmax",
+        "join": "Cat Stack CopySlices IndexPut IndexCopy SliceScatter SelectScatter Copy IndexAdd MaskedScatter "
+        "ScatterAdd Scatter",
+        "product": "Mul Div Addcmul Addcdiv",
+        "norm": "NativeLayerNorm FusedRmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm",
+        "attention": "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+        "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention ScaledDotProductFusedAttentionOverrideable "
+        "FlashAttention EfficientAttention",
+    }.items()
+}
+#: Rows that are chosen by numbers: of a table of weights they are as much an input as an embedding is.
+_LOOKUPS = frozenset(["Index", "IndexSelect", "Gather", "Take"])
+#: Reductions that are nonlinear in themselves.
+_POWERS = frozenset(["Norm", "LinalgVectorNorm", "Var", "Std", "VarMean", "StdMean", "Logsumexp", "Prod"])
+#: Number by number and linear: a sum with a constant, a mask, a factor.
+_AFFINE = frozenset(["Add", "Sub", "Rsub", "Neg", "MaskedFill", "Lerp", "Fill", "Zero", "NanToNum"])
+#: Number by number, straight in pieces: what clips is no activation beside one that bends.
+_CLIPS = frozenset(["Clamp", "ClampMin", "ClampMax", "Where", "Hardtanh", "Minimum", "Maximum"])
+#: The package's own operators, by what their nodes are called.
+_OWN = {"attention": "attention", "rms_norm": "norm", "layer_norm": "norm", "gated": "product"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What a statistic was taken of: the value, its root, and whether it was a nonlinear function of that."""
+
+    value: int
+    root: int
+    nonlinear: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is known of a value.
+
+    Args:
+        number: of this value.
+        root: the number of the value of which this one is a function, number by number.
+        path: which piece of the root it is a function of.
+        constant: no input flows into it: made of parameters and detached tensors.
+        rows: chosen from a table of weights, and nothing but number by number since: an input where it goes alone, as
+            the embeddings do; a weight beside one, as an expert's rows are.
+        bend: what happened to it number by number since its root: 0 linear, 1 clipped, 2 an activation.
+        reduced: for a statistic that is still broadcast, what it was taken of.
+        scores: a product of two matrices that both depend on the input, and nothing but number by number since.
+        weights: of a softmax of scores, which a rule has replaced, its number; 0 for anything else.
+        factors: of a product of several roots, each root and path with its branch: ``"gate"``, ``"up"``, or ``""``
+            where the product is not known to be gated.
+    """
+
+    number: int
+    root: int
+    path: tuple[Any, ...] = ()
+    constant: bool = False
+    rows: bool = False
+    bend: int = 0
+    reduced: Reduced | None = None
+    scores: bool = False
+    weights: int = 0
+    factors: tuple[tuple[int, tuple[Any, ...], str], ...] = ()
+
+    @property
+    def place(self) -> tuple[int, tuple[Any, ...]]:
+        """The root and the piece of it."""
+        return self.root, self.path
+
+
+CONSTANT = Origin(0, 0, constant=True)
+
+
+def _new(**changes: Any) -> Origin:
+    number = next(_numbers)
+    return Origin(number, number, **changes)
+
+
+_known: dict[str, tuple[str, str]] = {}
+
+
+def kind_of(node: Any) -> tuple[str, str]:
+    """A node's kind and short name."""
+    full = node.name()
+    found = _known.get(full)
+    if found is None:
+        found = _known[full] = _classify(full)
+    return found
+
+
+def _classify(full: str) -> tuple[str, str]:
+    if full.startswith("GeneratedBackwardFor_"):
+        space, _, rest = full.removeprefix("GeneratedBackwardFor_").partition("kernels_")
+        name = rest.partition("_default")[0]
+        return (_OWN.get(name, "opaque") if space == "gim_" else "opaque"), name
+    short = full.rpartition("::")[2]
+    if short == "AccumulateGrad":
+        return "leaf", short
+    if short == "CopySlices":
+        return "join", short
+    name, mark, version = short.partition("Backward")
+    name = name.lstrip("_")
+    if name == "ScaleGradient":
+        return "same", name
+    if not mark or not version.isdigit():
+        return "opaque", name  # a function of somebody's own, or of another library
+    if "Attention" in name:
+        return "attention", name
+    return next((kind for kind, names in _KINDS.items() if name in names), "pointwise"), name
+
+
+def origin(tensor: torch.Tensor) -> Origin:
+    """What is known of a tensor."""
+    if not tensor.requires_grad:
+        return CONSTANT
+    node = tensor.grad_fn
+    if node is None:
+        return _of_leaf(tensor)
+    if not _described(node):
+        _walk(node)
+    return _edge(node, tensor.output_nr)
+
+
+def mark(tensor: torch.Tensor, found: Origin) -> None:
+    """Say what a tensor is, where a handler knows better than the graph tells."""
+    node: Any = tensor.grad_fn
+    if node is not None:
+        node.metadata.setdefault(_KEY, {})[tensor.output_nr] = found
+
+
+def _of_leaf(tensor: torch.Tensor) -> Origin:
+    return CONSTANT if isinstance(tensor, nn.Parameter) else _leaf(torch.autograd.graph.get_gradient_edge(tensor).node)
+
+
+def _leaf(node: Any) -> Origin:
+    held = node.metadata.get(_KEY)
+    if held is None:
+        held = node.metadata[_KEY] = {0: CONSTANT if isinstance(node.variable, nn.Parameter) else _new()}
+    return held[0]
+
+
+def _edge(node: Any, output: int) -> Origin:
+    """What one output of a node is, its inputs being known."""
+    held = node.metadata[_KEY]
+    found = held.get(output)
+    if found is None:
+        first: Origin = held[0]
+        kind, name = kind_of(node)
+        found = first
+        if kind == "piece" and not first.constant:
+            found = _piece(node, held["of"], name, output)
+        held[output] = found
+    return found
+
+
+def _walk(node: Any) -> None:
+    """Describe a node and whatever it needs that is not described yet, without recursion: graphs are deep."""
+    todo = [node]
+    while todo:
+        top = todo[-1]
+        if _KEY in top.metadata and 0 in top.metadata[_KEY]:
+            todo.pop()
+            continue
+        edges = top.next_functions
+        waiting = [one for one, _ in edges if one is not None and not _described(one)]
+        if waiting:
+            todo += waiting
+            continue
+        todo.pop()
+        inputs = [None if one is None else _edge(one, output) for one, output in edges]
+        held = top.metadata.setdefault(_KEY, {})
+        held.setdefault(0, _describe(top, inputs))
+        if kind_of(top)[0] == "piece":
+            held["of"] = next((one for one in inputs if one is not None and not one.constant), CONSTANT)
+
+
+def _described(node: Any) -> bool:
+    held = node.metadata.get(_KEY)
+    if held is not None and 0 in held:
+        return True
+    if node.name() == "torch::autograd::AccumulateGrad":
+        _leaf(node)
+        return True
+    return False
+
+
+def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
+    """What a node's first output is."""
+    kind, name = kind_of(node)
+    live = [one for one in inputs if one is not None and not one.constant]
+    live = [one for one in live if not one.rows] or live
+    if kind == "source":
+        return _new()
+    if not live:
+        if name in _LOOKUPS and inputs[0] is not None:
+            return _new(rows=True)
+        # A weight applied to data that asks for no gradient: the data is an input all the same.
+        return _new() if kind in ("linear", "opaque", "norm") and None in inputs[:2] else CONSTANT
+    first = live[0]
+    if kind == "same":
+        return first
+    if kind == "piece":
+        return _piece(node, first, name, 0)
+    if kind == "linear":
+        matrices = [one for one in live if one.number]
+        return _new(scores=len(matrices) >= 2 and name not in ("Convolution", "Linear"))
+    if kind == "reduction":
+        nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
+        return _new(reduced=Reduced(first.number, first.root, nonlinear), scores=first.scores, rows=first.rows)
+    if kind == "softmax":
+        return replace(first, number=next(_numbers), bend=2, scores=False)
+    if kind == "product" and name != "gated":
+        bent = name == "Div" and len(live) == 1 and inputs[1] is first  # a constant over it
+        return _product(live, 2 if bent else 0)
+    if kind == "pointwise":
+        return _pointwise(name, live)
+    if kind == "join":
+        return _new(bend=max(one.bend for one in live), scores=any(one.scores for one in live), rows=first.rows)
+    return _new()
+
+
+#: What tells one piece of a value from another; a node whose choice is a tensor is told by its own number.
+_WHERE = {
+    "Slice": ("dim", "start", "end", "step"),
+    "Select": ("dim", "index"),
+    "Split": ("dim",),
+    "SplitWithSizes": ("dim",),
+    "Unbind": ("dim",),
+    "Flip": ("dims",),
+    "AsStrided": ("size", "stride", "storage_offset"),
+    "Diagonal": ("offset", "dim1", "dim2"),
+}
+
+
+def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
+    where = _WHERE.get(name)
+    chosen = (node._sequence_nr(),) if where is None else tuple(str(getattr(node, f"_saved_{one}")) for one in where)
+    step = (name, *chosen, output)
+    return replace(whole, number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
+
+
+def _same_root(live: list[Origin]) -> Origin | None:
+    """The value that others are statistics or functions of, where there is one."""
+    first = next((one for one in live if one.reduced is None), live[0])
+    for one in live:
+        if one.place != first.place and not (one.reduced is not None and one.reduced.root == first.root):
+            return None
+    return first
+
+
+def _product(live: list[Origin], bend: int) -> Origin:
+    weights = next((one.weights for one in live if one.weights), 0)
+    if len(live) == 1:
+        return replace(live[0], number=next(_numbers), bend=max(live[0].bend, bend))
+    same = _same_root(live)
+    if same is not None:
+        statistics = [one for one in live if one.reduced is not None]
+        if len(statistics) == len(live):
+            return replace(same, number=next(_numbers), bend=2)
+        return replace(same, number=next(_numbers), bend=same.bend if statistics else 2)
+    found: dict[tuple[int, tuple[Any, ...]], str] = {}
+    for one in live:
+        for root, path, branch in one.factors or ((*one.place, ""),):
+            found[root, path] = found.get((root, path)) or branch
+    return _new(factors=tuple((*place, branch) for place, branch in found.items()), weights=weights, rows=live[0].rows)
+
+
+def _pointwise(name: str, live: list[Origin]) -> Origin:
+    step = 0 if name in _AFFINE else 1 if name in _CLIPS else 2
+    same = _same_root(live)
+    if same is None:
+        return _new(bend=step, scores=any(one.scores for one in live), rows=live[0].rows)
+    reduced = same.reduced if all(one.reduced is not None for one in live) else None
+    bend = max(step, *(one.bend for one in live if one.place == same.place), 0)
+    return replace(same, number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
+
+
+def common_source(first: torch.Tensor, second: torch.Tensor) -> str:
+    """How two values come from their nearest common source.
+
+    Returns:
+        ``"gate"`` where linear maps and functions number by number lead from it to both; ``"mixer"`` where only ways
+        through another product of two branches do; empty where there is none, for a softmax over keys is on every way.
+    """
+    starts: list[Any] = [first.grad_fn, second.grad_fn]
+    sides: list[dict[Any, bool]] = [{one: False} for one in starts]
+    fronts = [[one] for one in starts]
+    met = False
+    while fronts[0] or fronts[1]:
+        for side in (0, 1):
+            front: list[Any] = []
+            for node in fronts[side]:
+                crossed = sides[side][node] or _mixes(node)
+                if node in sides[1 - side]:
+                    if not crossed and not sides[1 - side][node]:
+                        return "gate"
+                    met = True
+                if not _clean(node):
+                    continue
+                for one in _flowing(node):
+                    if one not in sides[side]:
+                        sides[side][one] = crossed
+                        front.append(one)
+            fronts[side] = front
+    if not met:
+        shared = sides[0].keys() & sides[1].keys()
+        if any(not sides[0][one] and not sides[1][one] for one in shared):
+            return "gate"
+        met = bool(shared)
+    return "mixer" if met else ""
+
+
+def _flowing(node: Any) -> list[Any]:
+    """The nodes through which an input flows into one."""
+    inputs: list[tuple[Any, bool]] = []
+    for one, output in node.next_functions:
+        if one is None or (one.name() == "torch::autograd::AccumulateGrad" and isinstance(one.variable, nn.Parameter)):
+            continue
+        held = one.metadata.get(_KEY)
+        known = None if held is None else held.get(output, held.get(0, CONSTANT))
+        if known is None or not known.constant:
+            inputs.append((one, known is not None and known.rows))
+    return [one for one, rows in inputs if not rows] or [one for one, _ in inputs]
+
+
+def _clean(node: Any) -> bool:
+    """Whether the way to a common source may go on through a node: all but attention."""
+    kind, _ = kind_of(node)
+    if kind in ("attention", "softmax", "leaf"):
+        return False
+    held = node.metadata.get(_KEY)
+    return not (kind == "linear" and held is not None and 0 in held and held[0].scores)
+
+
+def _mixes(node: Any) -> bool:
+    """Whether a node multiplies two branches, or sums along tokens."""
+    kind, name = kind_of(node)
+    held = node.metadata.get(_KEY)
+    if name in ("Cumsum", "Cumprod"):
+        return True
+    return kind == "product" and (name == "gated" or (held is not None and 0 in held and bool(held[0].factors)))

@@ -1,0 +1,317 @@
+"""Norms written out in a module of their own, run by the kernels once the mode has seen what the module does.
+
+It is a cache and no way in: a module's first call runs its own code, where :mod:`gim.intercept.products` finds the norm
+and applies the rule. What that code called is noted, and where it is the equation of an RMS norm or a layer norm, the
+kernel takes its place from then on: it keeps one number for each row. Nobody's module is ever run for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import gim_kernels
+from gim.intercept import checkpoints, norms, products
+from gim.intercept.session import Frame, Gate, paused, running
+from gim.parts.adapters import accelerate
+from gim_kernels import engines, reference
+
+#: Whether kernels take the place of norms that are written out; False runs every module's own code.
+ENABLED = True
+#: Rows of numbers that an equation and the noted calls are compared on.
+_ROWS = 4
+#: Roundings by which they may differ, in units in the last place.
+_ULPS = 8
+#: What a tensor may be asked that is no tensor and depends on none of its numbers.
+_ASKED = frozenset({"__get__", "size", "dim", "ndimension", "numel", "is_floating_point", "stride", "type"})
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_PRODUCTS = products.PRODUCTS | products.QUOTIENTS | products.IN_PLACE.keys()
+_MODULE = frozenset(nn.Module().__dict__) | {"forward"} | accelerate.KEPT
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a module computes.
+
+    Args:
+        kind: ``"rms_norm"`` or ``"layer_norm"``.
+        eps: its epsilon.
+        weight, bias: names of the parameters; None for none.
+        weight_offset: what is added to the weight.
+    """
+
+    kind: str
+    eps: float
+    weight: str | None = None
+    bias: str | None = None
+    weight_offset: float = 0.0
+
+    def describe(self) -> str:
+        """In words, for the report."""
+        return f"{self.kind}{' with weight 1 + w' if self.weight_offset else ''}, written out"
+
+    def apply(self, held: Callable[[str], torch.Tensor], x: torch.Tensor, *, frozen: bool, by: Any) -> torch.Tensor:
+        """The norm of ``x`` ``[.., D]``, by the operators of ``by``; ``held`` gives a parameter by its name."""
+        weight = None if self.weight is None else held(self.weight)
+        bias = None if self.bias is None else held(self.bias)
+        # A weight of several rows is a vector for each head, which is applied outside the kernel.
+        rows, inner = (None, weight) if weight is None or weight.dim() == 1 else (weight + self.weight_offset, None)
+        if self.kind == "rms_norm":
+            y: torch.Tensor = by.rms_norm(x, inner, self.eps, weight_offset=self.weight_offset, frozen=frozen)
+        else:
+            shifted = inner if inner is None or not self.weight_offset else inner + self.weight_offset
+            y = by.layer_norm(x, shifted, bias, self.eps, frozen=frozen)
+        return y if rows is None else y * rows
+
+
+class Trace:
+    """The functions of torch that one call of a module made, in order; it keeps no tensor alive.
+
+    Args:
+        module: whose call.
+        x: what it was called with.
+    """
+
+    def __init__(self, module: nn.Module, x: torch.Tensor) -> None:
+        self._steps: list[tuple[Callable[..., Any], Any, Any, int]] = []
+        #: By ``id``: an entry goes with its tensor, so no id is found that another tensor had.
+        self._slots: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._names = {id(one): name for name, one in (*module.named_parameters(), *module.named_buffers())}
+        self._count = 0
+        self.readable = True
+        self.multiplies = False
+        self.constants: set[float] = set()
+        self.used: list[str] = []
+        self._put(x)
+
+    def _put(self, x: torch.Tensor) -> int:
+        slot, number, slots = self._count, id(x), self._slots
+        self._count += 1
+        slots[number] = (weakref.ref(x, lambda _: slots.pop(number, None)), slot)
+        return slot
+
+    def _place(self, one: Any) -> Any:
+        """A tensor as the number of the step that made it, or the name of the parameter that it is."""
+        if isinstance(one, float):
+            self.constants.add(one)
+        if not isinstance(one, torch.Tensor):
+            return one
+        name = self._names.get(id(one))
+        if name is not None:
+            if name not in self.used:
+                self.used.append(name)
+            return _Place(name)
+        slot = self._slots.get(id(one))
+        if slot is None:
+            self.readable = False
+            return None
+        return _Place(slot[1])
+
+    def add(self, func: Callable[..., Any], args: Any, named: Any, out: Any) -> None:
+        """Note one call."""
+        self.multiplies |= func in _PRODUCTS
+        if not self.readable:
+            return
+        places = tree_map(self._place, (args, named))
+        if isinstance(out, torch.Tensor):
+            self._steps.append((func, *places, self._put(out)))
+        elif getattr(func, "__name__", "") not in _ASKED:
+            self.readable = False  # several tensors, or a number read from one
+
+    def replayed(self, x: torch.Tensor, held: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor | None:
+        """What the same calls give for another ``x`` and other parameters, where ``out`` came from them."""
+        last = self._slots.get(id(out))
+        if last is None:
+            return None
+        made: dict[int | str, torch.Tensor] = {0: x.clone()}  # which a call may overwrite
+        made.update(held)
+
+        def found(one: Any) -> Any:
+            return made[one.of] if isinstance(one, _Place) else one
+
+        for func, args, named, slot in self._steps:
+            flat, spec = tree_flatten((args, named))
+            inputs, others = tree_unflatten([found(one) for one in flat], spec)
+            made[slot] = func(*inputs, **others)
+        return made[last[1]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    of: int | str
+
+
+#: By what decides which code a module runs: the norm that it is, or None.
+_known: dict[Any, Norm | None] = {}
+#: Classes of which a module ran and was no norm; nothing is lost by asking none of them again.
+_other: set[type] = set()
+
+
+def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
+    """A call of a module that has no other in it, with one tensor: by the kernels where it is known to be a norm."""
+    module = gate.module
+    if type(module) in _other:
+        gate.leaf = False
+        return _inner(gate, frame, x)
+    key = _key(gate, x)
+    norm = None if key is None else _known.get(key)
+    if torch.is_grad_enabled():
+        checkpoints.follow(frame.session)
+    if norm is None:
+        if key is None or key in _known or not x.requires_grad or not torch.is_grad_enabled():
+            return _inner(gate, frame, x)
+        frame.trace = trace = Trace(module, x)
+        session = frame.session
+        before = session.fired
+        with _Saved() as saved:
+            out = _inner(gate, frame, x)
+        frame.trace = None
+        row = session.last if session.fired == before + 1 else None
+        alone = row is not None and row.part == "norm" and row.engine == "torch"
+        if alone:
+            norm = _known[key] = _recognise(trace, module, x, out)
+        elif session.fired > before or not trace.multiplies:
+            _other.add(type(module))  # else a hook's code may have run, in which nothing is seen
+        saved.settle(kept=norm is None)
+        if norm is None or row is None:
+            return out
+        row.engine = engines.choose("auto", x)
+        session.rename(row, norm.describe())
+    else:
+        running.frames.append(frame)
+        try:
+            frame.session.fire("norm", norms.describe(frame.session), norm.describe(), engines.choose("auto", x))
+        finally:
+            running.frames.pop()
+    with paused():
+        held = {**module._parameters, **module._buffers}
+        return norm.apply(held.__getitem__, x, frozen=frame.session.rules.freeze_norm, by=gim_kernels)  # type: ignore[arg-type]
+
+
+class _Saved:
+    """What is saved for a backward inside waits until it is known whether it is needed.
+
+    A checkpoint counts what is saved, and its second run, by the kernel, would save something else.
+    """
+
+    def __init__(self) -> None:
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._cells: list[list[Any]] = []
+        self._settled = False
+        self._inside = nullcontext() if self._hooks is None else saved_tensors_hooks(self._pack, self._unpack)
+
+    def __enter__(self) -> _Saved:
+        self._inside.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.__exit__(*error)
+
+    def _pack(self, x: torch.Tensor) -> list[Any]:
+        self._cells.append([x])
+        return self._cells[-1]
+
+    def _unpack(self, cell: list[Any]) -> Any:
+        return self._hooks[1](cell[0]) if self._settled else cell[0]
+
+    def settle(self, *, kept: bool) -> None:
+        """Hand what was saved to the hooks around, or drop it."""
+        self._settled = True
+        for cell in self._cells:
+            cell[0] = self._hooks[0](cell[0]) if kept else None
+        self._cells.clear()
+
+
+def _inner(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
+    running.frames.append(frame)
+    try:
+        return gate.inner(x)
+    finally:
+        running.frames.pop()
+
+
+def _key(gate: Gate, x: torch.Tensor) -> Any:
+    """What decides which code a module runs on ``x``; None where that cannot be told."""
+    module = gate.module
+    if not ENABLED or not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return None
+    if gate.own is not None and not accelerate.only_moves(module):
+        return None
+    kind = x.device.type
+    if x.dim() < 2 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    state = module.__dict__
+    own = tuple((name, value) for name, value in state.items() if name not in _MODULE)
+    if not all(isinstance(value, _PLAIN) or _is_sizes(value) for _, value in own):
+        return None
+    held = [one for kept in (module._parameters, module._buffers) for one in kept.values() if one is not None]
+    if any(one.device != x.device for one in held):
+        return None
+    parameters = tuple(
+        (name, one.shape, one.dtype)
+        for kept in (module._parameters, module._buffers)
+        for name, one in kept.items()
+        if one is not None
+    )
+    return type(module), type(module).forward, own, parameters, x.dtype, x.shape[-1], module.training
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, int) for one in value)
+
+
+def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> Norm | None:
+    """The norm whose equation gives what the noted calls give, on numbers of our own.
+
+    Two sets of rows are used: of unit size with a mean, which tell the kinds and the weight's offset apart, and as
+    small as the square root of epsilon, whose outputs depend on it. Parameters are random too.
+    """
+    if not trace.readable or not isinstance(out, torch.Tensor) or out.dtype != x.dtype or len(trace.used) > 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    held = {}
+    for name in trace.used:
+        one = getattr(module, name)
+        held[name] = torch.randn(one.shape, generator=generator).to(one.dtype)
+    heads = next((one.shape[0] for one in held.values() if one.dim() == 2), _ROWS)
+    rows = torch.randn(1, heads, x.shape[-1], generator=generator, dtype=torch.float64) + 1.0
+    epsilons = sorted({value for value in trace.constants if 0 <= value < 1e-1}) or [0.0]
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        for eps in epsilons:
+            probes = [rows.to(x.dtype), (rows * max(eps, 1e-6) ** 0.5).to(x.dtype)]
+            try:
+                outputs = [trace.replayed(probe, held, out) for probe in probes]
+            except (RuntimeError, TypeError, ValueError, IndexError):  # calls that fit no other shape or place
+                return None
+            for norm in _candidates(eps, trace.used):
+                if all(_equal(y, norm, held, probe) for probe, y in zip(probes, outputs, strict=True)):
+                    return norm
+    return None
+
+
+def _candidates(eps: float, used: list[str]) -> list[Norm]:
+    kinds, offsets = ("rms_norm", "layer_norm"), (0.0, 1.0)
+    if not used:
+        return [Norm(kind, eps) for kind in kinds]
+    if len(used) == 1:
+        return [Norm(kind, eps, used[0], None, offset) for kind in kinds for offset in offsets]
+    pairs = (used, used[::-1])
+    return [Norm("layer_norm", eps, weight, bias, offset) for weight, bias in pairs for offset in offsets]
+
+
+def _equal(output: torch.Tensor | None, norm: Norm, held: dict[str, torch.Tensor], x: torch.Tensor) -> bool:
+    """Whether an output is the equation's within a few roundings of its dtype, float32 at best."""
+    if output is None or output.shape != x.shape or output.dtype != x.dtype:
+        return False
+    wide = {name: one.double() for name, one in held.items()}
+    want = norm.apply(wide.__getitem__, x.double(), frozen=False, by=reference)
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((output.double() - want).abs().amax() <= _ULPS * eps * want.abs().amax())

@@ -1,0 +1,35 @@
+"""Whose code runs: the model's, or a hook's that the user has put on a module.
+
+What a hook computes on the way is the user's own: it is no part of the model, and no rule is about it. torch runs the
+hooks of a module in the module's call and beside its ``forward``, before which a gate stands.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+from torch import nn
+
+from gim.intercept.session import Gate
+
+_CALL = nn.Module._call_impl.__code__
+_FORWARD = Gate.__call__.__code__
+
+
+def hooked() -> bool:
+    """Whether a hook runs: a gated module is being called, and what it runs is not behind its gate."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FORWARD:
+        if frame.f_code is _CALL and _gated(frame.f_locals["self"]):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _gated(module: nn.Module) -> bool:
+    """Whether a gate stands before a module's ``forward``, or behind what a memory plan has put there."""
+    forward = module.__dict__.get("forward")
+    while forward is not None and not isinstance(forward, Gate):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None

@@ -1,0 +1,49 @@
+"""The one way in: a function mode that is on while a model runs, with one table from operation to handler.
+
+No function of torch is replaced. Each call that the model's code makes of a function in the table goes to its handler,
+on this thread and for this forward pass only; everything else passes by, and so does what a user's hook computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from gim.intercept import activations, attention, checkpoints, norms, products
+from gim.intercept.hooks import hooked
+from gim.intercept.session import Session, running
+
+#: What is done with each function of torch that a module of the model calls.
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    **attention.HANDLERS,
+    **norms.HANDLERS,
+    **products.HANDLERS,
+    **activations.HANDLERS,
+}
+
+
+class Mode(TorchFunctionMode):
+    """Sends the calls that a model's modules make to the functions of :data:`HANDLERS`."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        frames = running.frames
+        handler = HANDLERS.get(func) if frames and frames[-1].session is self.session else None
+        if handler is None or hooked():
+            out = func(*args, **named)
+        else:
+            if torch.is_grad_enabled():
+                checkpoints.follow(self.session)
+            out = handler(self.session, func, *args, **named)
+        if frames and frames[-1].trace is not None:
+            frames[-1].trace.add(func, args, named, out)
+        return out

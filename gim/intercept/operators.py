@@ -1,0 +1,72 @@
+"""What kind of operator each is, by its name: all that the watch knows of libraries."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+#: Kinds of operators by their names; every other operator is taken to act number by number.
+KINDS = {
+    name: kind
+    for kind, names in {
+        "blank": "empty empty_like empty_strided new_empty new_empty_strided",
+        "from python": "lift_fresh",
+        "fresh": "zeros_like ones_like full_like new_zeros new_ones new_full zero fill",
+        "same": "view _unsafe_view _reshape_alias reshape t transpose permute expand unsqueeze squeeze clone alias "
+        "detach _to_copy contiguous movedim",
+        "piece": "slice select split split_with_sizes unbind as_strided diagonal index gather index_select unfold roll "
+        "flip topk sort constant_pad_nd repeat masked_select tril triu",
+        "linear": "mm addmm bmm baddbmm mv addmv dot linear convolution cumsum _fft_r2c _fft_c2r _fft_c2c",
+        "reduction": "mean sum amax amin max min logsumexp prod norm linalg_vector_norm var std var_mean std_mean",
+        "softmax": "_softmax _safe_softmax _log_softmax _masked_softmax",
+        "join": "cat stack",
+        "product": "mul addcmul div addcdiv",
+        "gated product": "glu",
+        "norm": "native_layer_norm _fused_rms_norm native_group_norm native_batch_norm _native_batch_norm_legit",
+        "random": "bernoulli bernoulli_ uniform rand rand_like normal randn randn_like native_dropout",
+        "copy": "copy",
+    }.items()
+    for name in names.split()
+}
+_SEEN_INTO = {"aten", "prim", "prims", "profiler", "_c10d_functional", "c10d_functional", "quantized_decomposed"}
+_FUSED = re.compile("scaled_dot_product|flash_att|flex_attention|multi_head_attention|encoder_layer_fwd")
+#: Matrix products of any library, quantised ones too, and what quantises and dequantises around them.
+_MATRIX = re.compile(r"(mm|matmul|linear|gemm|gemv|bgemm)(_|\d|$)|_mm_|^_?linear|mm_fallback")
+_QUANTISED = re.compile("quant|choose_qparams")
+#: Of operators made of others, which come whole where autograd is left out, as in inference mode.
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+#: In the name of a library's operator, that it may hold a part that a rule is about.
+_RULED = re.compile("norm|silu|gelu|glu|softmax|att|gate|dropout|mlp|moe|expert")
+#: Operators of torch that hold gates nobody can see.
+_RECURRENT = re.compile("lstm|gru|rnn")
+LOOKUP = {"embedding", "index", "index_select", "gather", "_embedding_bag"}
+AFFINE = {"add", "sub", "rsub", "where", "neg", "masked_fill", "lerp"}
+AFFINE |= {"index_add", "index_put", "index_copy", "scatter", "scatter_add", "slice_scatter", "select_scatter"}
+AFFINE |= {"masked_scatter"}
+POWERS = {"norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp"}  # nonlinear in themselves
+EXTREMES = {"amax", "amin", "max", "min"}
+QUOTIENTS = {"div", "addcdiv"}
+
+
+def describe(func: Any) -> tuple[str, str]:
+    """The kind of an operator, and its name without what overload it is and whether it writes in place."""
+    space, _, name = (getattr(func, "_name", None) or str(func)).split(".")[0].rpartition("::")
+    base = name if name.startswith("__") else name.rstrip("_").removesuffix("_copy") or name
+    base = "_to_copy" if base == "_to" else base
+    if space == "gim_kernels":
+        return "own", name
+    if isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(_COMPOSITE):
+        return "composite", base
+    if _FUSED.search(name):
+        return "softmax over keys", name
+    if base in KINDS and space in _SEEN_INTO:
+        return KINDS[base], base
+    if not _RULED.search(name) and _MATRIX.search(name):
+        return "linear", base
+    if not _RULED.search(name) and _QUANTISED.search(name + space):
+        return "same", base
+    if space not in _SEEN_INTO or _RECURRENT.search(name):
+        return "opaque operator", f"{space}::{name}" if space else name
+    return "pointwise", base

@@ -1,0 +1,301 @@
+"""Products and quotients, where gates, norms and the values of a written-out attention meet.
+
+What two factors were computed from says what their product is: a gated product has two branches from one source, one
+of them bent; a norm is a value over a statistic of itself. The model's own operation runs; only what it sends back
+changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gim_kernels
+from gim.intercept import activations
+from gim.intercept.flow import Origin, common_source, mark, origin
+from gim.intercept.session import Session, running
+from gim.intercept.sites import SITES
+from gim.rules import Rules
+from gim_kernels import engines
+from gim_kernels.reference import scale_gradient
+
+PRODUCTS = frozenset(
+    {
+        torch.mul,
+        torch.multiply,
+        torch.Tensor.mul,
+        torch.Tensor.multiply,
+        torch.Tensor.__mul__,
+        torch.Tensor.__rmul__,
+    }
+)
+QUOTIENTS = frozenset(
+    {
+        torch.div,
+        torch.divide,
+        torch.true_divide,
+        torch.Tensor.div,
+        torch.Tensor.divide,
+        torch.Tensor.true_divide,
+        torch.Tensor.__truediv__,
+    }
+)
+#: In place, each with the function that does the same into new memory.
+IN_PLACE = {
+    torch.Tensor.mul_: torch.mul,
+    torch.Tensor.multiply_: torch.mul,
+    torch.Tensor.__imul__: torch.mul,
+    torch.Tensor.div_: torch.div,
+    torch.Tensor.divide_: torch.div,
+    torch.Tensor.true_divide_: torch.div,
+    torch.Tensor.__itruediv__: torch.div,
+}
+
+
+def describe(rules: Rules) -> str:
+    """The rule of a gated product's backward, in words."""
+    if not rules.modifies_gated_mlps:
+        return "ordinary gradient"
+    words = "gate, up times " + ", ".join(f"{factor:g}" for factor in rules.gate_up_scale)
+    return words + ("; act(x) / x for act'(x)" if rules.activation == "ratio" else "")
+
+
+def flows(x: Any) -> bool:
+    """Whether something is a tensor into which an input may flow: no weight, no constant."""
+    return isinstance(x, torch.Tensor) and x.requires_grad and not (x.grad_fn is None and isinstance(x, nn.Parameter))
+
+
+def _product(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    if len(args) < 2 or not flows(args[0]) or not flows(args[1]) or not torch.is_grad_enabled():
+        return func(*args, **named)
+    first, second = args[:2]
+    plain: Any = IN_PLACE.get(func)
+    if plain is None:
+        return multiply(session, lambda a, b: func(a, b, *args[2:], **named), first, second, func in QUOTIENTS)
+    # What is overwritten is a factor that the backward may need.
+    value = first.clone()
+    result = multiply(session, lambda a, b: plain(a, b, *args[2:], **named), value, second, plain is torch.div)
+    return first.copy_(result)
+
+
+def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:
+    """``addcmul`` and ``addcdiv``: a value plus a product."""
+    if len(args) != 2 or not flows(args[0]) or not flows(args[1]) or not torch.is_grad_enabled():
+        return func(input, *args, **named)
+    quotient = "div" in func.__name__
+    first, second = args
+    return multiply(session, lambda a, b: func(input, a, b, **named), first, second, quotient)
+
+
+def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    from gim.intercept.attention import values
+
+    equation, operands = args[0], list(args[1:])
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if len(operands) != 2 or not isinstance(equation, str) or not all(map(flows, operands)):
+        return func(*args, **named)
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    if len(sides) == 2 and terms[0] == terms[1] == sides[1] and torch.is_grad_enabled():
+        return multiply(session, lambda a, b: func(equation, a, b), operands[0], operands[1], False)
+    return values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
+
+
+def _glu(session: Session, func: Callable[..., Any], input: torch.Tensor, dim: int = -1) -> Any:
+    """``F.glu``: the first half times the sigmoid of the second."""
+    if not flows(input) or not torch.is_grad_enabled():
+        return func(input, dim)
+    up, gate = input.chunk(2, dim)
+    if session.rules.activation == "ratio":
+        session.refuse("calls F.glu, whose activation has no act(x) / x: use rules with the exact derivative")
+    scale = session.rules.gate_up_scale
+    with SITES.acting("gated_mlp"):
+        out = scale_gradient(up, scale[1]) * torch.sigmoid(scale_gradient(gate, scale[0]))
+    _fire(session, "F.glu", engines.choose("auto", input))
+    return out
+
+
+def multiply(
+    session: Session,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    quotient: bool,
+) -> torch.Tensor:
+    """``run(first, second)``, a product or quotient of two values, with the backward of the session's rules.
+
+    Args:
+        session: whose rules.
+        run: computes it from the two factors; ``run`` of the same numbers gives the same numbers.
+        first, second: the factors.
+        quotient: whether the second divides.
+    """
+    one, two = origin(first), origin(second)
+    if one.constant or two.constant:
+        return run(first, second)
+    if _is_statistic(second, two, first, one):
+        return _freeze(session, run, first, second)
+    if not quotient and _is_statistic(first, one, second, two):
+        return _freeze(session, lambda b, a: run(a, b), second, first)
+    if bool(one.weights) != bool(two.weights):
+        return session.with_values(run, first, second, one.weights, two.weights)
+    if first.shape != second.shape or first.dim() < 2 or first.shape[-1] == 1 or one.place == two.place:
+        return run(first, second)
+    return _gate(session, run, first, second, one, two, quotient)
+
+
+def _is_statistic(small: torch.Tensor, of: Origin, value: torch.Tensor, whole: Origin) -> bool:
+    """Whether ``small`` is a statistic of ``value`` over its features, broadcast."""
+    reduced = of.reduced
+    if reduced is None or whole.reduced is not None or reduced.root != whole.root or reduced.value == whole.number:
+        return False
+    return reduced.nonlinear and spans(small) < value.numel()
+
+
+def spans(tensor: torch.Tensor) -> int:
+    """How many different places a tensor has: an axis that only repeats counts as one."""
+    total = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        total *= size if stride else 1
+    return total
+
+
+def _freeze(
+    session: Session,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    value: torch.Tensor,
+    statistic: torch.Tensor,
+) -> torch.Tensor:
+    frozen = session.rules.freeze_norm
+    with SITES.acting("norm"):
+        out = run(value, statistic.detach() if frozen else statistic)
+    session.fire("norm", "statistic constant" if frozen else "ordinary gradient", "a value over a statistic of it",
+                 "torch")  # fmt: skip
+    return out
+
+
+def _gate(
+    session: Session,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    one: Origin,
+    two: Origin,
+    quotient: bool,
+) -> torch.Tensor:
+    """A product of two branches, where it is gated; else what ``run`` gives."""
+
+    def acting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        with SITES.acting("gated_mlp"):
+            return run(a, b)
+
+    scale = dict(zip(("gate", "up"), session.rules.gate_up_scale, strict=True))
+    for whole, part, factor in ((one, two, second), (two, one, first)):
+        # More of a branch that is in the product already: its own factor, and none for the rest again.
+        branch = next((name for root, path, name in whole.factors if (root, path) == part.place), None)
+        if branch is None:
+            continue
+        if branch:
+            scaled = scale_gradient(factor, scale[branch])
+            out = acting(first, scaled) if factor is second else acting(scaled, second)
+            mark(out, dataclasses.replace(origin(out), factors=whole.factors))
+            return out
+        if part.bend == 0:
+            return run(first, second)
+        if scale["gate"] != scale["up"] or session.rules.activation == "ratio":
+            session.refuse(
+                "multiplies its branches before one of them is bent, where factors that differ, or act(x) / x, cannot "
+                "be applied"
+            )
+            return run(first, second)
+        out = acting(scale_gradient(first, scale["gate"]), scale_gradient(second, scale["gate"]))
+        roles = tuple((r, p, "gate" if (r, p) == part.place else "up") for r, p, _ in whole.factors)
+        return _done(session, out, roles, "a product of branches, bent after it")
+    if max(one.bend, two.bend) == 0:
+        return run(first, second)
+    way = common_source(first, second)
+    if way == "":
+        return run(first, second)
+    if way == "mixer":
+        if session.rules.modifies_gated_mlps:
+            session.refuse(
+                "multiplies two branches that meet only beyond another product (a state space or linear attention?), "
+                "where a gate cannot be told from a mixer: pass gate_scale=None and up_scale=None"
+            )
+        return run(first, second)
+    if one.bend == two.bend and scale["gate"] != scale["up"]:
+        session.refuse("multiplies two branches that are both bent, of which neither can be told to be the gate")
+        return run(first, second)
+    gate_first = one.bend >= two.bend
+    roles = tuple(
+        (root, path, name)
+        for whole, name in ((one, "gate" if gate_first else "up"), (two, "up" if gate_first else "gate"))
+        for root, path, _ in whole.factors or ((*whole.place, ""),)
+    )
+    gate, up = (first, second) if gate_first else (second, first)
+    known = None if quotient else activations.activated(session, gate)
+    if known is not None and up.dtype == known.gate.dtype and known.gate.dtype in engines.DTYPES:
+        out = gim_kernels.gated(
+            known.gate,
+            up,
+            known.activation,
+            grad_scale=session.rules.gate_up_scale,
+            activation_backward=session.rules.activation,
+        )
+        return _done(session, out, roles, f"{known.activation}(gate) * up", engines.choose("auto", up))
+    if session.rules.activation == "ratio":
+        gate = _ratio(session, gate, one if gate_first else two)
+    gate, up = scale_gradient(gate, scale["gate"]), scale_gradient(up, scale["up"])
+    out = acting(gate, up) if gate_first else acting(up, gate)
+    return _done(session, out, roles, "a product of two branches, one of them bent")
+
+
+def _done(
+    session: Session, out: torch.Tensor, roles: tuple[tuple[int, Any, str], ...], how: str, engine: str = "torch"
+) -> torch.Tensor:
+    mark(out, dataclasses.replace(origin(out), factors=roles))
+    _fire(session, how, engine)
+    return out
+
+
+def _fire(session: Session, how: str, engine: str) -> None:
+    frame = running.frames[-1]
+    if not frame.counted:
+        session.fire("gated_mlp", describe(session.rules), how, engine)
+    frame.counted = True
+
+
+def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
+    """The branch of a gate with ``act(x) / x`` in place of its derivative, and the derivative where x is 0."""
+    source = activations.source_of(found.place)
+    if source is None or source.shape != gate.shape:
+        session.refuse(
+            "bends its gate in a way whose argument gim did not see, so act(x) / x cannot take the place of its "
+            "derivative: use rules with the exact derivative"
+        )
+        return gate
+    with torch.no_grad():
+        zero = source == 0
+        ratio = gate / torch.where(zero, 1, source)
+    if bool(zero.any()):
+        (slope,) = torch.autograd.grad(gate, source, torch.ones_like(gate), retain_graph=True)
+        ratio = torch.where(zero, slope, ratio)
+    # source - source is 0 with gradient 1: the value is the activation's own, bit for bit.
+    return gate.detach() + ratio.detach() * (source - source.detach())
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(PRODUCTS | QUOTIENTS | IN_PLACE.keys(), _product),
+    torch.addcmul: _fused,
+    torch.addcdiv: _fused,
+    torch.Tensor.addcmul: _fused,
+    torch.Tensor.addcdiv: _fused,
+    torch.einsum: _einsum,
+    F.glu: _glu,
+}

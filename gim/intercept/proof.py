@@ -1,0 +1,209 @@
+"""Which forward passes of a model are watched, and what is said of what the watch finds.
+
+One forward of each kind is: again where anything that decides which code runs has changed, and again where a forward
+reaches a part that the watched one did not.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gim.applied import AppliedReport, Part
+from gim.intercept.session import original_forward
+from gim.intercept.watch import PART_OF, Finding, Watch
+from gim.parts import anatomy
+from gim.rules import Rules
+
+#: How many kinds of forward passes of one model are remembered.
+_KINDS = 64
+_SIMPLE = frozenset({bool, str, float})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a watched forward told: the parts of the report that it reached, and what the watch found and noted."""
+
+    reached: frozenset[tuple[Part, str, str]]
+    found: tuple[Finding, ...]
+    noted: tuple[Finding, ...]
+
+
+#: Beside the models and not in them, so that no copy of a model takes over what was seen of another.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class Proof:
+    """That the rules of one session reach every part of a model.
+
+    Args:
+        model, rules, report: the session's.
+    """
+
+    def __init__(self, model: nn.Module, rules: Rules, report: AppliedReport) -> None:
+        self._model = weakref.ref(model)
+        self._rules = rules
+        self._report = report
+        self._verdict: _Verdict | None = None
+        self._running = False
+
+    @contextmanager
+    def watching(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+        """Around a forward pass with these arguments: watch it, unless one of its kind has been.
+
+        What runs in a backward is a checkpoint's second run, which the watch has seen already.
+        """
+        model = self._model()
+        if model is None or self._running or torch._C._current_graph_task_id() != -1:
+            yield
+            return
+        key = _kind_of(model, self._rules, inputs, named)
+        with _lock:
+            known = _verdicts.setdefault(model, {}).get(key)
+        before = self._calls()
+        self._running, self._verdict = True, None
+        try:
+            if known is None:
+                with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
+                    yield
+                known = _Verdict(self._reached_since(before), watch.found, watch.noted)
+                with _lock:
+                    kinds = _verdicts[model]
+                    kinds[key] = known
+                    if len(kinds) > _KINDS:  # hooks that come and go make new kinds for ever
+                        del kinds[next(iter(kinds))]
+            else:
+                yield
+                known = self._compared(known, self._reached_since(before), key)
+        finally:
+            self._running = False
+        self._verdict = known
+        self._report.watched = known is not None
+
+    def _compared(self, known: _Verdict, reached: frozenset[tuple[Part, str, str]], key: Any) -> _Verdict | None:
+        """What is known of a forward that was not watched; None where it reached what the watched one did not."""
+        others = reached - known.reached
+        if not others:
+            return known
+        model = self._model()
+        with _lock:
+            if model is not None:
+                _verdicts[model].pop(key, None)
+        names = ", ".join(sorted({name for _, name, _ in others})[:3])
+        self._note(f"a forward pass reached {names}, which the watched one did not: the next is watched again")
+        return None
+
+    def unreached(self) -> list[tuple[str, str]]:
+        """Name and reason of every part that the rules should have reached in the last forward and did not."""
+        verdict, model = self._verdict, self._model()
+        if verdict is None:
+            return []
+        for place in dict.fromkeys((one.kind, one.place, one.operator) for one in verdict.noted):
+            kind, line, operator = place
+            modules = dict.fromkeys(one.module for one in verdict.noted if (one.kind, one.place, one.operator) == place)
+            self._note(f"{kind} ({operator}, {line}): no rule is about it; in {_several(list(modules))}")
+        rules = self._rules
+        wanted: dict[Part, bool] = {
+            "attention": rules.modifies_attention,
+            "norm": rules.freeze_norm,
+            "gated_mlp": rules.modifies_gated_mlps,
+        }
+        for each in wanted:
+            if wanted[each]:
+                self._report.note_absent(each)
+        told = [name for name, _ in self._report.unsupported]
+        missing: dict[tuple[str, str], None] = {}
+        for one in verdict.found:
+            part = PART_OF.get(one.kind)
+            acts = wanted[part] if part is not None else one.kind == "dropout" or any(wanted.values())
+            if acts and not any(one.module == name or one.module.startswith(f"{name}.") for name in told):
+                missing[one.module or type(model).__name__, f"{one}, {_consequence(one)}"] = None
+        return list(missing)
+
+    def _note(self, words: str) -> None:
+        if words not in self._report.notes:
+            self._report.notes.append(words)
+
+    def _calls(self) -> dict[int, int]:
+        return {id(row): row.calls for row in self._report.applications}
+
+    def _reached_since(self, before: dict[int, int]) -> frozenset[tuple[Part, str, str]]:
+        return frozenset(
+            (row.part, row.module, row.recognised)
+            for row in self._report.applications
+            if row.calls != before.get(id(row), 0)
+        )
+
+
+def _consequence(finding: Finding) -> str:
+    if finding.kind == "dropout":
+        return "acts: call model.eval(), attributions are deterministic"
+    if finding.kind == "opaque operator":
+        return "which another library computes, so that no rule can be seen to act in it"
+    if finding.kind == "tensor written out of sight":
+        return "by code that calls no operator of torch, so that no rule can be seen to act in it"
+    return "which no rule has reached"
+
+
+def _several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _kind_of(model: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Everything that decides which code a forward runs, as far as it can be told without running it."""
+    config = getattr(model, "config", None)
+    return (
+        rules,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(),
+        _simple(config) if config is not None else (),
+        tuple(map(_sketch, inputs)),
+        tuple((name, _sketch(one)) for name, one in sorted(named.items())),
+        tuple(nn.modules.module._global_forward_hooks),
+        tuple(nn.modules.module._global_forward_pre_hooks),
+        tuple(_kind_of_module(module) for module in anatomy.of(model).modules.values()),
+    )
+
+
+def _kind_of_module(module: nn.Module) -> Any:
+    held = module.__dict__
+    parameter = next((one for one in held["_parameters"].values() if one is not None), None)
+    hooks = tuple(_hook(number, hook) for name in _HOOKS for number, hook in held[name].items())
+    return (
+        type(module),
+        _code(original_forward(module)),
+        hooks,
+        None if parameter is None else (parameter.dtype, parameter.requires_grad),
+        _simple(module),
+    )
+
+
+def _hook(number: int, hook: Any) -> Any:
+    """The package's own hooks by their code, since each session has its own; a user's by its handle."""
+    return _code(hook) if str(getattr(hook, "__module__", "")).startswith("gim.") else number
+
+
+def _code(function: Any) -> Any:
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", None) or id(function)
+
+
+def _simple(thing: Any) -> tuple[Any, ...]:
+    """The switches that an object holds."""
+    return tuple([(name, value) for name, value in vars(thing).items() if type(value) in _SIMPLE])
+
+
+def _sketch(argument: Any) -> Any:
+    """What of an argument may decide which code runs."""
+    if isinstance(argument, torch.Tensor):
+        return (argument.dtype, argument.dim(), argument.requires_grad, 1 in argument.shape)
+    return argument if argument is None or isinstance(argument, bool | str) else type(argument)

@@ -1,0 +1,525 @@
+"""Sessions: which rules a forward pass follows, on which thread and in which task.
+
+A model has a stack of open sessions. Each of its modules gets a gate in front of its ``forward``, which says that the
+module runs; the outermost turns the function mode on, for that call and on that thread only. A forward pass follows the
+innermost session that its own task or thread has opened, and none where it has opened none.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
+from gim.rules import Rules
+from gim_kernels.reference import scale_gradient
+
+#: The sessions that this task or thread has opened, the innermost last.
+_open: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
+
+
+_numbers = itertools.count(1)
+#: Attribute of a changed ``forward`` that holds the one before.
+_CHANGED = "_gim_before"
+
+
+class _Paused:
+    """Inside, the function mode of the session that runs is off: what is called is no code of the model's."""
+
+    def __enter__(self) -> None:
+        count = torch._C._len_torch_function_stack()
+        top = torch._C._get_function_stack_at(count - 1) if count else None
+        self._mode = torch._C._pop_torch_function_stack() if hasattr(top, "session") else None
+
+    def __exit__(self, *error: Any) -> None:
+        if self._mode is not None:
+            torch._C._push_on_torch_function_stack(self._mode)
+
+
+def paused() -> _Paused:
+    """A context in which the kernels are called: what they ask and compute is not looked at."""
+    return _Paused()
+
+
+class Frame:
+    """A module that runs inside a session."""
+
+    __slots__ = ("counted", "module", "name", "pattern", "session", "shows", "sources", "trace")
+
+    def __init__(self, session: Session, name: str, module: nn.Module) -> None:
+        self.session = session
+        self.name = name
+        self.module = module
+        #: What the mask argument of this module means, where the module itself must not see it.
+        self.pattern: Any = None
+        #: The config that says "sdpa" to this module.
+        self.shows: Any = None
+        #: Whether a gated product of this call is counted already: experts are products of one module.
+        self.counted = False
+        #: What activations were computed from, by place; kept only where a rule asks for it.
+        self.sources: dict[Any, torch.Tensor] = {}
+        #: What notes the functions that this call makes; None where nobody asks.
+        self.trace: Any = None
+
+
+class _Running(threading.local):
+    """The modules that run on this thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+
+running = _Running()
+
+
+class Session:
+    """Rules, report and what ran of one context over one model.
+
+    Args:
+        rules: what the backward does.
+        strict: whether a part that is not covered is an error.
+        stack: of the model.
+    """
+
+    def __init__(self, rules: Rules, strict: bool, stack: Stack) -> None:
+        self.rules = rules
+        self.strict = strict
+        self.stack = stack
+        self.report = AppliedReport(rules=rules.describe())
+        self.closed = False
+        #: Of those opened in this process, the how manieth it is.
+        self.number = 0
+        #: Whether forward passes are watched; those of an estimate, without numbers, are not.
+        self.proves = True
+        #: Whether the outermost module that runs began with gradients on.
+        self.recording = False
+        #: Says what of a forward pass no rule has reached.
+        self.proof: Any = None
+        #: How a module that runs without a graph inside a forward with one is looked at.
+        self.check_no_graph: Callable[[Frame], None] = lambda _: None
+        #: How often a rule was applied, second runs of checkpoints included.
+        self.fired = 0
+        #: What was applied last.
+        self.last: Application | None = None
+        self._rows: dict[tuple[Part, str, str], Application] = {}
+        self._waiting: dict[int, str] = {}
+        #: Gates of activations that the kernels have, by the ids of their outputs.
+        self.activated: dict[int, Any] = {}
+
+    def open(self) -> None:
+        """Be the innermost session of this task or thread."""
+        self.number = next(_numbers)
+        self.stack.sessions.append(self)
+        _open.set((*_open.get(), self))
+
+    def close(self) -> None:
+        """Be no session any more; from now on nothing follows it."""
+        self.closed = True
+        _open.set(tuple(one for one in _open.get() if one is not self))
+        self.stack.forget(self)
+
+    def is_followed_here(self) -> bool:
+        """Whether a forward pass of the model, here and now, follows this session."""
+        frames = running.frames
+        if frames:
+            return any(frame.session is self for frame in frames)
+        return self.stack.innermost() is self
+
+    def fire(self, part: Part, rule: str, how: str, engine: str) -> None:
+        """Count one application of a rule in the module that runs.
+
+        A checkpoint runs its modules a second time inside the backward; that is the same application, not another.
+        """
+        self.fired += 1
+        frame = running.frames[-1]
+        row = self._rows.get((part, frame.name, how))
+        if row is None:
+            row = Application(part, frame.name, type(frame.module).__name__, rule, how)
+            self._rows[part, frame.name, how] = row
+            self.report.applications.append(row)
+            self.report.found(part)
+        self.last = row
+        if torch._C._current_graph_task_id() == -1:
+            row.calls += 1
+            row.engine = engine
+
+    def expect_values(self, weights: int) -> None:
+        """Remember that attention weights, known by their number, are yet to meet their values."""
+        frame = running.frames[-1]
+        self._waiting[weights] = frame.name or type(frame.module).__name__
+
+    def with_values(
+        self, run: Callable[[Any, Any], Any], first: torch.Tensor, second: torch.Tensor, one: int, two: int
+    ) -> Any:
+        """``run(first, second)`` with the factor of the gradient of the values, which one of the two is.
+
+        Args:
+            run: a product.
+            first, second: attention weights and values, in either order.
+            one, two: the number of the weights where the factor is them, else 0.
+        """
+        self._waiting.pop(one or two, None)
+        scale = self.rules.v_scale
+        return run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
+
+    def without_values(self) -> list[tuple[str, str]]:
+        """Name and reason of attention whose weights met no values, since this was last asked."""
+        waiting, self._waiting = self._waiting, {}
+        if self.rules.v_scale == 1.0:
+            return []
+        reason = "brings its attention weights to its values in a way that gim does not know, so v_scale is not applied"
+        return [(name, reason) for name in dict.fromkeys(waiting.values())]
+
+    def rename(self, row: Application, how: str) -> None:
+        """Say in other words how a part was recognised."""
+        self._rows[row.part, row.module, how] = self._rows.pop((row.part, row.module, row.recognised))
+        row.recognised = how
+
+    def refuse(self, reason: str, because: Exception | None = None, kind: type[Exception] | None = None) -> None:
+        """Raise where the session is strict, naming the module that runs; else report.
+
+        Raises:
+            UnsupportedModelError: the session is strict.
+        """
+        frame = running.frames[-1]
+        name = frame.name or type(frame.module).__name__
+        if self.strict:
+            raise (kind or UnsupportedModelError)(f"{name}: {reason}") from because
+        if (name, reason) not in self.report.unsupported:
+            self.report.unsupported.append((name, reason))
+
+    def add_unsupported(self, missing: list[tuple[str, str]]) -> None:
+        """Raise where the session is strict and something is missing, naming all of it; else report.
+
+        Raises:
+            UnsupportedModelError: the session is strict.
+        """
+        if missing and self.strict:
+            shown = "\n".join(f"  {name}: {reason}" for name, reason in missing[:8])
+            more = f"\n  and {len(missing) - 8} more" if len(missing) > 8 else ""
+            model = self.stack.model()
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not fully covered by the rules that were asked for:\n{shown}{more}\n"
+                "Switch off the rule, or pass strict=False to have this reported instead."
+            )
+        known = self.report.unsupported
+        known.extend(pair for pair in missing if pair not in known)
+
+    def note(self, what: str) -> None:
+        """Write something of the module that runs into the report's notes, once for all modules of its class."""
+        text = f"{type(running.frames[-1].module).__name__} {what}"
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+
+    def inside(self, name: str, module: nn.Module, call: Callable[[Frame], Any]) -> Any:
+        """What ``call`` gives while the session's rules are in force on this thread and ``module`` is what runs.
+
+        However it ends, an interrupt at any instruction included, the thread is as it was.
+        """
+        from gim.intercept.mode import Mode
+
+        frames, token = running.frames, object()
+        depth, modes = len(frames), torch._C._len_torch_function_stack()
+        recording = self.recording
+
+        def restore() -> None:
+            del frames[depth:]
+            while torch._C._len_torch_function_stack() > modes:
+                torch._C._pop_torch_function_stack()
+            self.stack.leave(token)
+            self.recording = recording
+
+        try:
+            try:
+                self.recording = torch.is_grad_enabled()
+                self.stack.enter(token)
+                torch._C._push_on_torch_function_stack(Mode(self))
+                frame = Frame(self, name, module)
+                frames.append(frame)
+                return call(frame)
+            finally:
+                restore()
+        finally:
+            restore()  # where an interrupt came during the first
+
+
+class Gate:
+    """Stands before the ``forward`` of one module and says that it runs.
+
+    It is an attribute of the instance. A copy or a pickle of the module gets the module's own ``forward`` in its place.
+    """
+
+    def __init__(self, module: nn.Module, name: str, stack: Stack) -> None:
+        self.name = name
+        self.stack = stack
+        self.module = module
+        self.own = module.__dict__.get("forward")
+        #: The module's own, whatever gates of other stacks stand before it.
+        self.inner: Callable[..., Any] = original_forward(module)
+        self.prepare = stack.prepare(name, module)
+        #: Whether the module holds no other, and may be a norm by itself.
+        self.leaf = not module._modules
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.inner
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        frames = running.frames
+        if type(self.own) is Gate:
+            gate, session = self._followed()
+        else:
+            gate, session = self, frames[-1].session if frames else None
+            if session is None or session.stack is not self.stack:
+                session = self.session()
+        if session is None:
+            return self.inner(*inputs, **named)
+        if not any(one.session is session for one in reversed(frames)):
+            return gate.stack.run(session, gate, inputs, named)
+        return gate.within(session, inputs, named)
+
+    def session(self) -> Session | None:
+        """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""
+        ran = next((one.session for one in reversed(running.frames) if one.session.stack is self.stack), None)
+        return self.stack.innermost() if ran is None else ran
+
+    def _followed(self) -> tuple[Gate, Session | None]:
+        """Of the gates before one module, that of the session which was opened last, and the session."""
+        best: tuple[Gate, Session | None] = (self, None)
+        gate: Any = self
+        while isinstance(gate, Gate):
+            session = gate.session()
+            if session is not None and (best[1] is None or session.number > best[1].number):
+                best = gate, session
+            gate = gate.own
+        return best
+
+    def within(self, session: Session, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the module in a forward pass that follows a session."""
+        frame = Frame(session, self.name, self.module)
+        if session.recording and not torch.is_grad_enabled():
+            session.check_no_graph(frame)
+        return self.enter(frame, inputs, named)
+
+    def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the module as the innermost of those that run on this thread."""
+        if self.prepare is not None:
+            return self.prepare(frame, self.inner, inputs, named)
+        if self.leaf and len(inputs) == 1 and not named:
+            return self.stack.leaf(self, frame, inputs[0])
+        running.frames.append(frame)
+        try:
+            return self.inner(*inputs, **named)
+        finally:
+            running.frames.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        copied = memo.get(id(self.module))
+        return self.inner if copied is None else types.MethodType(type(self.module).forward, copied)
+
+    def __reduce__(self) -> Any:
+        if self.own is not None:
+            return _itself, (self.own,)
+        return getattr, (self.module, "forward")
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+class Stack:
+    """The open sessions of one model, and the gates of its modules while there are any.
+
+    ``enter`` and ``leave`` are called around a forward pass, with what tells it from others; ``leave`` may be called
+    again. ``prepare`` makes what a module's call needs besides, and ``configs`` are those that then say ``"gim"``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.sessions: list[Session] = []
+        self.modules: Mapping[str, nn.Module] = {}
+        self.configs: dict[int, Any] = {}
+        self.enter: Callable[[object], None] = lambda _: None
+        self.leave: Callable[[object], None] = lambda _: None
+        #: One plan at a time changes the model's instances.
+        self.exclusive = threading.RLock()
+        self.prepare: Callable[[str, nn.Module], Any] = lambda *_: None
+        #: Called with the session, the outermost gate and the arguments of its call, and what calls it.
+        self.run: Callable[..., Any]
+        #: Called with the gate of a module that holds no other, its frame and its one argument, and what calls it.
+        self.leaf: Callable[[Gate, Frame, Any], Any]
+        self._gated: list[weakref.ref[nn.Module]] = []
+        self._lock = threading.RLock()
+
+    def innermost(self) -> Session | None:
+        """The session that a forward pass here and now follows."""
+        return next((one for one in reversed(_open.get()) if one.stack is self and not one.closed), None)
+
+    def install(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put a gate before every module of the model, by name, that has none of this stack."""
+        self.modules = modules
+        with self._lock:
+            for name, module in modules.items():
+                if isinstance(module, torch.jit.ScriptModule) or self._gate(module) is not None:
+                    continue
+                self._gated.append(weakref.ref(module))
+                module.__dict__["forward"] = Gate(module, name, self)
+
+    def forget(self, session: Session | None = None) -> None:
+        """Leave out a session, and take the gates away with the last."""
+        with self._lock:
+            self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
+            interrupted: BaseException | None = None
+            if not self.sessions:
+                self.modules = {}
+            while not self.sessions and self._gated:
+                try:
+                    self._remove()
+                except KeyboardInterrupt as error:  # the model is put back first
+                    interrupted = error
+            if interrupted is not None:
+                try:
+                    raise interrupted
+                finally:
+                    del interrupted
+
+    def _gate(self, module: nn.Module) -> Gate | None:
+        found = module.__dict__.get("forward")
+        while isinstance(found, Gate):
+            if found.stack is self:
+                return found
+            found = found.own
+        return None
+
+    def _remove(self) -> None:
+        while self._gated:
+            module = self._gated[-1]()
+            gate = None if module is None else self._gate(module)
+            if module is not None and gate is not None:
+                top = module.__dict__["forward"]
+                if top is gate:
+                    if gate.own is None:
+                        del module.__dict__["forward"]
+                    else:
+                        module.__dict__["forward"] = gate.own
+                else:
+                    while top.own is not gate:
+                        top = top.own
+                    top.own = gate.own
+            self._gated.pop()
+
+
+_stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
+_stacks_lock = threading.Lock()
+
+
+def stack_of(model: nn.Module) -> Stack:
+    """The stack of a model."""
+    with _stacks_lock:
+        found = _stacks.get(model)
+        if found is None:
+            found = _stacks[model] = Stack(model)
+        return found
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that a forward pass of a model would follow here and now."""
+    with _stacks_lock:
+        found = _stacks.get(model)
+    return None if found is None else found.innermost()
+
+
+def session_here() -> Session | None:
+    """The session whose rules are in force for what runs on this thread."""
+    frames = running.frames
+    return frames[-1].session if frames else None
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's own ``forward``, without what stands before it."""
+    forward: Any = module.forward
+    while True:
+        if isinstance(forward, Gate):
+            forward = forward.inner
+        elif _CHANGED in getattr(forward, "__dict__", ()):
+            forward = forward.__dict__[_CHANGED]
+        else:
+            return forward
+
+
+class Changes:
+    """Changes of instances, each put back exactly as it was on closing, or once nobody holds this any more.
+
+    Args:
+        session: what the changed forwards are for: a forward pass that follows another, on another thread, sees none
+            of them.
+    """
+
+    def __init__(self, session: Session | None = None) -> None:
+        self._session = session
+        self._undo: list[Callable[[], Any]] = []
+        weakref.finalize(self, _undo_all, self._undo)
+
+    def callback(self, undo: Callable[[], Any]) -> None:
+        """Call something on closing; it may be called twice."""
+        self._undo.append(undo)
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""
+        before = module.__dict__.get(name, _MISSING)
+        self.callback(lambda: _put_back(module, name, before))
+        module.__dict__[name] = value
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give one instance another ``forward``."""
+        inner, session = module.forward, self._session
+
+        @functools.wraps(inner)
+        def changed(*inputs: Any, **named: Any) -> Any:
+            ours = session is None or session.is_followed_here()
+            return (forward if ours else inner)(*inputs, **named)
+
+        changed.__dict__[_CHANGED] = inner
+        self.set_attribute(module, "forward", changed)
+
+    def close(self) -> None:
+        """Undo every change, the last first."""
+        _undo_all(self._undo)
+
+
+def _undo_all(undo: list[Callable[[], Any]]) -> None:
+    interrupted: KeyboardInterrupt | None = None
+    while undo:
+        try:
+            while undo:
+                undo[-1]()
+                undo.pop()
+        except KeyboardInterrupt as error:  # the model is put back first
+            interrupted = error
+    if interrupted is not None:
+        try:
+            raise interrupted
+        finally:
+            del interrupted  # or it and this frame would keep each other, and all that the frames before hold
+
+
+_MISSING = object()
+
+
+def _put_back(module: nn.Module, name: str, before: Any) -> None:
+    if before is _MISSING:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = before

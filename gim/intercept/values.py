@@ -1,0 +1,108 @@
+"""What the watch keeps of a value: what it was computed from, and how; no number and no tensor."""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from gim.applied import Part
+
+Tensors = list[torch.Tensor]
+_numbers = itertools.count(1)
+
+
+class Value:
+    """What is known of one value."""
+
+    __slots__ = (
+        "act", "blank", "dep", "depth", "id", "mixed", "parts", "random", "reached", "scores", "soft", "source", "stat",
+        "top", "written",
+    )  # fmt: skip
+
+    def __init__(self, dep: bool = False, source: int | None = None, act: bool = False, **more: Any) -> None:
+        self.id = next(_numbers)
+        self.dep = dep  # a gradient of the input flows through it
+        self.source = self.id if source is None else source  # the value of which it is a function, number by number
+        self.act = act  # something nonlinear happened, number by number, since the last linear map
+        self.top = ""  # the operator it came from
+        self.stat: tuple[int, int, str] | None = None  # (value, its source, how) where it is a reduction
+        self.parts: Any = None  # what was joined to it; of exp(scores) @ values, the source of the exp
+        self.scores = False  # from a product of two values that depend on the input
+        self.depth = 0  # how often tokens were mixed since the input, on the longest way
+        self.mixed = False  # tokens were mixed by attention since the last linear map
+        self.soft = False  # past a softmax or a division into shares
+        self.random = self.blank = self.written = False
+        self.reached: Part | None = None  # a rule gave it back
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def like(self, **changes: Any) -> Value:
+        """The same with a number of its own, and what is changed; attribute by attribute, for speed."""
+        new = object.__new__(Value)
+        new.id, new.written = next(_numbers), False
+        new.dep, new.source, new.act, new.top = self.dep, self.source, self.act, self.top
+        new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
+        new.depth, new.soft, new.random = self.depth, self.soft, self.random
+        new.blank, new.reached = self.blank, self.reached
+        for name, value in changes.items():
+            setattr(new, name, value)
+        return new
+
+
+CONSTANT = Value()
+BLANK = Value(blank=True)
+FROM_PYTHON = Value(top="lift_fresh")  # numbers of Python's or of another library's
+
+MADE = {"blank": BLANK, "fresh": CONSTANT, "from python": FROM_PYTHON}
+#: Operators that read no number of their arguments.
+UNREAD = {"same", "piece", *MADE}
+
+
+def flatten(tree: Any, into: Tensors) -> None:
+    """The tensors among arguments or results."""
+    if isinstance(tree, torch.Tensor):
+        into.append(tree)
+    elif isinstance(tree, list | tuple):
+        for one in tree:
+            flatten(one, into)
+
+
+def collect(thing: Any, into: Tensors, seen: set[int], depth: int) -> None:
+    """The tensors that something holds: in lists, dicts and objects, but in no module."""
+    if isinstance(thing, str | int | float | type | nn.Module) or thing is None or id(thing) in seen:
+        return
+    if isinstance(thing, torch.Tensor):
+        into.append(thing)
+    if depth and not callable(thing) and type(thing).__module__ != "torch":
+        seen.add(id(thing))
+        inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else None
+        for one in list(getattr(thing, "__dict__", {}).values() if inner is None else inner):
+            collect(one, into, seen, depth - 1)
+
+
+def inside(tensor: Any) -> Tensors:
+    """The tensors that a tensor is a wrapper of, as a distributed or a quantised one is."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
+        return []
+    held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [one for one in held if isinstance(one, torch.Tensor)]
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def spans(tensor: torch.Tensor) -> int:
+    """How many different places a tensor has: an axis that only repeats counts as one."""
+    return prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+
+
+def join(values: list[Value], act: bool = False, parts: list[Value] | None = None) -> Value:
+    """Of several values together: a function of each and of no one alone."""
+    flags = {name: any(getattr(v, name) for v in values) for name in ("dep", "scores", "mixed", "random")}
+    return Value(act=act or any(v.act for v in values), parts=parts, **flags)

@@ -1,0 +1,489 @@
+"""Finds, by the flow of data through one forward pass, where a rule of GIM should act and none did.
+
+The watch sees the operators of a forward below autograd. For each value it keeps a few words, by the storage it lies in
+and its place there: what it was computed from, and how. It reads no number, changes no tensor and keeps none alive, so
+it costs a few microseconds an operator, and no memory that grows with the tokens. It shares no code with what applies
+rules, and learns from it one thing only: :mod:`gim.intercept.sites`. Operators of ``gim_kernels`` count as reached.
+
+Found are a softmax over keys, a norm (a statistic over features that scales what it was computed from), a gated product
+(two factors that elementwise functions and linear maps lead to from one source, one of them past a nonlinearity), a
+dropout that acts, an operator whose inside cannot be seen, and a tensor that no operator under the watch wrote. Noted
+are products with an activation that no rule is about, and what a user's hook computes, which is left alone. Linear maps
+over quantised weights are linear maps.
+
+What the flow of data cannot tell: a product without a nonlinearity; ``exp`` of a sum of logarithms; ``x / mean(x)``,
+which is taken for shares; what another library's operator computes, which is found as one that cannot be seen into.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gim.applied import Part
+from gim.intercept.hooks import hooked
+from gim.intercept.operators import AFFINE, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe
+from gim.intercept.sites import SITES, Sites
+from gim.intercept.values import (
+    CONSTANT,
+    MADE,
+    UNREAD,
+    Tensors,
+    Value,
+    collect,
+    flatten,
+    inside,
+    is_real,
+    join,
+    spans,
+)
+
+#: The rule that a kind of finding should have been reached by; the others concern every rule.
+PART_OF: dict[str, Part] = {"softmax over keys": "attention", "norm": "norm", "gated product": "gated_mlp"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place where something was found, in one call.
+
+    Args:
+        kind: what it is: a key of :data:`PART_OF`, "dropout", "opaque operator", "tensor written out of sight", or what
+            is only noted.
+        module: qualified name of the module whose code ran.
+        place: ``file.py:123`` of that code.
+        operator: what was called there.
+    """
+
+    kind: str
+    module: str
+    place: str
+    operator: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.operator}, {self.place})"
+
+
+_APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
+
+
+def _in_function() -> bool:
+    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
+
+
+_Key = tuple[Any, torch.Size, tuple[int, ...]]
+
+
+class Watch(TorchDispatchMode):
+    """Inside, the operators of this thread are watched.
+
+    Args:
+        modules: of the model whose code runs, by name, itself first under the empty name; its parameters, buffers and
+            what else it holds are constants.
+        sites: what rules have reached.
+        given: the arguments of its forward, whose tensors are inputs; None where they are not known, and every tensor
+            that comes from outside is one.
+
+    Attributes:
+        found: what no rule reached, one for each call.
+        noted: products with an activation that no rule is about.
+        operators: how many operators ran.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], sites: Sites = SITES, given: Iterable[Any] | None = None
+    ) -> None:
+        super().__init__()
+        self._names = {id(module): name or type(module).__name__ for name, module in modules.items()}
+        self._sites = sites
+        self._found, self._noted = list[Finding](), list[Finding]()
+        self.operators = 0
+        self._known: dict[Any, tuple[str, str]] = {}
+        self._pieces: dict[Any, Value] = {}
+        # A storage is known by its address, which a weak reference keeps from being used twice.
+        self._storages: dict[int, dict[_Key, Value] | None] = {}  # None: all of it is constant
+        self._references: list[Any] = []
+        self._unstored: dict[int, tuple[weakref.ref[torch.Tensor], dict[_Key, Value]]] = {}
+        self._asks = given is not None
+        model = modules[""]
+        held: Tensors = [*model.parameters(), *model.buffers()]
+        seen: set[int] = set()
+        for module in modules.values():
+            collect({k: v for k, v in vars(module).items() if k[:1] != "_"}, held, seen, 4)
+        for tensor in held:
+            collect(vars(tensor), held, seen, 3)  # what a quantised weight keeps beside itself
+        self._held = [weakref.ref(tensor) for tensor in held]
+        inputs: Tensors = []
+        collect(list(given or ()), inputs, set(), 6)
+        self._inputs = [weakref.ref(tensor) for tensor in inputs]
+        self._flag: Any = None
+        self._flows = True
+
+    @property
+    def found(self) -> tuple[Finding, ...]:
+        return tuple(self._found)
+
+    @property
+    def noted(self) -> tuple[Finding, ...]:
+        return tuple(self._noted)
+
+    def __enter__(self) -> Watch:
+        from torch.nn.attention import flex_attention
+
+        # flex_attention compiles itself, which no dispatch mode survives, unless this flag is set.
+        self._flag = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+        leaf = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            node = leaf.view(()).grad_fn
+        self._began = node._sequence_nr() if node is not None else 0
+        self._live = torch.is_grad_enabled()
+        for reference in self._held:
+            tensor = reference()
+            if tensor is not None:
+                self._at(tensor)
+                self._storages[self._address(tensor)] = None
+        for reference in self._inputs:
+            tensor = reference()
+            if tensor is not None and self._at(tensor) is not None:
+                self._put(tensor, Value(dep=True), False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        from torch.nn.attention import flex_attention
+
+        super().__exit__(*exception)
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = self._flag
+        for reference in self._references:
+            torch.UntypedStorage._free_weak_ref(reference)
+        for kept in (self._references, self._storages, self._unstored, self._pieces, self._known):
+            kept.clear()
+
+    # Where values lie.
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        try:
+            return tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return -id(tensor)  # a tensor without a storage is known by itself
+
+    def _at(self, tensor: torch.Tensor) -> dict[_Key, Value] | None:
+        """What is known of each place of a tensor's storage; None where all of it is constant."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return self._without_storage(tensor)
+        address = storage._cdata
+        try:
+            return self._storages[address]
+        except KeyError:
+            self._references.append(storage._weak_ref())
+            places = self._storages[address] = {}
+            return places
+
+    def _without_storage(self, tensor: torch.Tensor) -> dict[_Key, Value] | None:
+        number = -id(tensor)
+        if number in self._storages:
+            return None
+        entry = self._unstored.get(number)
+        if entry is None or entry[0]() is not tensor:
+            entry = self._unstored[number] = (weakref.ref(tensor), {})
+        return entry[1]
+
+    def _of(self, tensor: torch.Tensor) -> Value:
+        """What is known of a tensor."""
+        places = self._at(tensor)
+        if places is None:
+            return CONSTANT
+        value = places.get((tensor.storage_offset(), tensor.shape, tensor.stride()))
+        if value is None or (value.top == "lift_fresh" and tensor.grad_fn is not None):
+            # Written piece by piece, or seen through a window made elsewhere; or never seen.
+            value = join(list(places.values())) if places and value is None else self._outside(tensor)
+            places[(tensor.storage_offset(), tensor.shape, tensor.stride())] = value
+        marks = self._sites.marks
+        if marks and value.dep:
+            mark = marks.get(id(tensor))
+            if mark is not None and mark[0]() is tensor:
+                return self._cached((value.id, mark[1]), value, reached=mark[1])
+        return value
+
+    def _cached(self, key: Any, value: Value, **changes: Any) -> Value:
+        if key not in self._pieces:
+            self._pieces[key] = value.like(**changes)
+        return self._pieces[key]
+
+    def _outside(self, tensor: torch.Tensor) -> Value:
+        """A tensor that no operator wrote: an input, a constant, or the work of code that cannot be watched."""
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            return CONSTANT
+        wrapped = [self._of(one) for one in inside(tensor)]
+        if wrapped:
+            return wrapped[0] if len(wrapped) == 1 else join(wrapped)
+        if is_real(tensor):
+            node: Any = tensor.grad_fn
+            if node is not None and node._sequence_nr() >= self._began:
+                self._report("tensor written out of sight", node.name())
+            elif self._asks and self._live and not tensor.requires_grad:
+                return CONSTANT  # no gradient flows through it
+        return Value(dep=True)
+
+    def _put(self, tensor: torch.Tensor, value: Value, written: bool) -> None:
+        """Say what a tensor holds now; ``written`` where an operator wrote into one that was there."""
+        places = self._at(tensor)
+        if places is None:
+            if not value.dep:
+                return
+            self._storages[self._address(tensor)] = places = {}  # what held a constant holds one no more
+        if written:
+            value, whole = value.like(written=True), tensor.nbytes >= tensor.untyped_storage().nbytes()
+            for key in [key for key, old in places.items() if whole or not old.written]:
+                del places[key]  # what was known of the storage before
+        places[(tensor.storage_offset(), tensor.shape, tensor.stride())] = value
+        for one in inside(tensor):
+            self._put(one, value, False)
+
+    # What operators do.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            kind, name = self._known[func]
+        except KeyError:
+            kind, name = self._known[func] = describe(func)
+        if kind == "composite":
+            TorchDispatchMode.__enter__(self)
+            try:
+                return func.decompose(*args, **(kwargs or {}))
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
+        tensors: Tensors = []
+        for one in args:
+            if isinstance(one, torch.Tensor):
+                tensors.append(one)
+            elif isinstance(one, list | tuple):
+                flatten(one, tensors)
+        if kwargs:
+            flatten(list(kwargs.values()), tensors)
+        values = [self._of(x) for x in tensors]  # before the operator overwrites any
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        self.operators += 1
+        if isinstance(out, torch.Tensor):
+            outs = [out]
+        else:
+            outs = []
+            flatten(out, outs)
+        if kind == "same" and len(tensors) == 1 and len(outs) == 1:
+            first = values[0]
+            if first is not CONSTANT or self._at(outs[0]) is not None:
+                floats = first.dep and is_real(tensors[0]) != is_real(outs[0])
+                # A number made a condition or an index has no gradient, but it knows its origin.
+                value = Value(source=first.source) if floats else first
+                self._put(outs[0], value, outs[0] is tensors[0])
+            return out
+        if any(v.blank for v in values) and kind not in UNREAD:
+            self._blank(name, tensors, values, outs, kwargs)
+        # Where no gradient flows through an operator, no rule is missing.
+        self._flows = not (self._live and torch.is_grad_enabled()) or any(x.requires_grad for x in tensors)
+        value = self._value(kind, name, args, tensors, values, outs)
+        if value.dep and not any(value is one for one in values):
+            mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
+            value.depth = max((one.depth for one in values), default=0) + mixes
+        floats = value.dep and any(map(is_real, tensors))
+        for index, one in enumerate(outs):
+            mine = self._piece(value, (name, "output", index)) if value.dep and len(outs) > 1 else value
+            # An index or a condition has no gradient, but it knows its origin.
+            mine = Value(source=value.source) if floats and not is_real(one) else mine
+            self._put(one, mine, any(one is x for x in tensors))
+        return out
+
+    def _blank(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors, named: Any) -> None:
+        """Memory is read that no operator under the watch has filled."""
+        if named and named.get("beta", 1) == 0:
+            return  # addmm and its like leave their first argument unread
+        for tensor, value in zip(tensors, values, strict=True):
+            if value.blank and is_real(tensor) and tensor.numel() and not any(one is tensor for one in outs):
+                self._report("tensor written out of sight", name)
+
+    def _piece(self, value: Value, how: Any) -> Value:
+        """A piece of a value; a piece of f(x) is f of the same piece of x."""
+        if (value.id, how) not in self._pieces:
+            new = self._pieces[(value.id, how)] = value.like()
+            own = value.source == value.id
+            new.source = new.id if own else self._pieces.setdefault((value.source, how), Value(dep=True)).id
+        return self._pieces[(value.id, how)]
+
+    def _value(self, kind: str, name: str, args: Any, tensors: Tensors, values: list[Value], outs: Tensors) -> Value:
+        """What an operator's result is."""
+        real = [v for x, v in zip(tensors, values, strict=True) if is_real(x)]
+        deps = [v for v in real if v.dep]
+        if not deps:
+            return self._without_gradient(kind, name, values, outs)
+        first = deps[0]
+        if kind in MADE:
+            return MADE[kind]
+        if kind == "copy":
+            return values[1]
+        if kind == "same":
+            return first
+        if kind == "piece":
+            where = [v.id for v in values if v is not first] + [a for a in args if a is None or isinstance(a, int)]
+            return self._piece(first, (name, *where))
+        if kind == "own":
+            return Value(dep=True, mixed=name == "attention" or (first.mixed and "norm" in name))
+        if kind == "linear":
+            return self._linear(name, list(zip(tensors, values, strict=True)), outs[0])
+        if kind == "join":
+            return join(real, parts=real)
+        if kind == "softmax":
+            if first.scores:
+                self._report("softmax over keys", name, first)
+            return first.like(soft=True, act=True, top=name)
+        if kind in ("softmax over keys", "opaque operator", "norm", "gated product"):
+            if "batch_norm" not in name or True in args[5:6]:  # outside training its statistics are constants
+                self._report(kind, name, first)
+            return Value(dep=True, mixed=kind == "softmax over keys" or first.mixed, act=kind == "opaque operator")
+        if (name == "native_dropout" and args[1] > 0 and args[2] is not False) or any(v.random for v in values):
+            self._report("dropout", name)
+            return first
+        if kind == "reduction":
+            return self._reduced(name, first, outs[0])
+        if kind == "product":
+            result = self._product(name, list(zip(tensors, values, strict=True))[-2:], outs[0])
+            return join([values[0], result]) if len(tensors) == 3 and values[0].dep else result
+        return self._pointwise(name, values, deps)
+
+    def _without_gradient(self, kind: str, name: str, values: list[Value], outs: Tensors) -> Value:
+        if kind in MADE:
+            return MADE[kind]
+        if kind == "opaque operator" and any(map(is_real, outs)) and any(v.dep for v in values):
+            self._report(kind, name)
+        if kind in ("same", "piece") and values and values[0].blank:
+            return values[0]
+        if kind == "random" or any(v.random for v in values):
+            return Value(random=True)
+        if not any(v.dep for v in values) or (any(map(is_real, outs)) and name not in LOOKUP):
+            return CONSTANT
+        return Value(dep=True)  # rows of a table, by the ids that came in; or such ids, rearranged
+
+    def _linear(self, name: str, given: list[tuple[torch.Tensor, Value]], out: torch.Tensor) -> Value:
+        pair = given[name in ("addmm", "baddbmm", "addmv") :][:2]
+        if len(pair) < 2 or not (pair[0][1].dep and pair[1][1].dep):
+            return Value(dep=True)
+        (x, a), (y, b) = pair
+        if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
+            return self._product(name, pair, out)  # number by number, as einsum writes it
+        stat = (0, a.source, "power") if a.source == b.source else None
+        new = Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat)
+        weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
+        if weights and weights.top == "exp":
+            new.parts = weights.source  # to be divided by their sum
+        elif weights and weights.top != "share":
+            self._report("attention that is no softmax", weights.top, to=self._noted)
+        return new
+
+    def _reduced(self, name: str, value: Value, out: torch.Tensor) -> Value:
+        if name == "prod" and isinstance(value.parts, list):
+            return self._product(name, [(out, part) for part in value.parts[:2]], out)
+        scores = (value.top in ("mul", "bmm") and name == "sum") or value.scores
+        how = "power" if name in POWERS else "extreme" if name in EXTREMES else "sum"
+        how = "sum of exp" if name == "sum" and value.top == "exp" else how
+        stat = (value.id, value.source, how)
+        return Value(
+            dep=True, scores=scores, mixed=value.mixed, stat=stat, act=value.act, top=name, reached=value.reached
+        )
+
+    def _product(self, name: str, pair: list[tuple[Any, Value]], out: Any) -> Value:
+        """A product or quotient of two values, number by number: where gates, norms and written-out softmaxes are."""
+        (x, a), (y, b) = pair if len(pair) == 2 else (pair[0], (out, CONSTANT))
+        if not (a.dep and b.dep):
+            one = a if a.dep else b
+            condition = a.source == b.source and len(pair) == 2  # as in x * (x > 0)
+            return one.like(top=name, act=one.act or condition or (name in QUOTIENTS and b.dep))
+        # Of two factors one of which has no gradient, that one was detached, and is a constant.
+        flows = x.requires_grad == y.requires_grad or not torch.is_grad_enabled()
+        if name in QUOTIENTS:
+            b = b.like(act=True)
+        elif a.stat and not b.stat:
+            x, a, y, b = y, b, x, a
+        if b.stat and spans(y) < spans(out):
+            scaled = self._scaled(name, a, b, flows)
+            if scaled is not None:
+                return scaled
+        if a.source == b.source:  # an activation, written out
+            return a.like(act=True, top=name, stat=a.stat if b.stat else None)
+        if (a.act or b.act) and flows:
+            if a.soft or b.soft or min(spans(x), spans(y)) < spans(out):
+                self._report("one factor for a row", name, to=self._noted)
+            elif a.mixed or b.mixed:
+                self._report("gate of a mixer's output", name, to=self._noted)
+            elif a.depth != b.depth:  # their common source lies before an attention
+                self._report("gate across attention", name, to=self._noted)
+            else:
+                self._report("gated product", name, a, b)
+        return Value(dep=True, mixed=a.mixed or b.mixed, top=name)
+
+    def _scaled(self, name: str, a: Value, b: Value, flows: bool) -> Value | None:
+        """A value ``a`` times or over a statistic ``b``: a softmax, shares, a norm; None where it is none of them."""
+        assert b.stat is not None
+        reduced, source, how = b.stat
+        if how == "sum of exp" and a.parts == source and flows:
+            self._report("softmax over keys", f"exp, product, sum, {name}", a, b)
+            return Value(dep=True, mixed=True)
+        if how[:3] == "sum" and (reduced == a.id or (a.top == "exp" and source == a.source and not a.stat)):
+            if a.top == "exp" and a.scores and flows:
+                self._report("softmax over keys", f"exp, sum, {name}", a, b)
+            return a.like(soft=a.top == "exp" or a.soft, act=True, top="share")
+        if source != a.source:
+            return None
+        if flows and how == "extreme":
+            self._report("division by an extreme", name, to=self._noted)  # as before rounding to integers
+        elif flows:
+            self._report("norm", f"statistic, {name}", a, b)
+        return Value(dep=True, mixed=a.mixed)
+
+    def _pointwise(self, name: str, values: list[Value], deps: list[Value]) -> Value:
+        first = next((v for v in deps if not v.stat), deps[0])
+        # A value and a statistic of it, as in x - mean(x), are a function of that value.
+        if any(v.source != first.source and not (v.stat and v.stat[1] == first.source) for v in deps):
+            return join(deps, act=name not in AFFINE)
+        if name == "sub" and first.scores and any(v.top == "logsumexp" for v in deps):
+            self._report("softmax over keys", "logsumexp, sub", first)
+        chosen = name in ("where", "masked_fill") and any(v.source == first.source and not v.dep for v in values)
+        linear = name in AFFINE and not chosen
+        act = any(v.act for v in deps if v.source == first.source) or not linear
+        stat = first.stat if all(v.stat for v in deps) else None
+        return first.like(act=act, top=first.top if linear else name, stat=stat)
+
+    def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
+        """Enter a finding that no rule has reached, with the module whose code is running, from Python's own stack."""
+        part = PART_OF.get(kind)
+        if part is not None and not self._flows:
+            return
+        if part is not None and (self._sites.acts(part) or any(value.reached == part for value in values)):
+            return
+        if part is not None and self._live and not torch.is_grad_enabled() and not _in_function():
+            return  # its result has no gradient
+        if (part is not None or kind == "opaque operator") and to is None and hooked():
+            kind, to = f"{kind} in a hook", self._noted
+        place, module, frame = "", "", sys._getframe(1)
+        while frame is not None and not (place and module):
+            home = frame.f_globals.get("__name__", "").split(".")
+            if not place and home[0] != "torch" and home[:2] != ["gim", "intercept"]:
+                place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+            module = module or self._names.get(id(frame.f_locals.get("self")), "")
+            frame = frame.f_back  # type: ignore[assignment]
+        (self._found if to is None else to).append(Finding(kind, module, place, operator))

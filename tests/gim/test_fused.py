@@ -1,0 +1,213 @@
+"""Norms that are written out run by the kernels once they have been seen; nothing else does, and nothing changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+import gim
+from gim.intercept import fused
+from tests.families import ids
+from tests.families import make as family
+from tests.oracle import relative_error
+
+WIDTH = 48
+
+
+class Written(nn.Module):
+    """A layer norm by its equation, in a file of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        centred = wide - wide.mean(dim=-1, keepdim=True)
+        wide = centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + 1e-4)
+        return (self.scale * wide + self.shift).to(x.dtype)
+
+
+class AnotherEpsilon(LlamaRMSNorm):
+    """An RMS norm that uses another epsilon than it says."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.float()
+        return (self.weight * rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-3)).to(hidden_states.dtype)
+
+
+class Absolute(nn.Module):
+    """A norm that no kernel is: its statistic is the mean size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.abs().mean(-1, keepdim=True)
+
+
+class Half(nn.Module):
+    """A norm of which only one half is used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return torch.cat([y[..., : WIDTH // 2], x[..., WIDTH // 2 :]], -1)
+
+
+class Sometimes(nn.Module):
+    """One that looks at a number before it decides."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.detach().abs().max() > 1e6):
+            return x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+KERNELS: dict[str, tuple[Any, str]] = {
+    "llama": (lambda: LlamaRMSNorm(WIDTH, 1e-5), "rms_norm"),
+    "t5": (lambda: T5LayerNorm(WIDTH, 1e-6), "rms_norm"),
+    "gemma": (lambda: GemmaRMSNorm(WIDTH, 1e-6), "rms_norm with weight 1 + w"),
+    "another epsilon": (lambda: AnotherEpsilon(WIDTH, 1e-6), "rms_norm"),
+    "written": (Written, "layer_norm"),
+}
+OWN: dict[str, Any] = {"absolute": Absolute, "half": Half, "sometimes": Sometimes}
+
+
+def build(norm: nn.Module, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 0.5, 0.5)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, 3)).to(dtype)
+
+
+def gradient(model: Any, dtype: torch.dtype, size: float = 1.0) -> tuple[torch.Tensor, Any]:
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).mul(size).to(dtype).requires_grad_()
+    with gim.GIM(model, rules="FREEZE_ONLY") as report:
+        loss = model(x).double().pow(2).sum()
+    return torch.autograd.grad(loss, x)[0], report
+
+
+@pytest.fixture(autouse=True)
+def _unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test sees every norm for the first time."""
+    monkeypatch.setattr(fused, "_known", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_norm_that_is_written_out_runs_by_the_kernels(name: str, dtype: torch.dtype) -> None:
+    make, words = KERNELS[name]
+    model = build(make(), dtype)
+    first, report = gradient(model, dtype)
+    (row,) = report.of("norm")
+    assert (row.recognised, row.engine, row.calls) == (f"{words}, written out", "blockwise", 1)
+    again, report = gradient(model, dtype)
+    assert torch.equal(first, again) and report.of("norm")[0].calls == 1
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3], ids=["plain", "tiny"])
+@pytest.mark.parametrize("name", [*KERNELS, *OWN])
+def test_without_the_cache_everything_is_the_same(name: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float32 if name in ("llama", "t5", "gemma", "another epsilon") else torch.float64  # their own code's
+    model = build(KERNELS[name][0]() if name in KERNELS else OWN[name](), dtype)
+    fast, report = gradient(model, dtype, size)
+    monkeypatch.setattr(fused, "ENABLED", False)
+    own, slow = gradient(model, dtype, size)
+    assert relative_error(fast, own) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert report.counts() == slow.counts() and report.complete and slow.complete
+    assert slow.of("norm")[0].engine == "torch"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_no_kernel_computes_keeps_its_own_code(name: str) -> None:
+    _, report = gradient(build(OWN[name](), torch.float64), torch.float64)
+    (row,) = report.of("norm")
+    assert row.engine == "torch" and row.recognised == "a value over a statistic of it"
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.LayerNorm(WIDTH), lambda: nn.RMSNorm(WIDTH), lambda: OlmoLayerNorm(WIDTH)])
+def test_what_calls_torchs_function_needs_no_cache(kind: Any) -> None:
+    model = build(kind(), torch.float64)
+    _, report = gradient(model, torch.float64)
+    assert report.of("norm")[0].recognised.startswith("call of F.") and not any(fused._known.values())
+
+
+def test_a_norm_that_has_been_changed_is_seen_anew() -> None:
+    norm = LlamaRMSNorm(WIDTH, 1e-5)
+    model = build(norm, torch.float32)
+    before, _ = gradient(model, torch.float32, 1e-3)
+    norm.variance_epsilon = 1e-2
+    changed, _ = gradient(model, torch.float32, 1e-3)
+    assert relative_error(changed, before) > 0.1
+    norm.forward = lambda x: x
+    _, report = gradient(model, torch.float32)
+    assert report.of("norm") == []
+
+
+def test_its_own_code_runs_once_and_its_hooks_each_time() -> None:
+    calls: list[str] = []
+
+    class Counted(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            calls.append("code")
+            return super().forward(hidden_states)
+
+    model = build(Counted(WIDTH), torch.float32)
+    model[1].register_forward_hook(lambda *_: calls.append("hook"))
+    for _ in range(3):
+        gradient(model, torch.float32)
+    assert calls == ["code", "hook", "hook", "hook"]
+
+
+@pytest.mark.parametrize("norm", [lambda: LlamaRMSNorm(WIDTH), Absolute], ids=["kernel", "own code"])
+def test_first_seen_in_a_checkpoint(norm: Any) -> None:
+    """What is saved for the backward is counted there, and must be the same in its second run."""
+    model = build(norm(), torch.float32)
+    want, _ = gradient(build(norm(), torch.float32), torch.float32)
+    fused._known.clear()
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    around = Around()
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with gim.GIM(around, rules="FREEZE_ONLY") as report:
+        loss = around(x).double().pow(2).sum()
+        (got,) = torch.autograd.grad(loss, x)
+    assert torch.equal(got, want) and report.counts()["norm"] == (1, 1)
+
+
+def test_under_autocast_its_own_code_runs() -> None:
+    model = build(LlamaRMSNorm(WIDTH), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = gradient(model, torch.float32)
+    assert report.of("norm")[0].engine == "torch"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "cohere2"])
+def test_a_model_without_the_cache_has_equal_attributions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, which their norms compute in whatever they are given."""
+    model = family(name, torch.float32)
+    fast = gim.explain(model, ids(), baseline_token_id=3)
+    monkeypatch.setattr(fused, "ENABLED", False)
+    own = gim.explain(model, ids(), baseline_token_id=3)
+    assert relative_error(fast, own) < 1e-4
+
+
+def test_no_tensor_is_kept() -> None:
+    trace = fused.Trace(LlamaRMSNorm(WIDTH), x := torch.randn(2, WIDTH))
+    y = F.silu(x)
+    trace.add(F.silu, (x,), {}, y)
+    del y
+    assert len(trace._slots) == 1

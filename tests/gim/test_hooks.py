@@ -1,0 +1,150 @@
+"""What a user's hook computes on the way is left alone, and said; the model's own code beside it follows the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gim
+from gim.applied import AppliedReport
+from tests.families import SHARED, ids, make
+from tests.hooks import Function, ordinary
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, relative_error
+
+WIDTH, BASELINE = SHARED["hidden_size"], 3
+_GATE, _UP = (torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(n)).double() / 4 for n in (1, 2))
+
+
+class Probe(nn.Module):
+    """A module that is none of the model's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(F.layer_norm(x, (WIDTH,)) @ _GATE) * (x @ _UP)
+
+
+#: What a hook may compute of ``[B, T, WIDTH]``, and the part that it would be in the model's own code.
+COMPUTED: dict[str, tuple[Function, str]] = {
+    "softmax": (lambda x: x + torch.softmax(x @ x.mT, -1) @ x, "softmax over keys"),
+    "torch's attention": (lambda x: x + F.scaled_dot_product_attention(x, x, x), "softmax over keys"),
+    "layer norm": (lambda x: F.layer_norm(x, (WIDTH,)), "norm"),
+    "norm written out": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), "norm"),
+    "gate": (lambda x: x + F.silu(x @ _GATE) * (x @ _UP), "gated product"),
+    "gate by glu": (lambda x: x + F.glu(torch.cat([x @ _UP, x @ _GATE], -1)), "gated product"),
+    "module of one's own": (Probe(), "gated product"),
+}
+
+
+def _after(module: nn.Module, function: Function) -> Any:
+    return module.register_forward_hook(lambda _, __, out: function(out))
+
+
+def _before(module: nn.Module, function: Function) -> Any:
+    return module.register_forward_pre_hook(lambda _, inputs: (function(inputs[0]),))
+
+
+def _always(module: nn.Module, function: Function) -> Any:
+    def hook(function: Function, _: nn.Module, inputs: Any, named: Any, out: torch.Tensor) -> torch.Tensor:
+        return function(out)
+
+    return module.register_forward_hook(partial(hook, function), with_kwargs=True, always_call=True)
+
+
+def _everywhere(module: nn.Module, function: Function) -> Any:
+    return nn.modules.module.register_module_forward_hook(
+        lambda called, _, out: function(out) if called is module else None
+    )
+
+
+PUT: dict[str, Callable[[nn.Module, Function], Any]] = {
+    "after": _after,
+    "before": _before,
+    "always": _always,
+    "everywhere": _everywhere,
+}
+
+
+def gradient(model: nn.Module, rules: str = "GIM") -> tuple[torch.Tensor, AppliedReport]:
+    embedded = model.get_input_embeddings()(ids(2, 9)).detach().requires_grad_(True)  # type: ignore[operator]
+    with gim.GIM(model, rules=rules) as report:
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    return torch.autograd.grad(logits[:, -1].pow(2).sum(), embedded)[0], report
+
+
+def put(model: Any, how: str, function: Function, name: str = "model.layers.1.mlp") -> Any:
+    return PUT[how](model.get_submodule(name), function)
+
+
+@pytest.mark.parametrize("how", PUT)
+@pytest.mark.parametrize("what", COMPUTED)
+def test_a_hook_has_its_ordinary_gradient(what: str, how: str) -> None:
+    function, part = COMPUTED[what]
+    model = make("llama")
+    counts = gradient(model)[1].counts()
+    handle = put(model, how, function)
+    try:
+        got, report = gradient(model)
+    finally:
+        handle.remove()
+    handle = put(model, how, ordinary(function))
+    try:
+        want, _ = gradient(model)
+    finally:
+        handle.remove()
+    assert_close64(got, want, f"{what} {how}", FLOAT64_MODEL_RELATIVE)
+    assert report.counts() == counts and report.complete and report.watched
+    assert any(note.startswith(f"{part} in a hook") and "model.layers.1.mlp" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("what", COMPUTED)
+def test_the_same_in_the_models_own_code_follows_the_rules(what: str) -> None:
+    """So the test above can fail."""
+    model, (function, _) = make("llama"), COMPUTED[what]
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    handle = put(model, "after", ordinary(function))
+    apart, _ = gradient(model)
+    handle.remove()
+    mlp.forward = lambda x: function(own(x))
+    got, report = gradient(model, "GIM")
+    assert relative_error(got, apart) > 1e-3
+    assert not any("in a hook" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("memory", ["none", "layer", "mlp", "layer+tile=4"])
+@pytest.mark.parametrize("name", ["model.layers.1", "model.layers.1.mlp"])
+def test_a_hook_has_its_ordinary_gradient_under_every_plan(name: str, memory: str) -> None:
+    """A plan puts forwards of its own in front of those of layers and MLPs."""
+    model, function = make("llama"), COMPUTED["gate"][0]
+
+    def explained(computed: Function) -> torch.Tensor:
+        handle = put(model, "after", computed, name)
+        scores = gim.explain(model, ids(1, 9), baseline_token_id=BASELINE, memory=memory)
+        handle.remove()
+        return scores
+
+    assert_close64(explained(function), explained(ordinary(function)), f"{name} {memory}", FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_module_of_the_model_follows_the_rules_in_a_hook_too() -> None:
+    model = make("llama")
+    norm = model.model.norm
+    handle = put(model, "after", norm)
+    got, report = gradient(model, "FREEZE_ONLY")
+    handle.remove()
+
+    def frozen(x: torch.Tensor) -> torch.Tensor:
+        statistic = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return x * statistic.detach() * norm.weight
+
+    handle = put(model, "after", ordinary(frozen))
+    want, other = gradient(model, "FREEZE_ONLY")
+    handle.remove()
+    assert_close64(got, want, "norm in a hook", FLOAT64_MODEL_RELATIVE)
+    assert report.counts()["norm"][1] == other.counts()["norm"][1] + 1
+    assert not any("in a hook" in note for note in report.notes)

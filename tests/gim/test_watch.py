@@ -1,0 +1,736 @@
+"""The watch finds, in models written for this file, every part that no rule reaches, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gim
+from gim.applied import AppliedReport, UnsupportedModelError
+from gim.context import inspect
+from gim.intercept import fused, interface, products
+from gim.intercept.mode import HANDLERS
+from gim.intercept.sites import SITES
+from gim.intercept.watch import Finding, Watch
+from gim_kernels.reference import scale_gradient
+from tests.families import make
+from tests.live import peak_bytes
+
+WIDTH, HIDDEN = 16, 24
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+
+
+def _in_place(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = F.silu(gate)
+    y *= up
+    return y
+
+
+def _into_a_buffer(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(gate)
+    y[..., ::2] = F.silu(gate[..., ::2]) * up[..., ::2]
+    y[..., 1::2] = F.silu(gate[..., 1::2]) * up[..., 1::2]
+    return y
+
+
+def _by_function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            return F.silu(g) * u
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return grads[0], grads[0]
+
+    return Product.apply(gate, up)
+
+
+#: Ways of writing a gate's product.
+GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda g, u: F.silu(g) * u,
+    "up first": lambda g, u: u * F.silu(g),
+    "views": lambda g, u: (F.silu(g).unflatten(-1, (4, 6)) * u.unflatten(-1, (4, 6))).flatten(-2),
+    "in place": _in_place,
+    "sigmoid": lambda g, u: torch.sigmoid(g) * u,
+    "relu": lambda g, u: F.relu(g) * u,
+    "relu squared": lambda g, u: F.relu(g).square() * u,
+    "addcmul": lambda g, u: torch.addcmul(torch.zeros_like(g), F.silu(g), u),
+    "by hand": lambda g, u: g * torch.sigmoid(g) * u,
+    "by hand, other order": lambda g, u: g * u * torch.sigmoid(g),
+    "exp": lambda g, u: g / (1 + torch.exp(-g)) * u,
+    "reciprocal": lambda g, u: (1 + torch.exp(-g)).reciprocal() * u,
+    "quotient": lambda g, u: u / (1 + torch.exp(-g)),
+    "tanh": lambda g, u: 0.5 * g * (1 + torch.tanh(0.79 * (g + 0.04 * g**3))) * u,
+    "where": lambda g, u: torch.where(g > 0, g, torch.zeros_like(g)) * u,
+    "mask": lambda g, u: g * (g > 0) * u,
+    "clamp": lambda g, u: g.clamp(min=0) * u,
+    "maximum": lambda g, u: torch.maximum(g, torch.zeros_like(g)) * u,
+    "hardswish": lambda g, u: F.hardswish(g) * u,
+    "softplus": lambda g, u: F.softplus(g) * u,
+    "einsum": lambda g, u: torch.einsum("bti,bti->bti", F.silu(g), u),
+    "glu": lambda g, u: F.glu(torch.cat([u, g], -1)),
+    "prod": lambda g, u: torch.stack([F.silu(g), u]).prod(0),
+    "shifted": lambda g, u: F.silu(g.clamp(max=7)) * (u.clamp(-7, 7) + 1),
+    "half of it": lambda g, u: torch.cat([(F.silu(g) * u)[..., :12], g[..., 12:]], -1),
+    "channels first": lambda g, u: (F.silu(g).mT * u.mT).mT,
+    "buffer": _into_a_buffer,
+    "own function": _by_function,
+    "log": lambda g, u: torch.log1p(torch.exp(g)) * u,
+    "cosine": lambda g, u: torch.cos(g) * u,
+    "compiled": torch.compile(lambda g, u: torch.sigmoid(g) * u, backend="eager"),
+}
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+#: Ways of writing a norm.
+NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rsqrt": _rms,
+    "layer norm": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
+    "length": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "products": lambda x: x / torch.sqrt((x * x).sum(-1, keepdim=True)),
+    "einsum": lambda x: x * (torch.einsum("btd,btd->bt", x, x) / WIDTH + 1e-6).rsqrt()[..., None],
+    "power": lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-6) ** -0.5,
+    "F.normalize": lambda x: F.normalize(x, dim=-1),
+    "std": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
+    "var_mean": lambda x: x / torch.var_mean(x, -1, keepdim=True)[0].sqrt(),
+    "absolute": lambda x: x / x.abs().mean(-1, keepdim=True),
+}
+
+
+def _softmax_by_exp(scores: torch.Tensor) -> torch.Tensor:
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+#: Ways of writing attention from scores to the values' mix.
+SOFTMAXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda s, v: s.softmax(-1) @ v,
+    "exp": lambda s, v: _softmax_by_exp(s) @ v,
+    "divided after": lambda s, v: torch.bmm(torch.exp(s), v) / torch.exp(s).sum(-1, keepdim=True),
+    "logsumexp": lambda s, v: torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v,
+    "log_softmax": lambda s, v: F.log_softmax(s, -1).exp() @ v,
+    "in place": lambda s, v: s.exp_().div_(s.sum(-1, keepdim=True)) @ v,
+    "float64": lambda s, v: s.double().softmax(-1).float() @ v,
+}
+
+
+class Net(nn.Module):
+    """Embedding, norm, one attention by hand, a gated MLP, a head; each part may be left out."""
+
+    def __init__(
+        self,
+        gate: Callable[..., torch.Tensor] | None = None,
+        norm: Callable[..., torch.Tensor] | None = None,
+        attend: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, WIDTH)
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = MLP(gate)
+        self.head = nn.Linear(WIDTH, 32)
+        self.norm, self.attend = norm, attend
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        x = x if self.norm is None else self.norm(x)
+        if self.attend is not None:
+            q, k = self.query(x), self.key(x)
+            scores = (q @ k.mT) * WIDTH**-0.5
+            x = x + self.attend(scores + torch.full((5, 5), -1e9).triu(1), x)
+        return self.head(x + self.mlp(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, gate: Callable[..., torch.Tensor] | None) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH)
+        self.product = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is None:
+            return self.down_proj(F.gelu(self.gate_proj(x)))
+        return self.down_proj(self.product(self.gate_proj(x), self.up_proj(x)))
+
+
+def llama(mlp: nn.Module | None = None, layers: int = 1) -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval()
+    if mlp is not None:
+        model.model.layers[0].mlp = mlp
+    return model
+
+
+def seen(model: nn.Module, grad: bool = True) -> list[tuple[str, str]]:
+    """Kind and module of what the watch finds in a forward without any context."""
+    with torch.set_grad_enabled(grad), Watch(dict(model.named_modules()), given=[IDS]) as watch:
+        model(IDS)
+    assert all(one.place.endswith(".py") or ".py:" in one.place for one in watch.found)
+    return [(one.kind, one.module) for one in watch.found]
+
+
+# What is found
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("way", GATES)
+def test_every_way_of_writing_a_gate_is_found(way: str, grad: bool) -> None:
+    found = seen(Net(gate=GATES[way]), grad)
+    assert set(found) == {("gated product", "mlp")}
+    # A buffer is filled in two products.
+    assert len(found) == (2 if way == "buffer" else 1)
+
+
+@pytest.mark.parametrize("way", NORMS)
+def test_every_way_of_writing_a_norm_is_found(way: str) -> None:
+    assert seen(Net(norm=NORMS[way])) == [("norm", "Net")]
+    assert seen(Net(norm=NORMS[way]), grad=False) == [("norm", "Net")]
+
+
+@pytest.mark.parametrize("way", SOFTMAXES)
+def test_every_way_of_writing_a_softmax_over_keys_is_found(way: str) -> None:
+    grad = way != "in place"  # which autograd would refuse
+    assert seen(Net(attend=SOFTMAXES[way]), grad) == [("softmax over keys", "Net")]
+
+
+def test_inference_mode_hides_nothing() -> None:
+    """Operators made of others come whole there."""
+    model = Net(gate=GATES["glu"], norm=lambda x: F.layer_norm(x, (WIDTH,)), attend=SOFTMAXES["softmax"])
+    with torch.inference_mode():
+        found = seen(model, grad=False)
+    assert found == [("norm", "Net"), ("softmax over keys", "Net"), ("gated product", "mlp")]
+
+
+def test_a_recurrent_layer_holds_gates_that_cannot_be_seen() -> None:
+    recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+    model = Net(norm=lambda x: recurrent(x)[0])
+    assert [kind for kind, _ in seen(model)] == ["opaque operator"]
+
+
+def test_scores_by_products_and_sums_are_scores() -> None:
+    class Sums(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            scores = (self.query(x)[:, :, None] * self.key(x)[:, None]).sum(-1)
+            return self.head(scores.softmax(-1) @ x)
+
+    assert seen(Sums()) == [("softmax over keys", "Sums")]
+
+
+@pytest.mark.parametrize("where", ["hugging face", "plain"])
+@pytest.mark.parametrize("way", GATES)
+def test_no_gate_is_silent_in_a_context(way: str, where: str) -> None:
+    """Applied, or refused by the name of its module."""
+    net = Net(gate=GATES[way], attend=None)
+    model = llama(net.mlp) if where == "hugging face" else net
+    rules = gim.rules.Rules("exact", 1.0, False, 1.0, 1.0, 1.0, 0.5, 0.5)
+    try:
+        with gim.GIM(model, rules=rules) as report:
+            model(IDS)
+    except UnsupportedModelError as error:
+        assert "mlp: " in str(error)
+    else:
+        assert report.counts()["gated_mlp"] == (1, 1) and report.watched
+
+
+# What is not
+
+
+def test_what_is_no_gate_is_not_found() -> None:
+    class Others(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            places = torch.arange(5.0)[:, None] * torch.logspace(0, -2, WIDTH)
+            x = x * places.cos() + x.roll(1, -1) * places.sin()  # rotary
+            g = self.query(x)
+            x = x + 0.5 * g * (1 + torch.erf(g / 2**0.5))  # an activation by hand
+            x = x + torch.sigmoid(self.key(x)[..., :1]) * x.detach()
+            x = x * torch.sigmoid(x)
+            router = self.key(x).softmax(-1)
+            router = router / router.sum(-1, keepdim=True)
+            x = x + router[..., :1] * self.query(x)
+            x = x * (input_ids > 2)[..., None]  # a mask
+            kept = x - x.mean(-1, keepdim=True)
+            return self.head(30 * torch.tanh(kept / 30))
+
+    model = Others()
+    with Watch(dict(model.named_modules()), given=[IDS]) as watch:
+        model(IDS)
+    assert watch.found == ()
+    assert {one.kind for one in watch.noted} == {"one factor for a row"}
+
+
+def test_a_gate_of_attentions_output_is_noted() -> None:
+    class Gated(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            q = self.query(x)[:, None]
+            mixed = F.scaled_dot_product_attention(q, q, q)[:, 0]
+            return self.head(mixed * torch.sigmoid(self.key(x)))
+
+    model = Gated()
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert any(note.startswith("gate of a mixer's output (mul, test_watch.py:") for note in report.notes)
+
+
+def test_a_detached_branch_is_a_constant() -> None:
+    assert seen(Net(gate=lambda g, u: F.silu(g).detach() * u)) == []
+    assert seen(Net(norm=lambda x: x / x.norm(dim=-1, keepdim=True).detach())) == []
+
+
+def test_what_is_computed_without_gradients_is_a_constant() -> None:
+    """For show, or to be a factor; in the forward of an autograd function it is none."""
+
+    def shown(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def beside(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                part(x, *others)
+            return x
+
+        return beside
+
+    assert seen(Net(norm=shown(_rms), gate=shown(GATES["silu"]))) == []
+    assert seen(Net(gate=GATES["own function"])) == [("gated product", "mlp")]
+
+
+# Operators and tensors out of sight
+
+
+def test_another_librarys_operator_is_named() -> None:
+    @torch.library.custom_op("watchtests::swiglu", mutates_args=())
+    def swiglu(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(g) * u
+
+    swiglu.register_autograd(lambda ctx, grad: (grad, grad))
+    model = llama(MLP(swiglu))
+    where = r"layers\.0\.mlp: opaque operator \(watchtests::swiglu, .*\.py:"
+    with pytest.raises(UnsupportedModelError, match=where), gim.GIM(model):
+        model(IDS)
+
+
+def test_tensors_written_out_of_sight_are_named() -> None:
+    def through_numpy(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        class Product(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+                return torch.from_numpy(g.detach().numpy() * u.detach().numpy())
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return grads[0], grads[0]
+
+        return Product.apply(g, u)
+
+    def into_blank(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(g)
+        out.numpy()[...] = g.detach().numpy()
+        return out + u
+
+    # The module that reads it is named: nobody is seen to write it.
+    assert seen(Net(gate=through_numpy)) == [("tensor written out of sight", "mlp.down_proj")]
+    assert seen(Net(gate=into_blank)) == [("tensor written out of sight", "mlp")]
+
+
+def test_quantised_products_pass() -> None:
+    class Int8(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight: torch.Tensor
+            self.register_buffer("weight", torch.randint(-9, 9, (HIDDEN, WIDTH), dtype=torch.int8))
+            self.down = nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.reshape(-1, WIDTH)
+            flat = F.pad(flat, (0, 0, 0, 32 - len(flat)))
+            scale = flat.abs().amax(-1, keepdim=True) / 127
+            weight: torch.Tensor = self.weight
+            whole = torch._int_mm((flat / scale.clamp(min=1e-9)).round().to(torch.int8), weight.mT.contiguous())
+            return self.down((whole * scale)[:5].reshape(1, 5, HIDDEN))
+
+    model = llama(Int8())
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.complete and report.watched
+
+
+def test_flex_attention_runs_and_is_found() -> None:
+    from torch.nn.attention import flex_attention
+
+    class Flex(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            q = self.query(self.embed(input_ids))[:, None]
+            return self.head(flex_attention.flex_attention(q, q, q)[:, 0])
+
+    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    assert seen(Flex(), grad=False) == [("softmax over keys", "Flex")]
+    assert flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is before
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_by_a_function_is_refused_where_it_acts(p: float, training: bool) -> None:
+    model = Net(norm=lambda x: F.dropout(F.layer_norm(x, (WIDTH,)), p, training))
+    acts = p > 0 and training
+    refused = pytest.raises(UnsupportedModelError, match=r"Net: drops out numbers \(p=0\.5\)")
+    with refused if acts else nullcontext(), gim.GIM(model, rules="FREEZE_ONLY"):
+        model(IDS)
+
+
+# Every mechanism, taken away
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *functions: Any) -> None:
+    for function in functions:
+        monkeypatch.delitem(HANDLERS, function)
+
+
+class Torch(nn.Module):
+    """All that torch's own functions offer: attention twice, norms, gates."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.part = nn.Embedding(32, WIDTH), part
+        self.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.wide, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        q = self.wide(x)[:, None]
+        x = x + F.scaled_dot_product_attention(q, q, q, is_causal=True)[:, 0]
+        x = x + self.attend(x, x, x, need_weights=self.part == "weights")[0]
+        x = F.layer_norm(x, (WIDTH,), self.weight)
+        x = F.rms_norm(x, (WIDTH,), self.weight)
+        return F.silu(self.wide(x)) * self.wide(x + 1) + F.gelu(self.wide(x + 2)) * self.wide(x + 3)
+
+
+TAKEN_AWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sdpa": ((F.scaled_dot_product_attention,), "softmax over keys"),
+    "mha": ((F.multi_head_attention_forward,), "softmax over keys"),
+    "layer_norm": ((F.layer_norm, torch.layer_norm), "norm"),
+    "rms_norm": ((F.rms_norm, torch.rms_norm), "norm"),
+    "products": (tuple(products.PRODUCTS), "gated product"),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN_AWAY)
+def test_without_a_handler_a_plain_model_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Torch(what).eval()
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.watched and report.complete
+    functions, kind = TAKEN_AWAY[what]
+    _without(monkeypatch, *functions)
+    model = Torch(what).eval()
+    with pytest.raises(UnsupportedModelError, match=rf"{kind} \(.*\), which no rule has reached"), gim.GIM(model):
+        model(IDS)
+
+
+def test_attention_weights_beside_the_output_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Torch("weights").eval()
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.complete and report.watched
+    monkeypatch.setattr(SITES, "acting", lambda rule: nullcontext())
+    with pytest.raises(UnsupportedModelError, match="softmax over keys"), gim.GIM(Torch("weights").eval()) as report:
+        model = Torch("weights").eval()
+        with gim.GIM(model):
+            model(IDS)
+
+
+@pytest.mark.parametrize("what", ["products", "attention"])
+def test_without_a_handler_a_hugging_face_model_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms and gates are written out; its attention is torch's, where its interface is not told another."""
+    monkeypatch.setattr(fused, "ENABLED", False)
+    if what == "attention":
+        _without(monkeypatch, F.scaled_dot_product_attention)
+        monkeypatch.setattr(interface, "prepare", lambda modules, stack: None)
+    else:
+        _without(monkeypatch, *products.PRODUCTS)
+    kinds = ["softmax over keys"] if what == "attention" else ["norm", "gated product"]
+    with pytest.raises(UnsupportedModelError) as error, gim.GIM(model := llama()):
+        model(IDS)
+    assert all(re.search(rf"{kind} \(.*\), which no rule has reached", str(error.value)) for kind in kinds)
+
+
+def test_products_that_run_in_plain_torch_are_reached_by_what_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss's activation is none that the kernels have."""
+    monkeypatch.setattr(SITES, "acting", lambda rule: nullcontext())
+    model = make("gpt-oss", torch.float32)
+    with pytest.raises(UnsupportedModelError, match="gated product"), gim.GIM(model):
+        model(IDS)
+
+
+def test_a_rule_that_is_off_wants_nothing() -> None:
+    model = Net(gate=GATES["by hand"], norm=NORMS["rsqrt"], attend=SOFTMAXES["exp"])
+    with gim.GIM(model, rules="GRADIENT") as report:
+        model(IDS)
+    assert report.complete and report.watched
+    with gim.GIM(model, strict=False) as report:
+        model(IDS)
+    assert [reason.split(" (")[0] for _, reason in report.unsupported] == ["softmax over keys"]
+
+
+# Sites
+
+
+def test_marks_and_acting_reach_only_their_own_part() -> None:
+    def scaled(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(SITES.mark(scale_gradient(g, 0.5), "gated_mlp")) * u
+
+    def wrong(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(SITES.mark(scale_gradient(g, 0.5), "norm")) * u
+
+    def acting(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        with SITES.acting("gated_mlp"):
+            return F.silu(_rms(g)) * u
+
+    def frozen(x: torch.Tensor) -> torch.Tensor:
+        statistic = SITES.mark(x.pow(2).mean(-1, keepdim=True), "norm")
+        return x * torch.rsqrt(statistic + 1e-6)
+
+    assert seen(Net(gate=scaled)) == []
+    assert seen(Net(gate=wrong)) == [("gated product", "mlp")]
+    assert seen(Net(gate=acting)) == [("norm", "mlp")]
+    assert seen(Net(norm=frozen)) == []
+
+
+def test_a_mark_is_on_one_tensor_and_goes_with_it() -> None:
+    def unmarked(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        SITES.mark(scale_gradient(g, 0.5), "gated_mlp")  # and not used: it lies where g does
+        return F.silu(g) * u
+
+    assert seen(Net(gate=unmarked)) == [("gated product", "mlp")]
+    tensor = torch.ones(2)
+    count = len(SITES.marks)
+    SITES.mark(tensor, "norm")
+    assert len(SITES.marks) == count + 1
+    del tensor
+    assert len(SITES.marks) == count
+
+
+def test_sites_are_each_threads_own() -> None:
+    told: list[bool] = []
+    with SITES.acting("norm"):
+        thread = threading.Thread(target=lambda: told.append(SITES.acts("norm")))
+        thread.start()
+        thread.join()
+        told.append(SITES.acts("norm"))
+    assert told == [False, True]
+
+
+# What the watch does not do
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt-oss", "modernbert"])
+def test_the_watch_changes_no_number(family: str) -> None:
+    model = make(family, torch.float32)
+    ids = torch.arange(4, 30)[None]
+
+    def explain() -> torch.Tensor:
+        return gim.explain(model, ids, target_token_id=5, target_position=5, baseline_token_id=1)
+
+    watched, unwatched = explain(), explain()
+    assert torch.equal(watched, unwatched)
+
+
+def test_the_watch_holds_nothing_alive() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def product(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        y = torch.sigmoid(g.detach())
+        held.append(weakref.ref(y.untyped_storage()))
+        held.append(weakref.ref(y))
+        del y
+        alive.append(sum(one() is not None for one in held[1:]))
+        return g + u
+
+    seen(Net(gate=product))
+    assert alive == [0]
+
+
+@pytest.mark.parametrize("plan", ["none", "mlp", "layer"])
+def test_a_watched_explain_has_the_peak_of_an_unwatched_one(plan: str) -> None:
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    ids = torch.arange(512)[None] % 32
+
+    def explain(model: Any) -> AppliedReport:
+        return gim.explain(model, ids, target_token_id=5, baseline_token_id=1, memory=plan)  # type: ignore[return-value]
+
+    explain(hf.LlamaForCausalLM(config).eval())  # what is made once
+    model = hf.LlamaForCausalLM(config).eval()
+    watched, _ = peak_bytes(lambda: explain(model))
+    unwatched, _ = peak_bytes(lambda: explain(model))
+    assert watched == unwatched
+
+
+class Counting(TorchDispatchMode):
+    """How many modes of the watch are on while operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        self.watched += any(isinstance(mode, Watch) for mode in modes)
+        return func(*args, **(kwargs or {}))
+
+
+def watches(model: Any, run: Callable[[], Any] | None = None) -> bool:
+    """Whether a forward of a model starts a watch."""
+    started: list[Watch] = []
+    enter = Watch.__enter__
+
+    def entered(self: Watch) -> Watch:
+        started.append(self)
+        return enter(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "__enter__", entered)
+        (run or (lambda: model(IDS)))()
+    return bool(started)
+
+
+def test_a_forward_is_watched_once_and_again_after_a_change() -> None:
+    model = llama(layers=2)
+
+    def both() -> tuple[bool, bool]:
+        first: list[bool] = []
+        for _ in range(2):
+            with gim.GIM(model, strict=False) as report:
+                first.append(watches(model))
+            assert report.watched
+        return first[0], first[1]
+
+    once = (True, False)
+    assert both() == once
+    assert both() == (False, False)  # another session of the same rules
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert both() == once
+    model.model.layers[1].mlp = MLP(GATES["by hand"])
+    assert both() == once
+    model.bfloat16()
+    assert both() == once
+    model.model.layers[0].mlp.forward = lambda x: x
+    assert both() == once
+    model.config.update({"some_switch": True})
+    assert both() == once
+    with gim.GIM(model, strict=False):
+        assert watches(model, lambda: model(IDS, attention_mask=torch.ones_like(IDS)))
+        assert watches(model, lambda: model(IDS, attention_mask=torch.ones_like(IDS), use_cache=False))
+        assert not watches(model)
+    with gim.GIM(model, strict=False, rules="ATTNLRP"):
+        assert watches(model)
+
+
+def test_what_was_seen_is_not_copied_with_a_model() -> None:
+    model = llama()
+    with gim.GIM(model):
+        model(IDS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with gim.GIM(other):
+            assert watches(other)
+
+
+def test_what_was_found_stands_for_later_forwards() -> None:
+    model = Net(attend=SOFTMAXES["exp"])
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="Net: softmax over keys"), gim.GIM(model, rules="TSG_ONLY"):
+            model(IDS)
+
+
+def test_a_forward_that_reaches_another_part_is_watched_again() -> None:
+    calls: list[int] = []
+
+    class Switching(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            x = F.layer_norm(self.embed(input_ids), (WIDTH,))
+            if len(calls) > 1:
+                x = F.silu(x) * self.key(x)
+                x = SOFTMAXES["exp"](x @ self.query(x).mT, x)
+            return self.head(x)
+
+    model = Switching()
+    with gim.GIM(model) as report:
+        watched = []
+        for _ in range(2):
+            model(IDS)
+            watched.append(report.watched)
+        assert watched == [True, False]
+        assert any("which the watched one did not" in note for note in report.notes)
+        with pytest.raises(UnsupportedModelError, match="Switching: softmax over keys"):
+            model(IDS)
+
+
+def test_a_checkpoints_second_run_is_not_watched() -> None:
+    model = llama(layers=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with gim.GIM(model) as report:
+        loss = model(IDS, use_cache=False).logits.sum()
+        with Counting() as counting:
+            loss.backward()
+    assert report.watched and counting.watched == 0
+
+
+def test_an_error_in_a_forward_ends_the_watch() -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    model.model.norm.register_forward_hook(stop)
+    with gim.GIM(model), pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_a_report_says_whether_it_was_watched() -> None:
+    model = llama()
+    with gim.GIM(model) as report:
+        assert not report.watched and report.summary().endswith("; not watched")
+    ran = inspect(model, "GIM", IDS)
+    assert ran.watched and ran.summary().endswith("; watched")
+    assert AppliedReport.from_dict(ran.to_dict()) == ran
+
+
+def test_a_finding_says_where() -> None:
+    model = Net(norm=NORMS["rsqrt"])
+    with Watch(dict(model.named_modules())) as watch:
+        model(IDS)
+    (found,) = watch.found
+    line = _rms.__code__.co_firstlineno + 1
+    assert found == Finding("norm", "Net", f"test_watch.py:{line}", "statistic, mul")
