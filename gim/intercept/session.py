@@ -263,7 +263,10 @@ class Gate:
         self.name = name
         self.stack = stack
         self.module = module
-        self.own = module.__dict__.get("forward")
+        own = module.__dict__.get("forward")
+        # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
+        ours = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
+        self.own = None if ours else own
         #: The module's own, whatever gates of other stacks stand before it.
         self.inner: Callable[..., Any] = original_forward(module)
         self.prepare = stack.prepare(name, module)

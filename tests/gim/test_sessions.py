@@ -1,0 +1,140 @@
+"""Contexts over one model in any order: opened, closed, copied, pickled, interrupted; every forward follows its own."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gim
+from tests.oracle import assert_close64
+
+RULES = ("GIM", "GRADIENT", "ATTNLRP", "FREEZE_ONLY", "GIM_CONSTANT", "SCALES_ONLY")
+WIDTH = 16
+
+
+class Small(nn.Module):
+    """One of each part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.gate, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.bang = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        if self.bang:
+            raise KeyboardInterrupt
+        return x + nn.functional.silu(self.gate(x)) * self.up(x)
+
+
+def make() -> Small:
+    torch.manual_seed(0)
+    return Small().double().eval()
+
+
+def gradient(model: nn.Module) -> torch.Tensor:
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).pow(2).sum(), x)
+    return grad
+
+
+def state(model: nn.Module) -> Any:
+    """What the modules hold; a copy may hold its class's own ``forward``, which is what it has anyway."""
+
+    def held(module: nn.Module) -> list[str]:
+        own = getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
+        assert not own or getattr(module.forward, "__self__", None) is module
+        return sorted(name for name in module.__dict__ if not (own and name == "forward"))
+
+    return [(name, type(module), held(module)) for name, module in model.named_modules()]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str | None, torch.Tensor]:
+    """The gradient under each rule, each by a model of its own; None: outside."""
+    found: dict[str | None, torch.Tensor] = {None: gradient(make())}
+    for rules in RULES:
+        with gim.GIM(model := make(), rules=rules):
+            found[rules] = gradient(model)
+    return found
+
+
+def sequence(seed: int, wanted: dict[str | None, torch.Tensor]) -> None:
+    draw, model = random.Random(seed), make()
+    before = state(model)
+    contexts: list[tuple[str, gim.GIM]] = []
+    copies: list[nn.Module] = []
+    for _ in range(draw.randint(3, 12)):
+        step = draw.choice(("open", "open", "close", "run", "copy", "pickle", "raise", "drop"))
+        if step == "open":
+            rules = draw.choice(RULES)
+            contexts.append((rules, gim.GIM(model, rules=rules)))
+            contexts[-1][1].__enter__()
+        elif step == "close" and contexts:
+            contexts.pop(draw.randrange(len(contexts)))[1].__exit__(None, None, None)
+        elif step == "drop" and contexts:
+            contexts.pop(draw.randrange(len(contexts)))  # nobody closes it
+            gc.collect(0)
+        elif step == "copy":
+            copies.append(copy.deepcopy(model))
+        elif step == "pickle":
+            copies.append(pickle.loads(pickle.dumps(model)))
+        elif step == "raise":
+            model.bang = True
+            with pytest.raises(KeyboardInterrupt):
+                gradient(model)
+            model.bang = False
+        inside = contexts[-1][0] if contexts else None
+        assert_close64(gradient(model), wanted[inside], f"{seed}: {step}")
+        for one in copies[-1:]:
+            assert torch.equal(gradient(one), wanted[None]), f"{seed}: a copy follows a rule"
+    while contexts:
+        contexts.pop(draw.randrange(len(contexts)))[1].__exit__(None, None, None)
+    assert torch.equal(gradient(model), wanted[None])
+    assert state(model) == before
+    assert all(state(one) == before for one in copies)
+    for one in copies[-1:]:
+        with gim.GIM(one, rules="GIM"):
+            assert torch.equal(gradient(one), wanted["GIM"])
+        assert "forward" not in one.norm.__dict__
+    assert not torch._C._len_torch_function_stack()
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(100), *(pytest.param(range(100 * i, 100 * i + 100), marks=pytest.mark.slow) for i in range(1, 10))]
+)
+def test_random_sequences_leave_nothing_behind(seeds: range, wanted: dict[str | None, torch.Tensor]) -> None:
+    for seed in seeds:
+        sequence(seed, wanted)
+
+
+def test_tasks_of_one_loop_follow_their_own_contexts(wanted: dict[str | None, torch.Tensor]) -> None:
+    model = make()
+    before = state(model)
+
+    async def task(rules: str, pause: float) -> None:
+        with gim.GIM(model, rules=rules):
+            for _ in range(3):
+                await asyncio.sleep(pause)
+                assert_close64(gradient(model), wanted[rules], rules)
+
+    async def outside() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0.001)
+            assert torch.equal(gradient(model), wanted[None])
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(task(rules, 0.001 * (i + 1)) for i, rules in enumerate(RULES)), outside())
+
+    asyncio.run(all_of_them())
+    assert state(model) == before
