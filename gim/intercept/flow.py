@@ -306,39 +306,23 @@ def _pointwise(name: str, live: list[Origin]) -> Origin:
     return replace(same, number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
 
 
-def common_source(first: torch.Tensor, second: torch.Tensor) -> str:
-    """How two values come from their nearest common source.
-
-    Returns:
-        ``"gate"`` where linear maps and functions number by number lead from it to both; ``"mixer"`` where only ways
-        through another product of two branches do; empty where there is none, for a softmax over keys is on every way.
-    """
+def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether linear maps and functions number by number lead to two values from one source."""
     starts: list[Any] = [first.grad_fn, second.grad_fn]
-    sides: list[dict[Any, bool]] = [{one: False} for one in starts]
+    sides: list[set[Any]] = [{one} for one in starts]
     fronts = [[one] for one in starts]
-    met = False
     while fronts[0] or fronts[1]:
         for side in (0, 1):
             front: list[Any] = []
             for node in fronts[side]:
-                crossed = sides[side][node] or _mixes(node)
                 if node in sides[1 - side]:
-                    if not crossed and not sides[1 - side][node]:
-                        return "gate"
-                    met = True
-                if not _clean(node):
-                    continue
-                for one in _flowing(node):
-                    if one not in sides[side]:
-                        sides[side][one] = crossed
-                        front.append(one)
+                    return True
+                if _clean(node):
+                    new = [one for one in _flowing(node) if one not in sides[side]]
+                    sides[side].update(new)
+                    front += new
             fronts[side] = front
-    if not met:
-        shared = sides[0].keys() & sides[1].keys()
-        if any(not sides[0][one] and not sides[1][one] for one in shared):
-            return "gate"
-        met = bool(shared)
-    return "mixer" if met else ""
+    return bool(sides[0] & sides[1])
 
 
 def _flowing(node: Any) -> list[Any]:
@@ -355,18 +339,12 @@ def _flowing(node: Any) -> list[Any]:
 
 
 def _clean(node: Any) -> bool:
-    """Whether the way to a common source may go on through a node: all but attention."""
-    kind, _ = kind_of(node)
-    if kind in ("attention", "softmax", "leaf"):
+    """Whether the way to a source may go on through a node: not attention, a product of branches or a running sum."""
+    kind, name = kind_of(node)
+    if kind in ("attention", "softmax", "leaf") or name in ("gated", "Cumsum", "Cumprod"):
         return False
     held = node.metadata.get(_KEY)
-    return not (kind == "linear" and held is not None and 0 in held and held[0].scores)
-
-
-def _mixes(node: Any) -> bool:
-    """Whether a node multiplies two branches, or sums along tokens."""
-    kind, name = kind_of(node)
-    held = node.metadata.get(_KEY)
-    if name in ("Cumsum", "Cumprod"):
+    if held is None or 0 not in held:
         return True
-    return kind == "product" and (name == "gated" or (held is not None and 0 in held and bool(held[0].factors)))
+    known: Origin = held[0]
+    return not (kind == "linear" and known.scores) and not (kind == "product" and known.factors)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import gim_kernels
@@ -161,7 +162,7 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
     if type(module) in _other:
         gate.leaf = False
         return _inner(gate, frame, x)
-    key = _key(gate, x)
+    key = None if _others_modes() else _key(gate, x)
     norm = None if key is None else _known.get(key)
     if torch.is_grad_enabled():
         checkpoints.follow(frame.session)
@@ -194,6 +195,12 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
     with paused():
         held = {**module._parameters, **module._buffers}
         return norm.apply(held.__getitem__, x, frozen=frame.session.rules.freeze_norm, by=gim_kernels)  # type: ignore[arg-type]
+
+
+def _others_modes() -> bool:
+    """Whether somebody's own function mode is on, which may change what the functions of torch do."""
+    held = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return any(not isinstance(mode, DeviceContext) and not hasattr(mode, "session") for mode in held)
 
 
 class _Saved:

@@ -17,7 +17,7 @@ from torch import nn
 
 import gim_kernels
 from gim.intercept import activations
-from gim.intercept.flow import Origin, common_source, mark, origin
+from gim.intercept.flow import Origin, mark, origin, share_a_source
 from gim.intercept.session import Session, running
 from gim.intercept.sites import SITES
 from gim.rules import Rules
@@ -219,15 +219,7 @@ def _gate(
         return _done(session, out, roles, "a product of branches, bent after it")
     if max(one.bend, two.bend) == 0:
         return run(first, second)
-    way = common_source(first, second)
-    if way == "":
-        return run(first, second)
-    if way == "mixer":
-        if session.rules.modifies_gated_mlps:
-            session.refuse(
-                "multiplies two branches that meet only beyond another product (a state space or linear attention?), "
-                "where a gate cannot be told from a mixer: pass gate_scale=None and up_scale=None"
-            )
+    if not share_a_source(first, second):
         return run(first, second)
     if one.bend == two.bend and scale["gate"] != scale["up"]:
         session.refuse("multiplies two branches that are both bent, of which neither can be told to be the gate")

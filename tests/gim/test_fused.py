@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -148,6 +149,23 @@ def test_a_norm_that_has_been_changed_is_seen_anew() -> None:
     norm.forward = lambda x: x
     _, report = gradient(model, torch.float32)
     assert report.of("norm") == []
+
+
+def test_under_a_mode_of_ones_own_its_own_code_runs() -> None:
+    class Silent(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func is torch.rsqrt else func(*args, **(kwargs or {}))
+
+    model = build(LlamaRMSNorm(WIDTH), torch.float32)
+    kernel, _ = gradient(model, torch.float32)
+    with Silent():
+        _, report = gradient(model, torch.float32)
+        changed = model(torch.ones(2, 3, WIDTH))
+    assert report.of("norm")[0].engine == "torch"
+    assert not torch.equal(changed, model(torch.ones(2, 3, WIDTH)))
+    with torch.device("cpu"):  # which is one of torch's
+        again, report = gradient(model, torch.float32)
+    assert torch.equal(again, kernel) and report.of("norm")[0].engine == "blockwise"
 
 
 def test_its_own_code_runs_once_and_its_hooks_each_time() -> None:
