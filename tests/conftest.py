@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -43,3 +44,15 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Where triton's interpreter runs the kernels, it computes with bfloat16 as a GPU does."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from tests.bfloat16 import as_on_a_gpu
+
+    with as_on_a_gpu():
+        yield

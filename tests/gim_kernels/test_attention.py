@@ -19,14 +19,17 @@ from tests.oracle import assert_close64, assert_within_budget, assert_within_ter
 
 ON_GPU = torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
+#: Of what runs on a GPU where there is one and in triton's interpreter elsewhere: what that gets at once, and what is
+#: part of the whole suite alone.
+AT_ONCE: Any = pytest.mark.gpu if ON_GPU else []
+LATER = pytest.mark.gpu if ON_GPU else pytest.mark.slow
 pytestmark = [
     # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which triton's interpreter is, says so.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 nan_filled = pytest.mark.usefixtures("fresh_memory_is_nan")
 
-#: Each engine and the dtypes that it is held to. The kernels run in triton's interpreter where there is no GPU; its
-#: matrix product of bfloat16 is wrong, so that dtype is tested on GPUs only.
+#: Each engine and the dtypes that it is held to. The kernels run in triton's interpreter where there is no GPU.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float64,),
     "blockwise": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -247,7 +250,7 @@ SHAPES = [
     (1, 1, 1, 300, 300, 8),
     LARGE,
 ]
-#: What the interpreter gets of all shapes, rules and dtypes; a GPU gets everything.
+#: What the interpreter gets at once of all shapes, rules and dtypes. The rest is slow, or too large for it.
 EVERY_RULE = [(1, 3, 1, 111, 111, 40)]
 TWO_BYTES = [(1, 2, 1, 128, 128, 64), (2, 4, 1, 63, 63, 24)]
 
@@ -256,10 +259,12 @@ def cases() -> Iterator[Any]:
     for engine, shape, (rule, temperature) in itertools.product(("blockwise", "triton"), SHAPES, RULES):
         for dtype in DTYPES[engine]:
             square = (rule, temperature) == ("temperature", 2.0)
-            single = dtype == torch.float32
-            small = shape in EVERY_RULE or square if single else dtype == torch.float16 and square
-            interpreted = small and (single or shape in TWO_BYTES)
-            marks: list[Any] = [] if shape != LARGE and (engine == "blockwise" or interpreted) else GPU
+            at_once = shape in EVERY_RULE or square if dtype == torch.float32 else square and shape in TWO_BYTES
+            marks: Any = [] if engine == "blockwise" else LATER
+            if engine == "triton" and at_once:
+                marks = AT_ONCE if dtype == torch.bfloat16 else []
+            if shape == LARGE:
+                marks = GPU
             if dtype != torch.float64:
                 name = str(dtype).removeprefix("torch.")
                 case = f"{engine}-{name}-{rule}-{temperature:g}-" + "B{}-H{}-K{}-T{}-S{}-D{}".format(*shape)
@@ -333,7 +338,7 @@ def hold_any(draw: Any, engine: str, longest: int) -> None:
     """One call of an engine with a shape and options that hypothesis draws."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     batch, queries, keys = draw(st.integers(1, 2)), draw(st.integers(1, longest)), draw(st.integers(1, longest))
-    dtypes = DTYPES[engine][:1] if engine == "blockwise" else DTYPES[engine][: 3 if ON_GPU else 2]
+    dtypes = DTYPES[engine][:1] if engine == "blockwise" else DTYPES[engine]
     tensors = inputs(
         engine,
         *(batch, kv_heads * group, kv_heads, queries, keys, draw(st.integers(1, 33))),
@@ -488,8 +493,8 @@ def test_plain_settings_equal_torch(engine: str) -> None:
     [
         ("blockwise", torch.float32),
         pytest.param("triton", torch.float32, marks=pytest.mark.slow),
-        ("triton", torch.float16),
-        pytest.param("triton", torch.bfloat16, marks=GPU),
+        pytest.param("triton", torch.float16, marks=pytest.mark.slow),
+        pytest.param("triton", torch.bfloat16, marks=AT_ONCE),
     ],
 )
 @pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)

@@ -21,8 +21,7 @@ from tests.live import peak_bytes
 from tests.oracle import assert_close64, assert_within_budget
 
 CPU = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
-#: The interpreter's matrix product of bfloat16 is wrong.
-INTERPRETER = (torch.float32, torch.float16)
+KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,7 +43,7 @@ def _interpreted(first: int, end: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("runs in triton's interpreter, which a GPU takes the place of")
     for seed in range(first, end):
-        check(draw(seed, INTERPRETER, most=2), "triton")
+        check(draw(seed, KERNELS, most=2), "triton")
 
 
 # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which the interpreter is, says so.

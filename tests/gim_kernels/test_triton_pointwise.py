@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gim_kernels import pointwise, reference
+from tests.gim_kernels.test_attention import LATER
 from tests.oracle import assert_within_budget
 
 pytest.importorskip("triton")
@@ -21,12 +22,9 @@ from gim_kernels import triton as kernels
 from gim_kernels.triton import device, pointwise_tiles, rows, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: The interpreter knows no bfloat16.
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
-]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: What is drawn at random has every dtype at once.
+by_dtype = pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(torch.bfloat16, id="bf16", marks=LATER)])
 EPS = 1e-5
 
 pytestmark = [
@@ -95,7 +93,7 @@ def check_norm(kind: str, shape: tuple[int, ...], dtype: torch.dtype, frozen: bo
         assert_within_budget(*results, what=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@by_dtype
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
 @pytest.mark.parametrize("width", WIDTHS)
@@ -119,7 +117,7 @@ def test_norm_in_blocks_of_columns(kind: str, width: int, frozen: bool, monkeypa
     width=st.integers(4, 300),
     frozen=st.booleans(),
     affine=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=25, deadline=None)
 def test_norm_of_any_shape(
@@ -341,7 +339,7 @@ def check_gated(shape: tuple[int, ...], dtype: torch.dtype, activation: str, bac
         assert_within_budget(*results, what=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@by_dtype
 @pytest.mark.parametrize("backward", ["exact", "ratio"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(1,), (3, 63), (2, 3, 111), (2, 2500)], ids=str)
@@ -353,7 +351,7 @@ def test_gated_is_the_reference(shape: tuple[int, ...], activation: str, backwar
     shape=st.lists(st.integers(1, 40), min_size=0, max_size=3),
     activation=st.sampled_from(["silu", "gelu", "gelu_tanh"]),
     backward=st.sampled_from(["exact", "ratio"]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=25, deadline=None)
 def test_gated_of_any_shape(shape: list[int], activation: str, backward: str, dtype: torch.dtype) -> None:
