@@ -214,7 +214,7 @@ static gim_status launch(
         (unsigned)variant->shared, stream, parameters, NULL));
 }
 
-static int64_t blocks(int64_t length, int block)
+static int64_t blocks(int64_t length, int64_t block)
 {
     return (length + block - 1) / block;
 }
@@ -232,6 +232,11 @@ static const char *dtype_name(gim_dtype dtype)
         return "fp32";
     }
     return NULL;
+}
+
+static int item_size(gim_dtype dtype)
+{
+    return dtype == GIM_FP32 ? 4 : 2;
 }
 
 static int aligned(const void *pointer)
@@ -383,6 +388,46 @@ static gim_status fill_neutral(const gim_attention *a, char *workspace, values *
 #undef given
 }
 
+/* How many columns of tiles run side by side, as gim_kernels/triton/order.py has it: `shared` columns next to each other
+ * read the same data, of `shared_bytes`. */
+static int64_t section_of(int64_t tiles, int64_t columns, int64_t shared, int64_t shared_bytes, int causal)
+{
+    if (!causal || tiles * columns == 0)
+        return 1;
+    int64_t sharing = columns / shared, least = blocks(gim_section_programs, tiles * shared);
+    int64_t most = gim_section_bytes / (shared_bytes > 0 ? shared_bytes : 1);
+    int64_t sections = blocks(sharing, most > 0 ? most : 1);
+    if (sections > sharing / least)
+        sections = sharing / least > 0 ? sharing / least : 1;
+    return blocks(sharing, sections) * shared;
+}
+
+/* Launches a kernel over query tiles. */
+static gim_status launch_queries(
+    const device *on, const gim_variant *variant, const gim_attention *a, values *out, gim_stream stream)
+{
+#define given (*out)
+    int64_t tiles = blocks(a->queries, variant->block[0]), columns = (int64_t)a->batch * a->query_heads;
+    int64_t bytes = 2 * (int64_t)a->keys * a->head_size * item_size(a->dtype);
+    GIM_INTEGER(section, section_of(tiles, columns, a->query_heads / a->key_heads, bytes, a->causal));
+    return launch(on, variant, out, tiles * columns, stream);
+#undef given
+}
+
+/* Launches a kernel over key tiles; one program sums over all query heads of a key head. */
+static gim_status launch_keys(
+    const device *on, const gim_variant *variant, const gim_attention *a, values *out, gim_stream stream)
+{
+#define given (*out)
+    int64_t tiles = blocks(a->keys, variant->block[1]), columns = (int64_t)a->batch * a->key_heads;
+    int64_t group = a->query_heads / a->key_heads;
+    int64_t bytes = group * 2 * a->queries * a->head_size * item_size(a->dtype);
+    GIM_INTEGER(members, group);
+    GIM_INTEGER(section, section_of(tiles, columns, 1, bytes, a->causal));
+    return launch(on, variant, out, tiles * columns, stream);
+#undef given
+}
+
 static int64_t query_rows(const gim_attention *a)
 {
     return (int64_t)a->batch * a->query_heads * a->queries;
@@ -409,9 +454,7 @@ gim_status gim_attention_forward(
         return GIM_SUCCESS;
     if (needs_neutral(variant))
         GIM_TRY(fill_neutral(attention, workspace, &given, stream));
-    int64_t programs =
-        blocks(attention->queries, variant->block[0]) * attention->batch * attention->query_heads;
-    return launch(&on, variant, &given, programs, stream);
+    return launch_queries(&on, variant, attention, &given, stream);
 }
 
 static size_t row_bytes(const gim_attention *a)
@@ -507,21 +550,18 @@ gim_status gim_attention_backward(
     GIM_REAL(key_factor, a->scale * g->key_factor);
     GIM_REAL(value_factor, g->value_factor);
 
-    int64_t key_programs = (int64_t)a->batch * a->key_heads;
     if (!constant) {
         if (g->softmax_backward == GIM_SOFTMAX_TEMPERATURE)
             GIM_REAL(inverse_temperature, 1 / g->temperature);
         GIM_POINTER(shift_ptr, memory);
         GIM_POINTER(norm_ptr, memory + row_bytes(a));
         GIM_POINTER(delta_ptr, memory + 2 * row_bytes(a));
-        int64_t programs = blocks(a->queries, query_kernel->block[0]) * a->batch * a->query_heads;
-        GIM_TRY(launch(&on, query_kernel, &given, programs, stream));
-        GIM_TRY(launch(&on, key_kernel, &given, blocks(a->keys, key_kernel->block[1]) * key_programs, stream));
+        GIM_TRY(launch_queries(&on, query_kernel, a, &given, stream));
+        GIM_TRY(launch_keys(&on, key_kernel, a, &given, stream));
     }
     if (!together) {
         GIM_POINTER(shift_ptr, a->lse);
-        GIM_TRY(
-            launch(&on, value_kernel, &given, blocks(a->keys, value_kernel->block[1]) * key_programs, stream));
+        GIM_TRY(launch_keys(&on, value_kernel, a, &given, stream));
     }
     return GIM_SUCCESS;
 }

@@ -17,8 +17,8 @@
     X(value_stride_b) X(value_stride_h) X(value_stride_s) X(out_stride_b) X(out_stride_h) X(out_stride_t) \
     X(grad_out_stride_b) X(grad_out_stride_h) X(grad_out_stride_t) X(grad_query_stride_b) \
     X(grad_query_stride_h) X(grad_query_stride_t) X(grad_key_stride_b) X(grad_key_stride_h) \
-    X(grad_key_stride_s) X(grad_value_stride_b) X(grad_value_stride_h) X(grad_value_stride_s) X(heads) X(group) \
-    X(queries) X(keys) X(window) X(rows) X(columns) X(x_stride2) X(grad_y_stride2) X(gate_stride2) X(up_stride2) \
+    X(grad_key_stride_s) X(grad_value_stride_b) X(grad_value_stride_h) X(grad_value_stride_s) X(grad_stride_part) \
+    X(heads) X(group) X(members) X(section) X(queries) X(keys) X(window) X(rows) X(columns) X(x_stride2) X(grad_y_stride2) X(gate_stride2) X(up_stride2) \
     X(y_stride2) X(grad_gate_stride2) X(grad_up_stride2) X(rows_per_chunk) X(chunks)
 #define GIM_FLOATS(X) \
     X(factor) X(inner) X(inverse_temperature) X(grad_factor) X(key_factor) X(value_factor) X(eps) \
@@ -61,5 +61,9 @@ extern const size_t gim_table_size;
 extern const char gim_targets_built[];
 /* Programs that the weight's gradient of a norm aims at. */
 extern const int gim_weight_gradient_programs;
+/* Of the order in which the programs of attention start: bytes that a section's heads may share in the cache, and
+ * programs that it has at least. */
+extern const int64_t gim_section_bytes;
+extern const int gim_section_programs;
 
 #endif

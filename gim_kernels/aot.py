@@ -186,7 +186,7 @@ def shipped(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes must be among {tuple(DTYPES)}, got {dtype!r}")
-    fold = importlib.import_module("gim_kernels.triton.norm").fold_variant()
+    fold = importlib.import_module("gim_kernels.triton.fold").fold_variant()
     entries = [Entry("fold", UNLIMITED, fold)]
     for dtype in dtypes:
         entries += [*_norms(dtype), *_gated(dtype)]
@@ -409,6 +409,7 @@ _KINDS = {"i32": "GIM_KIND_I32", "i64": "GIM_KIND_I64", "fp32": "GIM_KIND_FLOAT"
 
 def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: Sequence[str]) -> dict[str, str]:
     """The table of ``cmake/gim_table.h`` in C, and the compiled files in assembler, by file name."""
+    from gim_kernels.triton import order
     from gim_kernels.triton.pointwise_tiles import WEIGHT_GRADIENT_PROGRAMS
 
     rows = [(row, entry) for row, entry in zip(compiled, entries, strict=True) if row.target.startswith("cuda")]
@@ -436,6 +437,8 @@ def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: 
         "const size_t gim_table_size = sizeof gim_table / sizeof gim_table[0];",
         f'const char gim_targets_built[] = "{";".join(cuda)}";',
         f"const int gim_weight_gradient_programs = {WEIGHT_GRADIENT_PROGRAMS};",
+        f"const int64_t gim_section_bytes = {order.CACHE};",
+        f"const int gim_section_programs = {order.ENOUGH * order.MULTIPROCESSORS};",
         "",
     ]
     images = ["/* Written by python -m gim_kernels.aot build. */", "    .section .rodata"]

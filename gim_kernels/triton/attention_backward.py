@@ -1,8 +1,9 @@
 """Attention backward on a GPU under one of three softmax rules: one kernel over query tiles, one over key tiles.
 
 The query kernel finds what the gradient of the scores needs to know about each row, and the gradients of query and
-sinks. The key kernel finds the gradients of key and value. Either does only what was asked for; there is no
-preprocessing pass, and there are no atomics: every sum has one order.
+sinks. The key kernel finds the gradients of key and value; where too few of its programs would run, several share the
+query heads of a key head, and their sums are folded. Either does only what was asked for; there is no preprocessing
+pass, and there are no atomics: every sum has one order.
 
 Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
 """
@@ -19,7 +20,19 @@ import triton.language as tl
 from gim_kernels.engines import Options
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import guard
-from gim_kernels.triton.launch import check_attention, hiding_window, readable, score_factors, strides, unit_stride
+from gim_kernels.triton.fold import fold
+from gim_kernels.triton.launch import (
+    check_attention,
+    hiding_window,
+    key_section,
+    query_section,
+    readable,
+    score_factors,
+    strides,
+    unit_stride,
+)
+from gim_kernels.triton.order import members_of, tile_of_program
+from gim_kernels.triton.pointwise_tiles import FOLD_FEW
 from gim_kernels.triton.primitives import (
     LOG2E,
     key_bounds,
@@ -148,7 +161,7 @@ def _sum_over_keys(
     return shifted_sum, weight_sum, grad_total, weight_total
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "section"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -183,6 +196,7 @@ def grad_query_kernel(
     grad_query_stride_t: tl.int64,
     heads,
     group,
+    section,
     queries,
     keys,
     window,
@@ -224,8 +238,7 @@ def grad_query_kernel(
     nothing is: d0 is all there is to know. Program order as in the forward.
     """
     tiles_t = tl.cdiv(queries, BLOCK_T)
-    tile = tl.program_id(0) % tiles_t
-    batch_head = tl.program_id(0) // tiles_t
+    tile, batch_head = tile_of_program(tl.program_id(0), tiles_t, tl.num_programs(0) // tiles_t, section)
     if CAUSAL:
         tile = tiles_t - 1 - tile
     batch = (batch_head // heads).to(tl.int64)
@@ -390,7 +403,7 @@ def _sum_over_queries(
     scoring,
     seen,
     span,
-    group,
+    members,
     RULE: tl.constexpr,
     GRAD_KEY: tl.constexpr,
     GRAD_VALUE: tl.constexpr,
@@ -403,7 +416,7 @@ def _sum_over_queries(
 ):
     """The query tiles of ``span``, full or with ``MASKED`` the others, into the gradients of key and value.
 
-    All query heads of the group run in one loop, so that the loads of the next head are under way when one ends.
+    All query heads of the program run in one loop, so that the loads of the next head are under way when one ends.
     """
     grad_key, grad_value = sums
     first_query_ptr, query_stride_h, query_stride_t, first_grad_out_ptr, grad_out_stride_h, grad_out_stride_t = matrices
@@ -411,7 +424,7 @@ def _sum_over_queries(
     factor, inner, inverse_temperature = scoring
     column, offset, queries, window = seen
     tiles_of_head = tiles_in(span, MASKED, BLOCK_T)
-    for i in range(group * tiles_of_head):
+    for i in range(members * tiles_of_head):
         member = i // tl.maximum(tiles_of_head, 1)
         start_t = tile_start(i - member * tiles_of_head, span, MASKED, True, BLOCK_T)
         query_ptr = first_query_ptr + member * query_stride_h
@@ -462,7 +475,7 @@ def _sum_over_queries(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "members", "section"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -492,8 +505,11 @@ def grad_key_value_kernel(
     grad_value_stride_b: tl.int64,
     grad_value_stride_h: tl.int64,
     grad_value_stride_s: tl.int64,
+    grad_stride_part: tl.int64,
     heads,
     group,
+    members,
+    section,
     queries,
     keys,
     window,
@@ -510,7 +526,7 @@ def grad_key_value_kernel(
     BLOCK_S: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Gradients of key and value, summed over the query heads that share them in a fixed order::
+    """Gradients of key and value, summed over query heads that share them in a fixed order::
 
         grad_v = value_factor P^T dO                         P = exp(S' - LSE): the value path keeps T = 1
         grad_k = key_factor (P_T * (dP - delta) t)^T Q       dP = dO V^T,  key_factor = scale * k_scale
@@ -520,15 +536,18 @@ def grad_key_value_kernel(
     only grad_v exists. A gradient without a pointer is not computed. Everything is transposed, ``[BLOCK_S, BLOCK_T]``,
     so that both sums over queries take their left side from registers.
 
-    One program per key tile and key head, in ascending order: with a causal mask the first keys, which most queries
-    see, take longest.
+    One program per key tile and ``members`` query heads, all that share a key head or an equal part of them; the sums
+    of the parts, ``grad_stride_part`` elements apart, are folded afterwards. The order is that of
+    :func:`gim_kernels.triton.order.tile_of_program`: with a causal mask the first keys, which most queries see, take
+    longest.
     """
     tiles_s = tl.cdiv(keys, BLOCK_S)
-    start_s = tl.program_id(0) % tiles_s * BLOCK_S
-    batch_head = tl.program_id(0) // tiles_s
-    key_heads = heads // group
-    batch = (batch_head // key_heads).to(tl.int64)
-    key_head = (batch_head % key_heads).to(tl.int64)
+    tile, batch_part = tile_of_program(tl.program_id(0), tiles_s, tl.num_programs(0) // tiles_s, section)
+    start_s = tile * BLOCK_S
+    batch = (batch_part * members // heads).to(tl.int64)
+    head = (batch_part * members % heads).to(tl.int64)
+    key_head = head // group
+    part = head % group // members
     key_ptr += batch * key_stride_b + key_head * key_stride_h
 
     # [BLOCK_S, BLOCK_D]
@@ -545,7 +564,6 @@ def grad_key_value_kernel(
     # [BLOCK_S]
     column = start_s + tl.arange(0, BLOCK_S)
     sums = (grad_key, grad_value)
-    head = key_head * group
     rows = (batch * heads + head) * queries
     for MASKED in tl.static_range(0, 2):
         sums = _sum_over_queries(
@@ -568,7 +586,7 @@ def grad_key_value_kernel(
             (factor, inner, inverse_temperature),
             (column, keys - queries, queries, window),
             span,
-            group,
+            members,
             RULE,
             grad_key_ptr is not None,
             grad_value_ptr is not None,
@@ -584,11 +602,11 @@ def grad_key_value_kernel(
     # [BLOCK_S, 1]
     exists = ((column >= first) & (column < end))[:, None]
     if grad_key_ptr is not None:
-        grad_key_ptr += batch * grad_key_stride_b + key_head * grad_key_stride_h
+        grad_key_ptr += part * grad_stride_part + batch * grad_key_stride_b + key_head * grad_key_stride_h
         grad_key = tl.where(exists, grad_key * key_factor, 0.0)
         store_rows(grad_key_ptr, grad_key, start_s, grad_key_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
     if grad_value_ptr is not None:
-        grad_value_ptr += batch * grad_value_stride_b + key_head * grad_value_stride_h
+        grad_value_ptr += part * grad_stride_part + batch * grad_value_stride_b + key_head * grad_value_stride_h
         grad_value = tl.where(exists, grad_value * value_factor, 0.0)
         store_rows(grad_value_ptr, grad_value, start_s, grad_value_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
 
@@ -658,11 +676,13 @@ def grad_key_value_variant(
     key_range: bool = False,
     grad_key: bool = True,
     grad_value: bool = True,
+    partial: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The kernel over key tiles for these options; arguments as in :func:`grad_query_variant`.
 
     ``"warm"`` and ``"sharp"`` are the same here. Without ``grad_key`` the rule must be ``"constant"``, and with it not.
+    With ``partial`` what it writes is float32, to be folded.
     """
     if (rule == "constant") == grad_key:
         raise ValueError(f"rule {rule!r} does not fit grad_key={grad_key}")
@@ -684,6 +704,7 @@ def grad_key_value_variant(
             "norm_ptr": grad_key and rule != "exact",
             "delta_ptr": grad_key,
         },
+        partial=("grad_key_ptr", "grad_value_ptr") if partial else (),
     )
 
 
@@ -748,6 +769,7 @@ def attention_backward(
     factor, inner = score_factors(options)
     window = hiding_window(options, keys)
     architecture = tiles.architecture_of(query)
+    group = heads // key.shape[1]
     common: dict[str, Any] = dict(
         grad_out_ptr=grad_out,
         query_ptr=query,
@@ -759,7 +781,7 @@ def attention_backward(
         **strides("key", key, "s"),
         **strides("value", value, "s"),
         heads=heads,
-        group=heads // key.shape[1],
+        group=group,
         queries=queries,
         keys=keys,
         window=window,
@@ -788,9 +810,11 @@ def attention_backward(
                 to_sinks is not None,
                 to_key is not None,
             )
+            tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
             variant.launch(
-                triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
+                tiles_t * batch * heads,
                 **common,
+                section=query_section(tiles_t, query, key, options.causal),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out,
                 lse_ptr=lse,
@@ -810,7 +834,7 @@ def attention_backward(
         for place_key, place_value in launches:
             if place_key is None and place_value is None:
                 continue
-            variant = grad_key_value_variant(
+            kind = (
                 architecture,
                 query.dtype,
                 size,
@@ -820,19 +844,30 @@ def attention_backward(
                 place_key is not None,
                 place_value is not None,
             )
-            variant.launch(
-                triton.cdiv(keys, variant.constants["BLOCK_S"]) * batch * key.shape[1],
+            blocks = [grad_key_value_variant(*kind).constants[name] for name in ("BLOCK_T", "BLOCK_S")]
+            tiles_s, columns = triton.cdiv(keys, blocks[1]), batch * key.shape[1]
+            members = members_of(queries, keys, window, options.causal, *blocks, columns, group)
+            parts = group // members
+            part_key, part_value = _parts(place_key, parts), _parts(place_value, parts)
+            grad_key_value_variant(*kind, parts > 1).launch(
+                tiles_s * columns * parts,
                 **common,
-                grad_key_ptr=place_key,
-                grad_value_ptr=place_value,
+                grad_key_ptr=part_key,
+                grad_value_ptr=part_value,
                 shift_ptr=lse if place_key is None else shift,
                 norm_ptr=None if place_key is None else norm,
                 delta_ptr=None if place_key is None else delta,
-                **strides("grad_key", key if place_key is None else place_key, "s"),
-                **strides("grad_value", value if place_value is None else place_value, "s"),
+                **strides("grad_key", key if part_key is None else part_key[0], "s"),
+                **strides("grad_value", value if part_value is None else part_value[0], "s"),
+                grad_stride_part=key.numel(),
+                members=members,
+                section=key_section(tiles_s, members, query, columns * parts, options.causal),
                 key_factor=options.scale * grad_scale[1],
                 value_factor=grad_scale[2],
             )
+            for part, whole in ((part_key, place_key), (part_value, place_value)):
+                if part is not None and whole is not None and parts > 1:
+                    _fold(part, whole)
     for grad, written in ((grad_query, to_query), (grad_key, to_key), (grad_value, to_value)):
         if grad is not None and written is not None and written is not grad:
             grad.copy_(written)
@@ -852,3 +887,33 @@ def _place(grad: torch.Tensor | None, reached: bool) -> torch.Tensor | None:
         grad.zero_()
         return None
     return grad if readable(grad) else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the numbers of ``x`` lie next to each other in memory, in whatever order."""
+    step = 1
+    for stride, count in sorted(zip(x.stride(), x.shape, strict=True)):
+        if count > 1 and stride != step:
+            return False
+        step *= count
+    return True
+
+
+def _parts(place: torch.Tensor | None, parts: int) -> torch.Tensor | None:
+    """Where the kernel writes ``parts`` partial sums, ``[parts, B, HK, S, D]``: float32, or the place of the one."""
+    if place is None or parts == 1:
+        return place if place is None else place[None]
+    like = place.stride() if _is_dense(place) else torch.empty(place.shape, device="meta").stride()
+    memory = torch.empty(parts * place.numel(), dtype=torch.float32, device=place.device)
+    return memory.as_strided((parts, *place.shape), (place.numel(), *like))
+
+
+def _fold(part: torch.Tensor, place: torch.Tensor) -> None:
+    """Write the sum of what :func:`_parts` gave to its place."""
+    memory = part.as_strided((part.shape[0], place.numel()), (place.numel(), 1))
+    if _is_dense(place):
+        fold(memory, place, FOLD_FEW)
+    else:
+        whole = torch.empty(place.shape, dtype=place.dtype, device=place.device)
+        fold(memory, whole, FOLD_FEW)
+        place.copy_(whole)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from gim_kernels.triton.device import check, guard
+from gim_kernels.triton.fold import fold
 from gim_kernels.triton.pointwise_tiles import (
-    FOLD,
     WEIGHT_GRADIENT,
     Tile,
     norm_tile,
@@ -280,7 +280,7 @@ def norm_backward_weight_kernel(
     """Sums over one chunk of rows: ``partial_weight = sum(grad_y * n)``, ``partial_bias = sum(grad_y)``.
 
     A sum whose pointer is None is left out. The chunks depend on the shape alone and are folded in order by
-    :func:`fold_kernel`: no atomics, and the same bits every time.
+    :func:`gim_kernels.triton.fold.fold_kernel`: no atomics, and the same bits every time.
     """
     column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     chunk = tl.program_id(0) // column_blocks
@@ -311,29 +311,6 @@ def norm_backward_weight_kernel(
         tl.store(partial_weight_ptr + offset, tl.sum(sum_product, axis=0, keep_dims=True), mask=column_mask)
     if partial_bias_ptr is not None:
         tl.store(partial_bias_ptr + offset, tl.sum(sum_grad, axis=0, keep_dims=True), mask=column_mask)
-
-
-@triton.jit
-def fold_kernel(
-    partial_ptr,
-    out_ptr,
-    chunks: tl.int32,
-    columns: tl.int32,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """``out[j] = sum over chunks c of partial[c, j]``, float32, in one fixed order."""
-    # [1, BLOCK_COLUMNS]
-    column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
-    column_mask = column < columns
-    # [BLOCK_ROWS, BLOCK_COLUMNS]
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, chunks, BLOCK_ROWS):
-        # [BLOCK_ROWS, 1]
-        chunk = (start + tl.arange(0, BLOCK_ROWS))[:, None]
-        mask = (chunk < chunks) & column_mask
-        total += tl.load(partial_ptr + chunk.to(tl.int64) * columns + column, mask=mask, other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0, keep_dims=True), mask=column_mask)
 
 
 @functools.cache
@@ -417,14 +394,6 @@ def backward_weight_variant(
         },
         merged,
         {},
-    )
-
-
-@functools.cache
-def fold_variant() -> Variant:
-    """The kernel that adds the partial sums."""
-    return pointwise_variant(
-        "fold", fold_kernel, FOLD, {"partial_ptr": torch.float32, "out_ptr": torch.float32}, True, {}
     )
 
 
@@ -546,14 +515,8 @@ def _weight_gradients(
             rows_per_chunk=each,
         )
         for partial, total in zip(partials, grads, strict=True):
-            if total is not None:
-                fold_variant().launch(
-                    triton.cdiv(columns, FOLD.columns),
-                    partial_ptr=partial,
-                    out_ptr=total,
-                    chunks=chunks,
-                    columns=columns,
-                )
+            if partial is not None and total is not None:
+                fold(partial, total)
     return grads[0], grads[1]
 
 

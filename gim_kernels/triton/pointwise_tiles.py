@@ -51,6 +51,8 @@ def norm_tile(columns: int) -> Tile:
 #: A program of the weight's gradient sums tiles of this size down its rows; a program of the fold likewise.
 WEIGHT_GRADIENT = Tile(32, 128, False, 4)
 FOLD = Tile(32, 128, False, 4)
+#: The fold of a few long rows: one after another.
+FOLD_FEW = Tile(1, ELEMENTS_PER_PROGRAM, False, 4)
 #: Programs the weight's gradient aims at: 8 for each multiprocessor of an H100, whatever the device at hand, so that
 #: the order of the sums depends on the shape alone.
 WEIGHT_GRADIENT_PROGRAMS = 1024

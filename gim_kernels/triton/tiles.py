@@ -275,7 +275,7 @@ _POINTERS = {
     "key_range_ptr": "*i32",
     **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr"), "*fp32"),
 }
-_INTEGERS = ("heads", "group", "queries", "keys", "window")
+_INTEGERS = ("heads", "group", "members", "section", "queries", "keys", "window")
 
 
 def attention_variant(
@@ -286,6 +286,7 @@ def attention_variant(
     switches: Mapping[str, Any],
     present: Mapping[str, bool],
     sinks: torch.dtype | None = None,
+    partial: tuple[str, ...] = (),
 ) -> Variant:
     """An attention kernel with its tile and its switches.
 
@@ -297,6 +298,7 @@ def attention_variant(
         switches: values of constexpr arguments besides the block sizes.
         present: of the arguments that may be None, which are given; those not named are.
         sinks: dtype of the sinks.
+        partial: pointers to sums that are folded, and float32.
     """
     short = _TRITON_TYPES[dtype]
     constants: dict[str, Any] = {
@@ -315,7 +317,7 @@ def attention_variant(
         elif name == "sinks_ptr":
             signature[name] = "*" + _TRITON_TYPES[sinks or torch.float32]
         elif name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(name, f"*{short}")
+            signature[name] = "*fp32" if name in partial else _POINTERS.get(name, f"*{short}")
         elif "_stride_" in name:
             signature[name] = "i64"
         else:
@@ -333,4 +335,5 @@ def attention_variant(
         if value is not False
     ]
     parts += [("" if given else "no_") + name.removesuffix("_ptr") for name, given in present.items()]
+    parts += ["partial"] if partial else []
     return Variant("_".join(["gim", *parts]), kernel, signature, constants, divisible, tile.num_warps, tile.num_stages)

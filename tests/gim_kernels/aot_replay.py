@@ -15,12 +15,14 @@ import ctypes
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gim_kernels import aot
+from gim_kernels.triton import order
 
 _POINTED = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -34,6 +36,15 @@ def _image_at(address: int) -> bytes:
     program_table = int.from_bytes(header[32:40], "little")
     program_size, program_count = (int.from_bytes(header[at : at + 2], "little") for at in (54, 56))
     return ctypes.string_at(address, max(table + size * count, program_table + program_size * program_count))
+
+
+def _section(given: dict[str, Any], constants: Mapping[str, Any], grid: int) -> int:
+    """What the Python launchers hand over where the library was called as it was."""
+    members, width = given.get("members", 0), given["query_ptr"].element_size()
+    length, other, block = ("keys", "queries", "BLOCK_S") if members else ("queries", "keys", "BLOCK_T")
+    tiles = -(-given[length] // constants[block])
+    shared_bytes = max(1, members) * 2 * given[other] * constants["HEAD_SIZE"] * width
+    return order.section_of(tiles, grid // tiles, 1 if members else given["group"], shared_bytes, constants["CAUSAL"])
 
 
 class Replay:
@@ -73,6 +84,8 @@ class Replay:
                 given[name] = torch.frombuffer((ctypes.c_byte * 16).from_address(number), dtype=_POINTED[kind])
             else:
                 given[name] = number
+        if "section" in given:
+            assert given["section"] == _section(given, variant.constants, grid), f"section {given['section']}"
         variant.kernel[(grid,)](**given)
 
 

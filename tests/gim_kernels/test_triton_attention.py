@@ -156,6 +156,74 @@ def test_only_the_gradients_asked_for_are_computed(
         assert launched == want_launches + ["grad_key_value_kernel"] * key_kernel, names
 
 
+# ---- parts of a group
+
+
+@nan_filled
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=LATER)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("members", [4, pytest.param(2, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
+def test_the_query_heads_of_a_group_in_parts(
+    members: int, rule: str, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract.in_parts(monkeypatch, members)
+    contract.hold(
+        "triton",
+        inputs(2, 4, 1, 34, 40, 16, dtype=dtype),
+        causal=True,
+        window=30,
+        softcap=2.0,
+        sinks=torch.linspace(-1, 1, 4, device=DEVICE, dtype=dtype),
+        key_range=torch.tensor([[5, 36], [0, 40]], dtype=torch.int32, device=DEVICE),
+        grad_scale=(0.25, 0.3, 0.5),
+        softmax_backward=rule,
+        temperature=temperature,
+    )
+
+
+@nan_filled
+@pytest.mark.parametrize("size", [16, 160])
+def test_parts_are_added_one_after_another(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of what each query head gives alone, to the last bit: whatever ran first, and wherever the sum lies."""
+    query, key, value, grad_out = inputs(1, 6, 2, 20, 36, size)
+    contract.in_parts(monkeypatch, 1)
+    options: dict[str, Any] = {"causal": True, "softmax_backward": "temperature", "grad_scale": (0.25, 0.3, 0.7)}
+    got = run((query, key, value, grad_out), **options)
+    for kv_head in range(2):
+        shared = slice(kv_head, kv_head + 1)
+        for name in ("key", "value"):
+            want = torch.zeros_like(key[:, shared])
+            for head in range(3 * kv_head, 3 * kv_head + 3):
+                one = slice(head, head + 1)
+                want = want + run((query[:, one], key[:, shared], value[:, shared], grad_out[:, one]), **options)[name]
+            assert torch.equal(got[name][:, shared], want), name
+    packed = key.contiguous(), value.mT.contiguous().mT
+    for name, x in run((query, *packed, grad_out), **options).items():
+        assert torch.equal(x, got[name]), name
+
+
+def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help from the test: eight query heads for each of the few key tiles."""
+    launched: list[dict[str, Any]] = []
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append({"kernel": self.kernel.__name__, "programs": programs, **arguments})
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    contract.hold("triton", inputs(1, 8, 1, 70, 70, 16), causal=True, softmax_backward="temperature")
+    named = {launch["kernel"]: launch for launch in launched}
+    assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", "fold_kernel", "fold_kernel"]
+    block = tiles.attention_tile(
+        "grad_key_value", tiles.architecture_of(torch.empty(0, device=DEVICE)), 16, torch.float32
+    )
+    parts = 8 // named["grad_key_value_kernel"]["members"]
+    assert parts > 1 and named["grad_key_value_kernel"]["programs"] == -(-70 // block.block_s) * parts
+    part = named["grad_key_value_kernel"]["grad_key_ptr"]
+    assert part.dtype == torch.float32 and part.shape == (parts, 1, 1, 70, 16)
+
+
 # ---- memory
 
 
@@ -175,7 +243,9 @@ def test_offsets_past_two_to_the_31st() -> None:
         assert torch.equal(x, want[name]), name
 
 
-def test_results_past_two_to_the_31st(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("members", [2, 1])
+def test_results_past_two_to_the_31st(members: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract.in_parts(monkeypatch, members)
     step = 2**31 + 8
     memory = torch.empty(step + 64 * 1024, dtype=torch.float16, device=DEVICE)
     query, key, value, grad_out = inputs(2, 2, 1, 20, 20, 16, dtype=torch.float16)
