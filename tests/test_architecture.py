@@ -18,8 +18,12 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+#: Functions that import what a string names.
+BY_STRING = ("import_module", "__import__", "find_spec")
+
+
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports, anywhere in it, by a string too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,55 +32,96 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: imports are absolute"
             assert node.module is not None
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_STRING:
+            found |= {str(one.value) for one in node.args[:1] if isinstance(one, ast.Constant)}
     return found
 
 
 IMPORTS = {module_name(path): imports(path) for path in FILES}
 
+#: What attributes and explains, and how memory is spent: nothing that finds parts or applies rules knows of it.
+ABOVE = (
+    "gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.memory", "gim.estimate", "gim.checkpoint",
+    "gim.inputs", "gim.tokenwise",
+)  # fmt: skip
+#: Who, by the start of its name, may not import whom.
+FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("gim_kernels", ("gim", "transformers", "tests", "benchmarks")),
+    ("gim", ("tests", "benchmarks")),
+    ("gim.rules", ("gim", "gim_kernels")),
+    ("gim.applied", ("gim", "gim_kernels")),
+    ("gim.targets", ("gim", "gim_kernels")),
+    ("gim.attribution", (*ABOVE, "gim.intercept", "gim_kernels")),
+    ("gim.parts", (*ABOVE, "gim.intercept", "gim_kernels")),
+    ("gim.parts.adapters", tuple(f"gim.{one}" for one in (
+        "parts.anatomy", "parts.calling", "parts.placement", "rules", "applied",
+    ))),
+    ("gim.intercept", ABOVE),
+    # The watch shares nothing with what applies rules but what tells it.
+    *(
+        (f"gim.intercept.{one}", tuple(f"gim.intercept.{other}" for other in (
+            "activations", "attention", "checkpoints", "flow", "fused", "interface", "masks", "mode", "norms",
+            "products", "session",
+        )))
+        for one in ("watch", "values", "operators", "sites")
+    ),
+    ("gim_kernels.blockwise", ("gim_kernels.pointwise", "gim_kernels.triton")),
+    ("gim_kernels.pointwise", ("gim_kernels.triton",)),
+    ("gim_kernels.triton", ("gim_kernels.pointwise",)),
+    *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "explain", "render", "context")),
+)  # fmt: skip
 
-def reaches(name: str, packages: tuple[str, ...]) -> set[str]:
-    return {one for one in IMPORTS[name] if any(one == p or one.startswith(f"{p}.") for p in packages)}
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
-@pytest.mark.parametrize("name", [name for name in IMPORTS if name.split(".")[0] == "gim_kernels"])
-def test_the_mechanism_knows_neither_policy_nor_models(name: str) -> None:
-    assert not reaches(name, ("gim", "transformers", "tests", "benchmarks"))
+def wrong_arrows(imported: dict[str, set[str]]) -> set[str]:
+    """Every arrow that may not be, as ``importer -> imported``."""
+    found = {
+        f"{name} -> {one}"
+        for name, ones in imported.items()
+        for who, whom in FORBIDDEN
+        if inside(name, who)
+        for one in ones
+        if any(inside(one, package) for package in whom)
+    }
+    for name, ones in imported.items():
+        # What every engine is called with is no engine: it may be shared.
+        if inside(name, "gim_kernels.triton") or inside(name, "gim_kernels.pointwise"):
+            found |= {
+                f"{name} -> {one}"
+                for one in ones
+                if inside(one, "gim_kernels.blockwise") and not one.endswith((".Options", "gim_kernels.blockwise"))
+            }
+    return found
 
 
-@pytest.mark.parametrize("name", [name for name in IMPORTS if name.split(".")[0] == "gim"])
-def test_packages_never_import_tests_or_benchmarks(name: str) -> None:
-    assert not reaches(name, ("tests", "benchmarks"))
+def test_no_arrow_points_where_it_may_not() -> None:
+    assert not wrong_arrows(IMPORTS)
 
 
-def test_the_engines_do_not_know_each_other() -> None:
-    engines = ("gim_kernels.blockwise", "gim_kernels.pointwise", "gim_kernels.triton")
-    for name in IMPORTS:
-        for own in engines:
-            if name == own or name.startswith(f"{own}."):
-                others = tuple(other for other in engines if other != own)
-                # What every engine is called with is no engine: it may be shared.
-                found = {
-                    one for one in reaches(name, others) if not one.endswith((".Options", "gim_kernels.blockwise"))
-                }
-                assert not found, f"{name} imports {found}"
-
-
-def test_leaves_of_the_policy_import_nothing_of_ours_above_themselves() -> None:
-    assert not reaches("gim.rules", ("gim", "gim_kernels"))
-    assert not reaches("gim.applied", ("gim", "gim_kernels"))
-    assert not reaches("gim.targets", ("gim", "gim_kernels"))
-    above = ("gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.intercept", "gim.memory", "gim_kernels")
-    assert not reaches("gim.attribution", above)
-    for name in IMPORTS:
-        if name.startswith("gim.parts"):
-            assert not reaches(name, (*above, "gim.checkpoint", "gim.inputs", "gim.tokenwise"))
-        if name.startswith("gim.parts.adapters"):
-            # Of ours, an adapter knows other adapters alone.
-            ours = {one for one in reaches(name, ("gim",)) if not one.startswith("gim.parts")}
-            upper = ("gim.parts.anatomy", "gim.parts.calling", "gim.parts.placement")
-            assert not ours and not reaches(name, upper)
-        if name.startswith("gim.intercept"):
-            assert not reaches(name, ("gim.context", "gim.explain", "gim.scoring", "gim.memory", "gim.cli", "tests"))
+@pytest.mark.parametrize(
+    ("who", "code"),
+    [
+        ("gim_kernels.norm", "import transformers"),
+        ("gim_kernels.engines", "from gim.rules import Rules"),
+        ("gim_kernels.triton.launch", "def late():\n    from gim_kernels.blockwise import forward_workspace"),
+        ("gim_kernels.pointwise", "import importlib\nimportlib.import_module('gim_kernels.triton.norm')"),
+        ("gim.rules", "from gim_kernels import engines"),
+        ("gim.parts.anatomy", "from gim.intercept.session import Session"),
+        ("gim.parts.adapters.hugging_face", "def late():\n    from gim.parts import anatomy"),
+        ("gim.intercept.watch", "from gim.intercept.flow import origin"),
+        ("gim.intercept.products", "from importlib import import_module\nimport_module('gim.scoring')"),
+        ("gim.scoring", "import gim.cli"),
+        ("gim.context", "__import__('tests.eager')"),
+        ("gim.attribution", "from gim import explain"),
+    ],
+)
+def test_a_planted_arrow_is_seen(tmp_path: Path, who: str, code: str) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(code)
+    assert wrong_arrows({**IMPORTS, who: IMPORTS[who] | imports(path)})
 
 
 #: What walks a model or asks it for its embedding; and what tells a front end by a model's class.
@@ -136,6 +181,37 @@ def test_a_search_of_ones_own_is_seen(tmp_path: Path, code: str, found: set[str]
     path = tmp_path / "planted.py"
     path.write_text(code)
     assert searches(path) == found
+
+
+def sets_forward(path: Path) -> bool:
+    """Whether a file gives an instance another ``forward``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Attribute) and target.attr == "forward":
+                return True
+            if isinstance(target, ast.Subscript) and ast.unparse(target.slice) == "'forward'":
+                return True
+        if isinstance(node, ast.Call) and ast.unparse(node.func).strip("_").endswith("setattr"):
+            named = [ast.unparse(one) for one in node.args[1:2]]
+            if named == ["'forward'"]:
+                return True
+    return False
+
+
+def test_a_forward_is_set_in_one_place() -> None:
+    setting = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gim").rglob("*.py") if sets_forward(path)}
+    # The second gives one to a copy of its own.
+    assert setting == {"gim/intercept/session.py", "gim/tokenwise.py"}
+
+
+@pytest.mark.parametrize(
+    "code", ["m.forward = f", "m.__dict__['forward'] = f", "setattr(m, 'forward', f)", "m.forward: object = f"]
+)
+def test_a_forward_that_is_set_elsewhere_is_seen(tmp_path: Path, code: str) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(code)
+    assert sets_forward(path)
 
 
 def test_no_file_reads_the_environment_or_prints() -> None:
