@@ -674,7 +674,9 @@ def last(mask: torch.Tensor) -> torch.Tensor:
     return (torch.arange(mask.shape[1]) * mask).amax(-1)[:, None]
 
 
-@pytest.mark.parametrize("build", [gemma3, gemma3n, llava, qwen2_vl, qwen3_vl])
+@pytest.mark.parametrize(
+    "build", [gemma3, *(pytest.param(one, marks=pytest.mark.slow) for one in (gemma3n, llava, qwen2_vl, qwen3_vl))]
+)
 def test_text_alone_gives_what_the_text_model_gives(
     build: Callable[[], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from benchmarks import statements
 from gim.demo import make_prompt
 
 
+@pytest.mark.slow
 def test_gim_finds_both_statements_in_nine_prompts_of_ten() -> None:
     model, tokenizer = gim.demo.load()
     counted = statements.count(model, tokenizer, "GIM")

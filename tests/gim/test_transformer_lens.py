@@ -119,7 +119,7 @@ def model_gradient(model: Any, tokens: torch.Tensor, rules: Any) -> torch.Tensor
 
 
 @pytest.mark.parametrize("preset", gim.rules.PRESETS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_agree_with_the_hugging_face_model(kind: str, family: str, preset: str) -> None:
     model = make(family, torch.float32)
