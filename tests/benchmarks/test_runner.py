@@ -217,6 +217,7 @@ def shown(console: Console) -> str:
     return " ".join(console.export_text().split())
 
 
+@pytest.mark.slow
 def test_a_suite_writes_results_and_a_picture(suite: Suite, tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     json_file, png = tmp_path / "found.json", tmp_path / "found.png"

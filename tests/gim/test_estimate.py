@@ -63,11 +63,7 @@ def measure(model: Any, plan: MemoryPlan, length: int = LENGTH, batch: int = 1, 
     return peak
 
 
-#: Each takes seconds: one of them, with windows, is not slow.
-MEASURED = [
-    pytest.param(*case, id="-".join(case), marks=[] if case == ("mistral", "small") else pytest.mark.slow)
-    for case in itertools.product(MODELS, SIZES)
-]
+MEASURED = [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow) for case in itertools.product(MODELS, SIZES)]
 
 
 @pytest.mark.parametrize(("family", "size"), MEASURED)

@@ -87,9 +87,7 @@ def test_every_lever_gives_the_same_attribution(family: str) -> None:
     hold_plans(family, SOME)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=[] if family == "qwen3" else pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
 def test_every_combination_of_levers_gives_the_same_attribution(family: str) -> None:
     hold_plans(family, every_plan())
 

@@ -139,13 +139,11 @@ def test_only_what_torchs_kernel_cannot_walk_is_copied(name: str) -> None:
 
 @pytest.mark.parametrize(
     "strides",
-    [
-        (0, 1, 4, 4096),
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ((2097152, 524288, 128, 2), (524288, 262144, 1, 4096))),
-    ],
+    [(0, 1, 4, 4096), (2097152, 524288, 128, 2), (524288, 262144, 1, 4096)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["torch", "blocks"])
+@pytest.mark.slow
 def test_copies_of_other_layouts_are_counted(
     strides: tuple[int, ...], dtype: torch.dtype, options: dict[str, float]
 ) -> None:

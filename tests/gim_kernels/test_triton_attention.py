@@ -113,6 +113,7 @@ def grad_query_directly(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 @pytest.mark.parametrize("dtype", TWO_BYTES)
 @pytest.mark.parametrize("mean", [0.0, 5.0, 10.0])
+@pytest.mark.slow
 def test_a_mean_of_the_values_costs_no_accuracy(mean: float, dtype: torch.dtype) -> None:
     query, key, value, grad_out = inputs(1, 2, 2, 128, 128, 32, dtype=torch.float64)
     tensors = tuple(x.to(dtype) for x in (query, key, value + mean, grad_out))
