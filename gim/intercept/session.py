@@ -15,7 +15,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from gim_kernels.reference import scale_gradient
 _open: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
 
 
+T = TypeVar("T")
 _numbers = itertools.count(1)
 #: Attribute of a changed ``forward`` that holds the one before.
 _CHANGED = "_gim_before"
@@ -267,6 +268,8 @@ class Gate:
         # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
         ours = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
         self.own = None if ours else own
+        #: Whether its stack has taken it away.
+        self.gone = False
         #: The module's own, whatever gates of other stacks stand before it.
         self.inner: Callable[..., Any] = original_forward(module)
         self.prepare = stack.prepare(name, module)
@@ -384,44 +387,37 @@ class Stack:
         """Leave out a session, and take the gates away with the last."""
         with self._lock:
             self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
-            interrupted: BaseException | None = None
             if not self.sessions:
                 self.modules = {}
-            while not self.sessions and self._gated:
-                try:
-                    self._remove()
-                except KeyboardInterrupt as error:  # the model is put back first
-                    interrupted = error
-            if interrupted is not None:
-                try:
-                    raise interrupted
-                finally:
-                    del interrupted
+                _undo_all(self._gated, self._ungate)
 
     def _gate(self, module: nn.Module) -> Gate | None:
+        """This stack's gate before a module, under gates of others and what a memory plan has put there."""
         found = module.__dict__.get("forward")
-        while isinstance(found, Gate):
-            if found.stack is self:
-                return found
-            found = found.own
+        while found is not None:
+            if isinstance(found, Gate):
+                if found.stack is self:
+                    return found
+                found = found.own
+            else:
+                found = getattr(found, "__dict__", {}).get(_CHANGED)
         return None
 
-    def _remove(self) -> None:
-        while self._gated:
-            module = self._gated[-1]()
-            gate = None if module is None else self._gate(module)
-            if module is not None and gate is not None:
-                top = module.__dict__["forward"]
-                if top is gate:
-                    if gate.own is None:
-                        del module.__dict__["forward"]
-                    else:
-                        module.__dict__["forward"] = gate.own
-                else:
-                    while top.own is not gate:
-                        top = top.own
-                    top.own = gate.own
-            self._gated.pop()
+    def _ungate(self, held: weakref.ref[nn.Module]) -> None:
+        module = held()
+        gate = None if module is None else self._gate(module)
+        if module is None or gate is None:
+            return
+        gate.gone = True
+        top = module.__dict__["forward"]
+        if top is gate:
+            _put_back(module, "forward", gate)
+            return
+        while isinstance(top, Gate) and top.own is not gate:
+            top = top.own
+        if isinstance(top, Gate):
+            top.own = gate.own
+        # Under a plan's forward it stays, and is no more once that is put back.
 
 
 _stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
@@ -473,7 +469,7 @@ class Changes:
     def __init__(self, session: Session | None = None) -> None:
         self._session = session
         self._undo: list[Callable[[], Any]] = []
-        weakref.finalize(self, _undo_all, self._undo)
+        weakref.finalize(self, _undo_all, self._undo, _call)
 
     def callback(self, undo: Callable[[], Any]) -> None:
         """Call something on closing; it may be called twice."""
@@ -499,16 +495,21 @@ class Changes:
 
     def close(self) -> None:
         """Undo every change, the last first."""
-        _undo_all(self._undo)
+        _undo_all(self._undo, _call)
 
 
-def _undo_all(undo: list[Callable[[], Any]]) -> None:
+def _call(undo: Callable[[], Any]) -> None:
+    undo()
+
+
+def _undo_all(held: list[T], undo: Callable[[T], None]) -> None:
+    """Undo each thing that is held, the last first, and hold it no more; what is interrupted is done again."""
     interrupted: KeyboardInterrupt | None = None
-    while undo:
+    while held:
         try:
-            while undo:
-                undo[-1]()
-                undo.pop()
+            while held:
+                undo(held[-1])
+                held.pop()
         except KeyboardInterrupt as error:  # the model is put back first
             interrupted = error
     if interrupted is not None:
@@ -522,6 +523,8 @@ _MISSING = object()
 
 
 def _put_back(module: nn.Module, name: str, before: Any) -> None:
+    while isinstance(before, Gate) and before.gone:
+        before = _MISSING if before.own is None else before.own
     if before is _MISSING:
         module.__dict__.pop(name, None)
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import gim
+from gim.intercept.session import Changes, session_of
 from tests.oracle import assert_close64
 
 RULES = ("GIM", "GRADIENT", "ATTNLRP", "FREEZE_ONLY", "GIM_CONSTANT", "SCALES_ONLY")
@@ -137,4 +138,19 @@ def test_tasks_of_one_loop_follow_their_own_contexts(wanted: dict[str | None, to
         await asyncio.gather(*(task(rules, 0.001 * (i + 1)) for i, rules in enumerate(RULES)), outside())
 
     asyncio.run(all_of_them())
+    assert state(model) == before
+
+
+def test_a_context_that_closes_before_a_plan_leaves_no_gate() -> None:
+    """An interrupt may leave the plan's changes to be put back last."""
+    model = make()
+    before = state(model)
+    context = gim.GIM(model)
+    context.__enter__()
+    changes = Changes(session_of(model))
+    changes.replace_forward(model.norm, lambda x: x)
+    with gim.GIM(model, rules="GRADIENT"):  # gates what has a gate already no second time
+        pass
+    context.__exit__(None, None, None)
+    changes.close()
     assert state(model) == before
