@@ -164,18 +164,18 @@ class GIM:
 def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A forward pass of a session's model, or of one of its modules, from outside."""
     refuse_context_parallelism(gate.stack.modules)
-    whole = gate.name == "" and torch._C._current_graph_task_id() == -1
+    again = torch._C._current_graph_task_id() != -1  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.
-    proof = session.proof if whole and session.proves and torch.is_grad_enabled() else None
+    proof = session.proof if session.proves and torch.is_grad_enabled() and not again else None
 
     def run(frame: Frame) -> Any:
         running.frames.pop()
-        with nullcontext() if proof is None else proof.watching(inputs, named):
+        with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named):
             return gate.enter(frame, inputs, named)
 
     out = session.inside(gate.name, gate.module, run)
-    if whole:
-        session.report.forwards += 1
+    if not again:
+        session.report.forwards += gate.name == ""
         session.add_unsupported(session.without_values())
     if proof is not None:
         session.add_unsupported(proof.unreached())

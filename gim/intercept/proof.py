@@ -22,8 +22,8 @@ from gim.intercept.watch import PART_OF, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules
 
-#: How many kinds of forward passes of one model are remembered.
-_KINDS = 64
+#: How many kinds of forward passes of one model are remembered; each module that is called from outside has its own.
+_KINDS = 1024
 _SIMPLE = frozenset({bool, str, float})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -55,18 +55,18 @@ class Proof:
         self._report = report
         self._verdict: _Verdict | None = None
         self._running = False
+        self._whole = True
 
     @contextmanager
-    def watching(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
-        """Around a forward pass with these arguments: watch it, unless one of its kind has been.
-
-        What runs in a backward is a checkpoint's second run, which the watch has seen already.
-        """
+    def watching(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+        """Around a forward pass of the model, or of one of its modules from outside: watch it, unless one of its kind
+        has been."""
         model = self._model()
-        if model is None or self._running or torch._C._current_graph_task_id() != -1:
+        if model is None or self._running:
             yield
             return
-        key = _kind_of(model, self._rules, inputs, named)
+        self._whole = name == ""
+        key = name, _kind_of(module, self._rules, inputs, named)
         with _lock:
             known = _verdicts.setdefault(model, {}).get(key)
         before = self._calls()
@@ -118,7 +118,7 @@ class Proof:
             "gated_mlp": rules.modifies_gated_mlps,
         }
         for each in wanted:
-            if wanted[each]:
+            if wanted[each] and self._whole:
                 self._report.note_absent(each)
         told = [name for name, _ in self._report.unsupported]
         missing: dict[tuple[str, str], None] = {}
@@ -158,9 +158,9 @@ def _several(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _kind_of(model: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Everything that decides which code a forward runs, as far as it can be told without running it."""
-    config = getattr(model, "config", None)
+    config = getattr(module, "config", None)
     return (
         rules,
         torch.is_grad_enabled(),
@@ -170,7 +170,7 @@ def _kind_of(model: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: dic
         tuple((name, _sketch(one)) for name, one in sorted(named.items())),
         tuple(nn.modules.module._global_forward_hooks),
         tuple(nn.modules.module._global_forward_pre_hooks),
-        tuple(_kind_of_module(module) for module in anatomy.of(model).modules.values()),
+        tuple(_kind_of_module(one) for one in anatomy.of(module).modules.values()),
     )
 
 

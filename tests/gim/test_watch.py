@@ -490,6 +490,40 @@ def test_products_that_run_in_plain_torch_are_reached_by_what_says_so(monkeypatc
         model(IDS)
 
 
+@pytest.mark.parametrize("part", ["norm", "softmax over keys", "gated product"])
+def test_a_module_that_is_called_from_outside_is_watched_too(part: str) -> None:
+    """A backbone without its head, one layer after the other."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if part == "norm":
+                return Own.apply(x, lambda one, _: NORMS["rsqrt"](one))
+            if part == "gated product":
+                return Own.apply(self.wide(x), lambda one, other: F.silu(one) * other, self.wide(x + 1))
+            return SOFTMAXES["exp"](x @ self.wide(x).mT, x)
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, how: Any, y: torch.Tensor | None = None) -> torch.Tensor:
+            return how(x, y)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            return grads[0], None, None
+
+    model = nn.ModuleDict({"inner": Inner(), "plain": nn.Linear(WIDTH, WIDTH)})
+    x = torch.randn(1, 5, WIDTH, requires_grad=True)
+    with pytest.raises(UnsupportedModelError, match=rf"inner: {part} \("), gim.GIM(model):
+        model["inner"](x)
+    with gim.GIM(model) as report:
+        model["plain"](x)
+    assert report.watched and report.forwards == 0 and report.notes == []
+
+
 def test_a_rule_that_is_off_wants_nothing() -> None:
     model = Net(gate=GATES["by hand"], norm=NORMS["rsqrt"], attend=SOFTMAXES["exp"])
     with gim.GIM(model, rules="GRADIENT") as report:
