@@ -22,12 +22,16 @@ from gim.parts.calling import Kept, Prepared, Rows
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
+from gim_kernels import engines
 
 #: Called with ("forward" or "backward", layers done, layers in all).
 Progress = Callable[[str, int, int], None]
 
 #: Tokens whose scores are computed at once.
 SCORE_TILE = 4096
+#: In float16 a small gradient has few bits or none and a large one is infinite: the explained number's own, of which
+#: all others are multiples, is scaled by these powers of two, one after another. Attributions are divided by it.
+HALF_SEEDS = (2.0**8, 1.0, 2.0**-8)
 
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
 PREDICTION = -1
@@ -126,6 +130,34 @@ def passes(
 
     Scores ``[B, L]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
     """
+    *others, last = _seeds(model)
+    for seed in others:
+        found = _passes(model, request, baseline_id, plan, check, seed)
+        if found is not None:
+            return found
+    found = _passes(model, request, baseline_id, plan, check, last, says=True)
+    assert found is not None, "it says what is wrong"
+    return found
+
+
+def _seeds(model: nn.Module) -> tuple[float, ...]:
+    """What the explained number's own gradient is taken to be, 1 but in float16, until one gives finite gradients."""
+    halves = any(parameter.dtype == torch.float16 for parameter in model.parameters()) or any(
+        engines.autocasts(kind) and torch.get_autocast_dtype(kind) == torch.float16 for kind in ("cuda", "cpu")
+    )
+    return HALF_SEEDS if halves else (1.0,)
+
+
+def _passes(
+    model: nn.Module,
+    request: Request,
+    baseline_id: int,
+    plan: MemoryPlan,
+    check: bool,
+    seed: float,
+    says: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """One of :func:`passes`; where the gradient is not finite None, or what ``says`` by whom."""
     parts, mask = anatomy.of(model), request.rows.mask
     with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
@@ -151,9 +183,11 @@ def passes(
             )
         if not total.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
-        (grad,) = torch.autograd.grad(total, leaves[0])
+        (grad,) = torch.autograd.grad(total, leaves[0], torch.full_like(total, seed))
         del total
         scores, finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
+        if not finite and not says:
+            return None
         if not finite:
             module = first_nonfinite_gradient(parts, prepared.logits, wanted, request.where)
             raise FloatingPointError(
@@ -163,7 +197,7 @@ def passes(
         if mask is not None:
             _refuse_padding_that_is_read(model, mask, grad)
             scores = scores.masked_fill(~mask, 0.0)
-    return scores, wanted, values
+    return scores / seed, wanted, values
 
 
 def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:

@@ -53,6 +53,20 @@ def test_half_precision_errs_at_most_twice_as_much_as_eager(preset: str, family:
     assert_within_budget(got, want, yardstick.float(), f"{family} {preset}")
 
 
+@pytest.mark.parametrize("exponent", [-14, 14])
+def test_gradients_outside_float16_lose_nothing(exponent: int) -> None:
+    """The last norm and the target's row of the head times powers of two: so are all attributions, and nothing else."""
+    model, tokens = make("llama", torch.float16), ids(64)
+    want = truth(copy.deepcopy(model).double(), tokens, "GIM", torch.float64)
+    yardstick = truth(model, tokens, "GIM", torch.float16).float()
+    with torch.no_grad():
+        half = exponent // 2
+        model.model.norm.weight *= 2.0**half
+        model.lm_head.weight[TARGET] *= 2.0 ** (exponent - half)
+    got = explain(model, tokens, "GIM") * 2.0**-exponent
+    assert_within_budget(got, want, yardstick, f"gradients times 2^{exponent}")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_every_rule_acts_in_half_precision(dtype: torch.dtype) -> None:
     assert_every_rule_acts(make("llama", dtype), ids(4), 0.1)
