@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from gim_kernels import engines, pointwise
+from gim_kernels import engines, operators, pointwise
 from gim_kernels.engines import Engine
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -17,13 +17,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
 ACTIVATION_BACKWARDS: tuple[ActivationBackward, ...] = ("exact", "ratio")
 
 
-@torch.library.custom_op(
-    "gim_kernels::gated",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor up, str activation, float[] grad_scale, str activation_backward, str engine) "
-    "-> Tensor",
-)
-def _gated(
+def _run_gated(
     gate: torch.Tensor,
     up: torch.Tensor,
     activation: Activation,
@@ -34,18 +28,11 @@ def _gated(
     return engines.module(engine, pointwise).gated_forward(gate, up, activation)
 
 
-@_gated.register_fake
-def _(gate: torch.Tensor, *_: Any) -> torch.Tensor:
+def _fake_gated(gate: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(gate)
 
 
-@torch.library.custom_op(
-    "gim_kernels::gated_backward",
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor gate, Tensor up, str activation, float[] grad_scale, "
-    "str activation_backward, str engine, bool[] needs) -> (Tensor, Tensor)",
-)
-def _gated_backward(
+def _run_gated_backward(
     grad_y: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -69,8 +56,9 @@ def _gated_backward(
     return first, second
 
 
-@_gated_backward.register_fake
-def _(grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _fake_gated_backward(
+    grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
     needs = rest[-1]
     return tuple(torch.empty_like(x) if need else gate.new_empty(0) for x, need in zip((gate, up), needs, strict=True))
 
@@ -89,7 +77,19 @@ def _differentiate(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     return (*given, None, None, None, None)
 
 
-_gated.register_autograd(_differentiate, setup_context=_save)
+_gated = operators.define(
+    "gated(Tensor gate, Tensor up, str activation, float[] grad_scale, str activation_backward, str engine) -> Tensor",
+    _run_gated,
+    _fake_gated,
+    _save,
+    _differentiate,
+)
+_gated_backward = operators.define(
+    "gated_backward(Tensor grad_y, Tensor gate, Tensor up, str activation, float[] grad_scale, "
+    "str activation_backward, str engine, bool[] needs) -> (Tensor, Tensor)",
+    _run_gated_backward,
+    _fake_gated_backward,
+)
 
 
 def gated(

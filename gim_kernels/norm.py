@@ -7,16 +7,11 @@ from typing import Any
 
 import torch
 
-from gim_kernels import engines, pointwise
+from gim_kernels import engines, operators, pointwise
 from gim_kernels.engines import Engine
 
 
-@torch.library.custom_op(
-    "gim_kernels::rms_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, float eps, float weight_offset, bool frozen, str engine) -> (Tensor, Tensor)",
-)
-def _rms_norm(
+def _run_rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
@@ -32,17 +27,11 @@ def _statistic_like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], 1, dtype=wide)
 
 
-@_rms_norm.register_fake
-def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_rms_norm(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), _statistic_like(x)
 
 
-@torch.library.custom_op(
-    "gim_kernels::layer_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, bool frozen, str engine) -> (Tensor, Tensor, Tensor)",
-)
-def _layer_norm(
+def _run_layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -53,19 +42,12 @@ def _layer_norm(
     return engines.module(engine, pointwise).layer_norm_forward(x, weight, bias, eps)
 
 
-@_layer_norm.register_fake
-def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake_layer_norm(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, _statistic_like(x), _statistic_like(x)
 
 
-@torch.library.custom_op(
-    "gim_kernels::norm_backward",
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor? x, Tensor? weight, Tensor? mean, Tensor inverse, float weight_offset, "
-    "bool frozen, str engine, bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
-def _norm_backward(
+def _run_norm_backward(
     grad_y: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -84,8 +66,7 @@ def _norm_backward(
     return first, second, third
 
 
-@_norm_backward.register_fake
-def _(
+def _fake_norm_backward(
     grad_y: torch.Tensor, x: Any, weight: Any, mean: Any, inverse: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
     needs = rest[-1]
@@ -153,8 +134,27 @@ def _differentiate_layer(ctx: Any, grad_y: torch.Tensor | None, *_: Any) -> tupl
     return (*_differentiate(ctx, grad_y, needs), None, None, None)
 
 
-_rms_norm.register_autograd(_differentiate_rms, setup_context=_save_rms)
-_layer_norm.register_autograd(_differentiate_layer, setup_context=_save_layer)
+_rms_norm = operators.define(
+    "rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset, bool frozen, str engine) -> (Tensor, Tensor)",
+    _run_rms_norm,
+    _fake_rms_norm,
+    _save_rms,
+    _differentiate_rms,
+)
+_layer_norm = operators.define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool frozen, str engine) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_layer_norm,
+    _fake_layer_norm,
+    _save_layer,
+    _differentiate_layer,
+)
+_norm_backward = operators.define(
+    "norm_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor? mean, Tensor inverse, float weight_offset, "
+    "bool frozen, str engine, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _run_norm_backward,
+    _fake_norm_backward,
+)
 
 
 def _check(x: torch.Tensor, eps: float, **parameters: torch.Tensor | None) -> None:

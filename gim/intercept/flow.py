@@ -120,6 +120,9 @@ def kind_of(node: Any) -> tuple[str, str]:
 
 
 def _classify(full: str) -> tuple[str, str]:
+    own = full.removeprefix("gim_kernels_").removesuffix("Backward")
+    if full != own and own in _OWN:
+        return _OWN[own], own
     if full.startswith("GeneratedBackwardFor_"):
         space, _, rest = full.removeprefix("GeneratedBackwardFor_").partition("kernels_")
         name = rest.partition("_default")[0]

@@ -7,10 +7,12 @@ kernel takes its place from then on: it keeps one number for each row. Nobody's 
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -268,7 +270,43 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
         for name, one in kept.items()
         if one is not None
     )
-    return type(module), type(module).forward, own, parameters, x.dtype, x.shape[-1], module.training
+    cls: Any = type(module)
+    code = cls.forward
+    around = tuple(_said(names.get(name)) for names, name in _read(cls, code))
+    return cls, code, own, around, parameters, x.dtype, x.shape[-1], module.training
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(cls: type, code: Callable[..., Any]) -> tuple[tuple[Mapping[str, Any], str], ...]:
+    """Names that a module's code may read besides its own: of its classes, and of the files of what it calls.
+
+    Args:
+        cls: the module's.
+        code: its ``forward``, which may be another one tomorrow.
+    """
+    classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+    waiting = [code, *(one for base in classes for one in vars(base).values())]
+    names: dict[str, None] = {}
+    places: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or id(function) in seen or function.__module__.startswith("torch."):
+            continue
+        seen.add(id(function))
+        around = function.__globals__
+        for name in function.__code__.co_names:
+            names[name] = None
+            places[id(around), name] = around, name
+            waiting.append(around.get(name))
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                waiting.append(cell.cell_contents)
+    return (*places.values(), *((vars(base), name) for base in classes for name in names))
+
+
+def _said(value: Any) -> Any:
+    return value if isinstance(value, _PLAIN) else id(value)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -228,7 +228,7 @@ def _refuse_sharded_weights(modules: Mapping[str, nn.Module]) -> None:
 
 def _refuse_pipeline_stage(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
-        if getattr(module, "_pp_stage", None) is not None or type(module).__name__ == "PipelineIdentityLayer":
+        if module.__dict__.get("_pp_stage") is not None or type(module).__name__ == "PipelineIdentityLayer":
             raise UnsupportedModelError(
                 f"{name or type(module).__name__} is a stage of pipeline parallelism of transformers (pp_size): this "
                 f"rank has only some of the layers. Give gim the whole model. {_TENSOR_PARALLEL}"
@@ -255,7 +255,7 @@ def _refuse_offloaded_weights(modules: Mapping[str, nn.Module]) -> None:
     if "accelerate.hooks" not in sys.modules:
         return
     for name, module in modules.items():
-        hook = getattr(module, "_hf_hook", None)
+        hook = module.__dict__.get("_hf_hook")
         for one in (hook, *getattr(hook, "hooks", ())):
             if getattr(one, "offload", False) is True:
                 raise UnsupportedModelError(

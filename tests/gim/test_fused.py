@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -148,6 +149,34 @@ def test_a_norm_that_has_been_changed_is_seen_anew() -> None:
     assert relative_error(changed, before) > 0.1
     norm.forward = lambda x: x
     _, report = gradient(model, torch.float32)
+    assert report.of("norm") == []
+
+
+EPSILON = 1e-5
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON)
+
+
+class Elsewhere(nn.Module):
+    """A norm whose numbers are its class's and its file's."""
+
+    power = 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rows_of(x) if self.power == 2 else x
+
+
+def test_what_a_norm_reads_elsewhere_is_seen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(Elsewhere(), torch.float64)
+    before, report = gradient(model, torch.float64, 1e-3)
+    assert report.of("norm")[0].recognised == "rms_norm, written out"
+    monkeypatch.setattr(sys.modules[__name__], "EPSILON", 1e-2)
+    changed, _ = gradient(model, torch.float64, 1e-3)
+    assert relative_error(changed, before) > 0.1
+    monkeypatch.setattr(Elsewhere, "power", 1)
+    _, report = gradient(model, torch.float64)
     assert report.of("norm") == []
 
 
