@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from gim_kernels import blockwise, pointwise
-from gim_kernels.engines import Options
+from gim_kernels.types import Options
 
 #: What a tensor is alive for: a part's name, or the position of the layer that made it.
 Tag = str | int

@@ -23,6 +23,7 @@ from gim.intercept.sites import SITES
 from gim.rules import Rules
 from gim_kernels import engines
 from gim_kernels.reference import scale_gradient
+from gim_kernels.types import DTYPES
 
 PRODUCTS = frozenset(
     {
@@ -232,7 +233,7 @@ def _gate(
     )
     gate, up = (first, second) if gate_first else (second, first)
     known = None if quotient else activations.activated(session, gate)
-    if known is not None and up.dtype == known.gate.dtype and known.gate.dtype in engines.DTYPES:
+    if known is not None and up.dtype == known.gate.dtype and known.gate.dtype in DTYPES:
         out = gim_kernels.gated(
             known.gate,
             up,
