@@ -70,6 +70,14 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_sinks
 
 
+def workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Bytes that attention holds in either pass besides its arguments and results, roughly: matrices of all scores.
+
+    Under a temperature, autograd keeps masked scores, both softmaxes, and two matrices on their way; measured.
+    """
+    return 8 * query.shape[:3].numel() * key.shape[2] * _wide(query.dtype).itemsize
+
+
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -254,7 +254,8 @@ SHAPES = [
     (1, 1, 1, 300, 300, 8),
     LARGE,
 ]
-#: What the interpreter, or the composed engine, gets at once of all shapes, rules and dtypes. The rest is slow, or too large for it.
+#: What the interpreter, or the composed engine, gets at once of all shapes, rules and dtypes. The rest is slow, or too
+#: large for it.
 EVERY_RULE = [(1, 3, 1, 111, 111, 40)]
 TWO_BYTES = [(1, 2, 1, 128, 128, 64), (2, 4, 1, 63, 63, 24)]
 

@@ -58,6 +58,7 @@ def test_pieces_hold_what_is_visible_once(
             assert torch.equal(pieces_of, want.any(-1).long()), (first, end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "window"), [(1024, 100), (512, None), (1024, None)])
 def test_memory_is_linear_in_length(queries: int, window: int | None) -> None:
     keys = 1024
@@ -68,7 +69,6 @@ def test_memory_is_linear_in_length(queries: int, window: int | None) -> None:
             *leaves, causal=True, window=window, softmax_backward="temperature", engine="composed"
         )
         torch.autograd.grad(out, leaves, grad_out)
-    # The mask is converted to an int64 comparison at most.
     assert largest.elements <= composed.BLOCK * keys
 
 
