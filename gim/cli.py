@@ -502,12 +502,10 @@ def _quieten() -> None:
 
 def _check_engine(engine: EngineName, model: Any) -> None:
     """Refuse an engine that cannot run a model where it lies, before anything runs."""
-    from gim.parts import anatomy
-    from gim_kernels import engines
+    from gim.context import check_engine
 
-    parts = anatomy.of(model)
     try:
-        engines.check(engine.value, parts.device, parts.dtype)
+        check_engine(engine.value, model)
     except (TypeError, RuntimeError) as error:
         raise UserError(f"--engine: {error}") from error
 

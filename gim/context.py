@@ -23,7 +23,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
 from gim_kernels import engines
-from gim_kernels.types import Engine
+from gim_kernels.types import DTYPES, Engine
 
 
 def resolve_rules(
@@ -59,6 +59,14 @@ def resolve_rules(
     return chosen
 
 
+def check_engine(engine: str, model: nn.Module) -> None:
+    """Refuse an engine that cannot run a model in its dtype where it lies; raises as :func:`engines.check`."""
+    engines.check_name(engine)
+    held = next((x for x in model.parameters() if x.dtype in DTYPES), None)
+    if held is not None:
+        engines.check(engine, held.device, held.dtype)
+
+
 class GIM:
     """Inside this context, gradients through a model follow the GIM rules.
 
@@ -83,9 +91,9 @@ class GIM:
         strict: whether a part that a rule should act on and cannot is an error. With False it is reported in
             :attr:`AppliedReport.unsupported`.
         engine: which code runs the operators. ``"auto"``: Triton on a GPU, blockwise elsewhere; or by name
-            ``"triton"``, ``"blockwise"``, ``"composed"`` (attention from calls of torch's own exact attention; norms and
-            gated products as under ``"auto"``) or ``"reference"`` (the specification, slow, which holds the T x S scores
-            of a layer at a time). What ran is in :attr:`AppliedReport.engines`, as the operators said it.
+            ``"triton"``, ``"blockwise"``, ``"composed"`` (attention from calls of torch's own exact attention; norms
+            and gated products as under ``"auto"``) or ``"reference"`` (the specification, slow, which holds the T x S
+            scores of a layer at a time). What ran is in :attr:`AppliedReport.engines`, as the operators said it.
 
     Raises:
         UnsupportedModelError: on entering, or at a forward pass: a part is not covered, is compiled, or does not lie
@@ -144,9 +152,8 @@ class GIM:
     def __enter__(self) -> AppliedReport:
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
-        parts = anatomy.of(self.model)
-        modules = parts.modules
-        engines.check(self.engine, parts.device, parts.dtype)
+        modules = anatomy.of(self.model).modules
+        check_engine(self.engine, self.model)
         _refuse_compiled(modules)
         refuse_unsupported_placement(modules)
         _refuse_dropout(modules)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from gim import scoring
+from gim.context import check_engine
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
 from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.scoring import Progress, Request, Result, Terms
-from gim_kernels import engines
 from gim_kernels.types import Engine
 
 __all__ = [
@@ -117,7 +117,7 @@ class _Adviser:
     """What memory a request would take on a model, under any plan; made of a twin that is kept with the model."""
 
     def __init__(self, model: nn.Module, request: Request, rules: Rules, engine: Engine = "auto") -> None:
-        engines.check(engine, anatomy.of(model).device, anatomy.of(model).dtype)  # before a plan is looked for
+        check_engine(engine, model)  # before a plan is looked for
         self._engine = engine
         self._model = model
         self._request = request

@@ -30,8 +30,17 @@ SAID = {
 TARGET: Any = {"target_token_id": 11, "baseline_token_id": 3}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-window", "gpt2"])
-@pytest.mark.parametrize("memory", ["none", pytest.param("layer+attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "memory"),
+    [
+        ("qwen2-window", "none"),
+        *(
+            pytest.param(family, memory, marks=pytest.mark.slow)
+            for family in ("llama", "gpt2")
+            for memory in ("none", "layer+attention")
+        ),
+    ],
+)
 def test_every_engine_gives_the_same_attribution(family: str, memory: str) -> None:
     model, tokens = make(family, torch.float64), ids(2)
     mask = torch.ones_like(tokens)
@@ -92,6 +101,7 @@ def test_what_an_engine_has_not_is_refused_by_name() -> None:
         gim.explain(make("gemma2", torch.float64), ids(1), engine="composed", **TARGET)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_an_engine_and_shows_what_ran() -> None:
     folder = str(ROOT / "gim/demo/model")
     runner = CliRunner(env={"COLUMNS": "200"})
