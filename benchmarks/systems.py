@@ -24,6 +24,7 @@ from benchmarks import decoder
 from benchmarks.cases import AttentionCase, Case, ExplainCase, PointwiseCase
 from benchmarks.measure import DTYPES
 from gim_kernels import reference
+from gim_kernels.types import Engine
 
 #: Ids of the baseline and of the explained token: fixed, so that every system explains the same logit.
 BASELINE, TARGET = 0, 1
@@ -96,11 +97,14 @@ def _step(case: AttentionCase, inputs: tuple[Any, ...], attend: Attend) -> Run:
     return lambda: _differentiate(attend(*leaves), leaves, grad)
 
 
-def _ours(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return gim_kernels.attention(q, k, v, causal=case.causal, softmax_backward=case.rule)
+def _engine(engine: Engine) -> Callable[[AttentionCase, tuple[Any, ...], torch.device], Run]:
+    def prepare(case: AttentionCase, inputs: tuple[Any, ...], device: torch.device) -> Run:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return gim_kernels.attention(q, k, v, causal=case.causal, softmax_backward=case.rule, engine=engine)
 
-    return _step(case, inputs, attend)
+        return _step(case, inputs, attend)
+
+    return prepare
 
 
 def _eager(chunk: int | None) -> Callable[[AttentionCase, tuple[Any, ...], torch.device], Run]:
@@ -202,6 +206,9 @@ def _products(case: AttentionCase, system: System, device: torch.device) -> int 
             # The gradients of query and of key and value compute the scores and dP each.
             return {"exact": 9, "temperature": 10, "constant": 4}[case.rule]
         return {"exact": 7, "temperature": 7, "constant": 4}[case.rule]
+    if system.name == COMPOSED:
+        # An exact call is run again for its backward: 2 forward, then 7 for each call.
+        return {"exact": 9, "temperature": 16, "constant": 9}[case.rule]
     if system.executed is None or case.rule != "constant":
         return system.executed
     return {6: 3}.get(system.executed, system.executed)  # eager: forward 2, grad_value 1
@@ -219,9 +226,11 @@ def executed_flops(case: Case, system: System, device: torch.device) -> float | 
 
 
 OURS = "gim-kernels"
+COMPOSED = "composed of torch SDPA"
 
 ATTENTION: tuple[System, ...] = (
-    System(OURS, "case", _ours),
+    System(OURS, "case", _engine("auto")),
+    System(COMPOSED, "case", _engine("composed"), backend="torch's choice of SDPA"),
     System(
         "torch SDPA, exact",
         "exact",

@@ -30,7 +30,8 @@ class Application:
         module_class: the name of its class.
         rule: what its backward does, in words.
         recognised: how it was recognised, in words.
-        engine: the code that ran it last; empty before the first call.
+        engine: the code that ran it last, as that said itself; ``"torch"`` is the model's own operations; empty before
+            the first call.
         calls: how often it ran inside the context.
     """
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: What a model reads in `gim check`, where no other text is given.
 CHECK_PROMPT = "The capital of France is"
+#: How often `gim check --engine` runs each of the two engines.
+COMPARED_TIMES = 5
 
 app = typer.Typer(
     name="gim",
@@ -64,6 +66,16 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+class EngineName(StrEnum):
+    """As :class:`gim.GIM` takes them."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    COMPOSED = "composed"
+    BLOCKWISE = "blockwise"
+    REFERENCE = "reference"
+
+
 class UserError(Exception):
     """Something the user can put right: shown in one line, without a traceback."""
 
@@ -89,6 +101,10 @@ _Html = Annotated[Path | None, typer.Option("--html", help="Write a self-contain
 _Json = Annotated[Path | None, typer.Option("--json", help="Write the scores and all about them here.")]
 _Png = Annotated[Path | None, typer.Option("--png", help="Write a picture here (needs the extra report).")]
 _Top = Annotated[int, typer.Option("--top", "-k", min=1, help="How many of the strongest tokens to list.")]
+_EngineOption = Annotated[
+    EngineName,
+    typer.Option("--engine", help="Which code runs the operators; composed and reference check the others, slowly."),
+]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of every error, and library warnings.")]
 
 
@@ -154,6 +170,7 @@ def explain(
     allow_extrapolation: _Extrapolate = False,
     trust_remote_code: _Trust = False,
     debug: _Debug = False,
+    engine: _EngineOption = EngineName.AUTO,
 ) -> None:
     """Attribute what a model says next to the tokens of its prompt.
 
@@ -165,6 +182,7 @@ def explain(
         _check_texts({"--target": target, "--contrast": contrast, "--baseline": baseline})
         outputs = _check_outputs({"--html": html, "--json": json, "--png": png})
         loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+        _check_engine(engine, loaded)
         with _refused():
             wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
@@ -181,6 +199,7 @@ def explain(
                     memory=memory,
                     progress=progress,
                     allow_extrapolation=allow_extrapolation,
+                    engine=engine.value,
                 )
         _show(attribution, top)
         _write(attribution, outputs, top)
@@ -197,22 +216,27 @@ def check(
         str, typer.Option("--prompt", "-p", help="What the model reads while every operator is watched.")
     ] = CHECK_PROMPT,
     debug: _Debug = False,
+    engine: _EngineOption = EngineName.AUTO,
 ) -> None:
     """Show what each rule is applied to in one forward pass, watched operator by operator.
 
+    With --engine, the prompt is explained under that engine and under auto, and the two are shown side by side.
     Exits with 1 where a rule cannot be applied to a part that it is meant for.
     """
     with _handled(debug):
         chosen = _rules(rules, None)
         loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+        _check_engine(engine, loaded)
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
         if not ids.numel():
             raise UserError("--prompt: holds no token")
         with _refused():
             from gim.context import inspect
 
-            report = inspect(loaded, chosen, ids)
+            report = inspect(loaded, chosen, ids, engine=engine.value)
+            compared = [] if engine is EngineName.AUTO else _compare(loaded, ids, chosen, engine)
         _show_report(type(loaded).__name__, chosen, report, prompt)
+        _show_compared(compared)
     if not report.complete:
         raise typer.Exit(1)
 
@@ -476,6 +500,81 @@ def _quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def _check_engine(engine: EngineName, model: Any) -> None:
+    """Refuse an engine that cannot run a model where it lies, before anything runs."""
+    from gim.context import check_engine
+
+    try:
+        check_engine(engine.value, model)
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"--engine: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """One engine's attribution of a prompt: what ran, the seconds it took, how far it is off that of ``auto``."""
+
+    asked: str
+    ran: str
+    seconds: float
+    difference: float
+
+
+def _compare(model: Any, ids: Any, rules: Rules, engine: EngineName) -> list[_Compared]:
+    """A prompt ``[1, T]`` explained under ``auto`` and another engine, in turn; the fastest of a few times each."""
+    import torch
+
+    from gim.memory import run
+    from gim.scoring import PREDICTION, Terms
+
+    last = torch.tensor([[ids.shape[1] - 1]], device=ids.device)
+    scored = Terms(last, torch.full_like(last, PREDICTION), torch.ones_like(last), "logit")
+    # On a CPU the time that this process took, whatever else the machine does.
+    clock = time.process_time if ids.device.type == "cpu" else time.perf_counter
+    asked = (EngineName.AUTO, engine)
+    seconds = dict.fromkeys(asked, float("inf"))
+    found = {}
+    for _ in range(COMPARED_TIMES):
+        for one in asked:
+            start = clock()
+            found[one] = run(model, ids, None, scored, 0, rules, "layer", None, strict=False, engine=one.value)
+            found[one].scores.sum().item()  # on a GPU, when it is done
+            seconds[one] = min(seconds[one], clock() - start)
+    ours = found[EngineName.AUTO].scores.double()
+    tiny = torch.finfo(ours.dtype).tiny
+    return [
+        _Compared(
+            one.value,
+            _ran(found[one].report),
+            seconds[one],
+            float((found[one].scores.double() - ours).norm() / ours.norm().clamp_min(tiny)),
+        )
+        for one in asked
+    ]
+
+
+def _ran(report: AppliedReport) -> str:
+    """What ran each part, in words."""
+    return ", ".join(f"{part.replace('_', ' ')} by {name}" for part, name in report.engines.items())
+
+
+def _show_compared(rows: list[_Compared]) -> None:
+    """Engines side by side."""
+    if not rows:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    table.add_column("what ran", overflow="fold")
+    for column in ("time", "over auto", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        ratio = row.seconds / rows[0].seconds
+        table.add_row(row.asked, row.ran, f"{1000 * row.seconds:.1f} ms", f"{ratio:.2f}x", f"{row.difference:.1e}")
+    console = Console()
+    console.print(table)
+    console.print(Text("difference: of the scores to auto's, norm over norm", "dim"))
+
+
 def _token_count(tokenizer: Any, prompt: Any) -> int:
     """How many tokens a prompt has."""
     from gim.prompts import encode
@@ -559,7 +658,7 @@ def _refused() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(str(error)) from error
-    except (ValueError, FloatingPointError, UnsupportedModelError) as error:
+    except (ValueError, FloatingPointError, NotImplementedError, UnsupportedModelError) as error:
         raise UserError(str(error)) from error
 
 
@@ -650,6 +749,8 @@ def _show_report(model: str, rules: Rules, report: AppliedReport, prompt: str) -
                 Text.assemble(visible(rule), "\n", (f"{part.replace('_', ' ')}; {visible(recognised)}", "dim")),
             )
     console.print(table)
+    if report.engines:
+        console.print(Text.assemble(("ran: ", "dim"), visible(_ran(report))))
     for note in report.notes:
         console.print(Text.assemble(("note: ", "dim"), visible(note)))
     for module, reason in report.unsupported:

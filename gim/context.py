@@ -22,6 +22,8 @@ from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_p
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
+from gim_kernels import engines
+from gim_kernels.types import DTYPES, Engine
 
 
 def resolve_rules(
@@ -57,6 +59,14 @@ def resolve_rules(
     return chosen
 
 
+def check_engine(engine: str, model: nn.Module) -> None:
+    """Refuse an engine that cannot run a model in its dtype where it lies; raises as :func:`engines.check`."""
+    engines.check_name(engine)
+    held = next((x for x in model.parameters() if x.dtype in DTYPES), None)
+    if held is not None:
+        engines.check(engine, held.device, held.dtype)
+
+
 class GIM:
     """Inside this context, gradients through a model follow the GIM rules.
 
@@ -80,11 +90,17 @@ class GIM:
         rules: in place of the single arguments: :class:`gim.rules.Rules` or the name of a preset.
         strict: whether a part that a rule should act on and cannot is an error. With False it is reported in
             :attr:`AppliedReport.unsupported`.
+        engine: which code runs the operators. ``"auto"``: Triton on a GPU, blockwise elsewhere; or by name
+            ``"triton"``, ``"blockwise"``, ``"composed"`` (attention from calls of torch's own exact attention; norms
+            and gated products as under ``"auto"``) or ``"reference"`` (the specification, slow, which holds the T x S
+            scores of a layer at a time). What ran is in :attr:`AppliedReport.engines`, as the operators said it.
 
     Raises:
         UnsupportedModelError: on entering, or at a forward pass: a part is not covered, is compiled, or does not lie
             whole in this process (a sharded sequence, sharded or offloaded weights, a stage of a pipeline); names it.
-        ValueError: a value that no rule allows; dropout is on.
+        ValueError: a value that no rule allows; no such engine; dropout is on.
+        TypeError, RuntimeError: on entering: the engine cannot run the model's dtype, or on its device.
+        NotImplementedError: at a forward pass: the engine has not what an attention needs, such as a softcap.
         RuntimeError: this context is open already.
 
     Example:
@@ -113,11 +129,14 @@ class GIM:
         up_scale: float | None = PAPER_GATE_UP[1],
         rules: Rules | str | None = None,
         strict: bool = True,
+        engine: Engine = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.strict = strict
+        engines.check_name(engine)
+        self.engine = engine
         self.rules = resolve_rules(
             rules,
             freeze_norm=freeze_norm,
@@ -134,11 +153,12 @@ class GIM:
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         modules = anatomy.of(self.model).modules
+        check_engine(self.engine, self.model)
         _refuse_compiled(modules)
         refuse_unsupported_placement(modules)
         _refuse_dropout(modules)
         stack = stack_of(self.model)
-        session = Session(self.rules, self.strict, stack)
+        session = Session(self.rules, self.strict, stack, self.engine)
         session.check_no_graph = functools.partial(checkpoints.refuse_reentrant, session)
         # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
         weakref.finalize(self, session.close)
@@ -182,13 +202,20 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
     return out
 
 
-def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES, input_ids: torch.Tensor | None = None) -> AppliedReport:
+def inspect(
+    model: nn.Module,
+    rules: Rules | str = PAPER_RULES,
+    input_ids: torch.Tensor | None = None,
+    *,
+    engine: Engine = "auto",
+) -> AppliedReport:
     """What each rule is applied to in one forward pass, every operator of which is watched; nothing stays changed.
 
     Args:
         model: a model with its weights.
         rules: the rules in question.
         input_ids: ``[B, T]`` token ids to run it on; with None the ids 0 and 1, in one row.
+        engine: as in :class:`GIM`.
 
     Returns:
         A report of that forward; parts that cannot be covered are in its ``unsupported``.
@@ -198,7 +225,7 @@ def inspect(model: nn.Module, rules: Rules | str = PAPER_RULES, input_ids: torch
         input_ids = torch.arange(2, device=parts.device)[None]
     asking = parts.embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
     try:
-        with GIM(model, rules=rules, strict=False) as report, torch.enable_grad():
+        with GIM(model, rules=rules, strict=False, engine=engine) as report, torch.enable_grad():
             inputs, named = parts.call.arguments(parts.call.taken, model, input_ids, None, None)
             model(*inputs, **named)
     finally:

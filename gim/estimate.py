@@ -24,6 +24,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.rules import get as get_rules
 from gim.scoring import Request, Terms, passes
+from gim_kernels.types import Engine
 
 #: Parts of an estimate, in the order they are shown.
 PARTS = ("weights", "embeddings", "checkpoints", "attention", "layer", "head")
@@ -163,6 +164,7 @@ class Twin:
 
     Args:
         model_or_config, rules, device, dtype: as in :func:`estimate_memory`.
+        engine: whose operators are accounted, as in :class:`gim.GIM`.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class Twin:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        engine: Engine = "auto",
     ) -> None:
         try:
             self.model = _without_memory(model_or_config, dtype)
@@ -182,6 +185,7 @@ class Twin:
             held = device_of(model_or_config) if isinstance(model_or_config, nn.Module) else None
             device = "cuda" if held is None or held.type == "meta" else held
         self.device = torch.device(device).type
+        self.engine = engine if engine != "auto" else "triton" if self.device == "cuda" else "blockwise"
         weighed = model_or_config if isinstance(model_or_config, nn.Module) else self.model
         self.weights = weight_bytes(weighed)
         self._layers = _Few(self.model)
@@ -311,7 +315,7 @@ class Twin:
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         positions = torch.arange(tokens - explained, tokens)[None].expand(batch, -1)
         scored = Terms(positions, torch.zeros_like(positions), torch.ones_like(positions), "logprob")
-        ledger = Ledger("triton" if self.device == "cuda" else "blockwise")
+        ledger = Ledger(self.engine, self.device)
         ledger.exclude(self.model)
         hosts: list[int] = [0]
         forget_pool(self.model)

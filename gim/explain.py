@@ -34,6 +34,8 @@ from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
 from gim.scoring import PREDICTION, Progress, Terms
 from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
+from gim_kernels import engines
+from gim_kernels.types import Engine
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -71,6 +73,7 @@ def explain(
     memory: MemoryPlan | str = "auto",
     allow_extrapolation: bool = False,
     strict: bool = True,
+    engine: Engine = "auto",
 ) -> torch.Tensor:
     """Attributions of input tokens to one logit, with the names, defaults and result of gim-explain.
 
@@ -98,6 +101,7 @@ def explain(
         allow_extrapolation: run prompts longer than the model's position limit.
         strict: whether a part that a rule should act on and cannot is an error; with False it is a warning, which
             names it.
+        engine: which code runs the operators, as in :class:`gim.GIM` (``"reference"`` checks the others).
 
     Returns:
         ``[T]`` for one row, else ``[B, T]``; float32 (float64 for a float64 model), on the model's device, 0 on
@@ -106,6 +110,8 @@ def explain(
     Raises:
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError, TypeError: an argument that does not fit; names it, what was wanted and what came.
+        TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
+            what the model needs.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
         OutOfMemoryError: no plan fits; says the estimate and the longest prompt that would fit.
 
@@ -118,6 +124,7 @@ def explain(
         >>> gim.explain(model, ids, tokenizer=tokenizer).shape == ids.shape[1:]
         True
     """
+    engines.check_name(engine)
     chosen = resolve_rules(
         rules,
         freeze_norm=freeze_norm,
@@ -148,7 +155,9 @@ def explain(
         measure="logit",
     )
     places = check_positions(ids, position_ids)
-    result = run(model, ids, mask, scored, baseline_token_id, chosen, memory, None, places, strict=strict)
+    result = run(
+        model, ids, mask, scored, baseline_token_id, chosen, memory, None, places, strict=strict, engine=engine
+    )
     if not result.report.complete:
         warnings.warn(f"not every rule was applied: {result.report.summary()}", stacklevel=2)
     return result.scores[0] if result.scores.shape[0] == 1 else result.scores
@@ -168,6 +177,7 @@ def attribute(
     progress: Progress | None = None,
     allow_extrapolation: bool = False,
     strict: bool = True,
+    engine: Engine = "auto",
 ) -> Attribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
@@ -190,6 +200,7 @@ def attribute(
         allow_extrapolation: as in :func:`explain`.
         strict: whether a part that a rule should act on and cannot is an error; with False it is in the result's
             ``report.unsupported``.
+        engine: as in :func:`explain`; what ran is in the result's ``engine``, and for each part in ``report.engines``.
 
     Returns:
         The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
@@ -198,6 +209,8 @@ def attribute(
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an empty prompt, a chat that is not all text or that the template refuses or changes, a token that
             is not one, an id out of range, a slow tokenizer.
+        TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
+            what the model needs.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
         OutOfMemoryError: as in :func:`explain`.
 
@@ -210,6 +223,7 @@ def attribute(
         >>> len(result.scores) == len(result.tokens)
         True
     """
+    engines.check_name(engine)
     chosen = get_rules(rules)
     encoded = prompts.encode(prompt, tokenizer)
     text, token_ids, offsets = encoded.text, list(encoded.ids), list(encoded.offsets)
@@ -251,7 +265,7 @@ def attribute(
         signs=torch.tensor([signs], device=ids_tensor.device),
         measure=wanted.measure,
     )
-    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress, strict=strict)
+    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress, strict=strict, engine=engine)
     found = [int(one) for one in result.token_ids[0]]
     words = _class_labels(model, found) if head == "class" else tuple(tokenizer.decode([one]) for one in found)
     explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, words)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from gim_kernels import blockwise, pointwise
-from gim_kernels.engines import Options
+from gim_kernels import blockwise, composed, pointwise, reference_engine
+from gim_kernels.types import Options
 
 #: What a tensor is alive for: a part's name, or the position of the layer that made it.
 Tag = str | int
@@ -30,12 +30,14 @@ class Ledger(TorchDispatchMode):
     positions, stay real, on the CPU.
 
     Args:
-        engine: whose operators are accounted: ``"blockwise"`` or ``"triton"``.
+        engine: whose attention is accounted.
+        device: type of the device, whose norms and gated products are.
     """
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, device: str) -> None:
         super().__init__()
         self.engine = engine
+        self.device = device
         #: Where the model is: the position of a layer, or the name of what comes before and after the layers.
         self.where: Tag = "embeddings"
         self.live: Counter[Tag] = Counter()
@@ -107,6 +109,10 @@ class Ledger(TorchDispatchMode):
             if self.engine == "blockwise":
                 plain = blockwise.runs_torchs_kernel(query, key, options, sinks is None)
                 self._grow(0, blockwise.forward_workspace(query, key, value, options, plain))
+            elif self.engine == "composed":
+                self._grow(0, composed.forward_workspace(query, key, value, options))
+            elif self.engine == "reference":
+                self._grow(0, reference_engine.workspace(query, key))
         elif func is _OPS.attention_backward.default:
             query, key, value, _, _, scale, causal, window, softcap, softmax_backward, temperature = args[1:12]
             self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
@@ -116,11 +122,15 @@ class Ledger(TorchDispatchMode):
                 options = Options(scale, causal, window, softcap)
                 rule = (softmax_backward, temperature)
                 self._grow(0, blockwise.backward_workspace(query, key, value, options, *rule))
+            elif self.engine == "composed":
+                self._grow(0, composed.backward_workspace(query, key, value, Options(scale, causal, window, softcap)))
+            elif self.engine == "reference":
+                self._grow(0, reference_engine.workspace(query, key))
             else:
                 # Two or three numbers for each row, handed from one kernel to the next.
                 self._grow(0, 3 * 4 * query.shape[:3].numel())
         elif func in _WORKSPACE:
-            if self.engine == "blockwise":
+            if self.device == "cpu":
                 self._grow(0, _WORKSPACE[func](*args))
         elif func.overloadpacket in flop_registry:
             self.flops[self.where] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from gim import scoring
+from gim.context import check_engine
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
 from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.scoring import Progress, Request, Result, Terms
+from gim_kernels.types import Engine
 
 __all__ = [
     "CHECKPOINTS",
@@ -106,13 +108,17 @@ def activation_bytes(model: nn.Module, tokens: int) -> int | None:
     return tokens * layers * (numbers * parts.dtype.itemsize + 4 * heads)
 
 
-_twins: weakref.WeakKeyDictionary[nn.Module, dict[Rules, Twin | EstimateError]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Rules, Engine], Twin | EstimateError]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class _Adviser:
     """What memory a request would take on a model, under any plan; made of a twin that is kept with the model."""
 
-    def __init__(self, model: nn.Module, request: Request, rules: Rules) -> None:
+    def __init__(self, model: nn.Module, request: Request, rules: Rules, engine: Engine = "auto") -> None:
+        check_engine(engine, model)  # before a plan is looked for
+        self._engine = engine
         self._model = model
         self._request = request
         self._rules = rules
@@ -132,7 +138,7 @@ class _Adviser:
     def has_plenty(self) -> bool:
         """Whether memory is no question at all."""
         needed = activation_bytes(self._model, self.batch * self.tokens)
-        if self.free is None or needed is None:
+        if self.free is None or needed is None or self._engine == "reference":  # whose scores are T x S
             return False
         # A model that does not know which positions matter computes logits at all of them.
         vocabulary = getattr(self.parts.config, "vocab_size", None) or 0
@@ -146,13 +152,14 @@ class _Adviser:
             EstimateError: there is none.
         """
         twins = _twins.setdefault(self._model, {})
-        if self._rules not in twins:
+        key = (self._rules, self._engine)
+        if key not in twins:
             try:
-                twins[self._rules] = Twin(self._model, self._rules)
+                twins[key] = Twin(self._model, self._rules, engine=self._engine)
             except EstimateError as error:
                 # Without its traceback, which would keep the model alive that the twin is filed under.
-                twins[self._rules] = EstimateError(str(error))
-        found = twins[self._rules]
+                twins[key] = EstimateError(str(error))
+        found = twins[key]
         if isinstance(found, EstimateError):
             raise EstimateError(str(found))
         return found
@@ -328,6 +335,7 @@ def run(
     position_ids: torch.Tensor | None = None,
     *,
     strict: bool = True,
+    engine: Engine = "auto",
 ) -> Result:
     """One forward and one backward over a checked batch, under the plan that ``memory`` means.
 
@@ -342,7 +350,9 @@ def run(
     if not isinstance(memory, MemoryPlan | str):
         raise ValueError(f"memory must be a MemoryPlan, 'auto' or one of {CHECKPOINTS}, got {memory!r}")
     chosen = MemoryPlan.parse(memory) if isinstance(memory, str) and memory != "auto" else memory
-    adviser = _Adviser(model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id), rules)
+    adviser = _Adviser(
+        model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id), rules, engine
+    )
     if isinstance(chosen, MemoryPlan):
         plan = chosen
         adviser.check(plan)
@@ -352,7 +362,7 @@ def run(
     def attempt(plan: MemoryPlan) -> Result | str:
         """The result, or the message with which memory ran out; the exception would hold all that was allocated."""
         try:
-            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict)
+            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict, engine)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

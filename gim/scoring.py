@@ -23,6 +23,7 @@ from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
 from gim_kernels import engines
+from gim_kernels.types import Engine
 
 #: Called with ("forward" or "backward", layers done, layers in all).
 Progress = Callable[[str, int, int], None]
@@ -106,6 +107,7 @@ def run(
     plan: MemoryPlan,
     progress: Progress | None,
     strict: bool = True,
+    engine: Engine = "auto",
 ) -> Result:
     """One forward and one backward over a checked batch, its memory spent by a plan."""
     if torch.is_inference_mode_enabled():
@@ -115,7 +117,11 @@ def run(
         # A class is read off a token of the model's choice, so the last layer runs for all of them.
         plan = dataclasses.replace(plan, head="all")
     # One explanation of a model at a time: a plan and frozen weights are the model's, not a thread's.
-    with stack_of(model).exclusive, GIM(model, rules=rules, strict=strict) as report, ExitStack() as stack:
+    with (
+        stack_of(model).exclusive,
+        GIM(model, rules=rules, strict=strict, engine=engine) as report,
+        ExitStack() as stack,
+    ):
         stack.enter_context(checkpoint.applied(plan, model, request.kept, request.rows.ids.device))
         if progress is not None:
             stack.enter_context(_reporting(parts, progress))

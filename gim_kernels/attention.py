@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from gim_kernels import blockwise, engines, reference
-from gim_kernels.engines import Engine, Options
+from gim_kernels import engines, operators
+from gim_kernels.types import DTYPES, Engine, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
 #: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest,
@@ -27,10 +27,7 @@ _LIBRARY_ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(
-    "gim_kernels::attention", mutates_args=(), schema=f"({_LIBRARY_ARGUMENTS}) -> (Tensor, Tensor)"
-)
-def _attention(
+def _run_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -47,24 +44,19 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = Options(scale, causal, window, softcap)
     with engines.as_given(query):
-        return engines.module(engine, blockwise).attention_forward(query, key, value, sinks, key_range, options)
+        return engines.attention(engine).attention_forward(query, key, value, sinks, key_range, options)
 
 
-@_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, queries, size = query.shape
     out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
     wide = torch.promote_types(query.dtype, torch.float32)
     return out, query.new_empty(batch, heads, queries, dtype=wide)
 
 
-@torch.library.custom_op(
-    "gim_kernels::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {_LIBRARY_ARGUMENTS}, Tensor out, Tensor lse, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _attention_backward(
+def _run_attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -84,7 +76,7 @@ def _attention_backward(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with engines.as_given(query):
-        grads = engines.module(engine, blockwise).attention_backward(
+        grads = engines.attention(engine).attention_backward(
             grad_out,
             query,
             key,
@@ -96,16 +88,15 @@ def _attention_backward(
             Options(scale, causal, window, softcap),
             softmax_backward=softmax_backward,
             temperature=temperature,
-            grad_scale=tuple(grad_scale),
-            needs=tuple(needs),
+            grad_scale=(grad_scale[0], grad_scale[1], grad_scale[2]),
+            needs=(needs[0], needs[1], needs[2], needs[3]),
         )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     first, second, third, fourth = (query.new_empty(0) if grad is None else grad for grad in grads)
     return first, second, third, fourth
 
 
-@_attention_backward.register_fake
-def _(
+def _fake_attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -141,7 +132,15 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | No
     return (*given, *nothing[4:])
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+_attention = operators.define(
+    f"attention({_LIBRARY_ARGUMENTS}) -> (Tensor, Tensor)", _run_attention, _fake_attention, _save, _differentiate
+)
+_attention_backward = operators.define(
+    f"attention_backward(Tensor grad_out, {_LIBRARY_ARGUMENTS}, Tensor out, Tensor lse, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_attention_backward,
+    _fake_attention_backward,
+)
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -150,7 +149,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {tuple(x.shape)}")
-        if x.dtype not in engines.DTYPES:
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
@@ -205,7 +204,7 @@ def _check_options(
     if sinks is not None:
         if tuple(sinks.shape) != (query.shape[1],):
             raise ValueError(f"sinks must have shape [HQ] = [{query.shape[1]}], got {tuple(sinks.shape)}")
-        if sinks.dtype not in engines.DTYPES:
+        if sinks.dtype not in DTYPES:
             raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
         if sinks.device != query.device:
             raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
@@ -262,7 +261,9 @@ def attention(
         softmax_backward: the rule of the backward.
         temperature: T of the rule ``"temperature"``, from 1e-5 to 1e30.
         grad_scale: factors of the gradients of query, key and value.
-        engine: ``"triton"``, ``"blockwise"``, ``"reference"``, or ``"auto"``: Triton on a GPU, blockwise elsewhere.
+        engine: ``"auto"``: Triton on a GPU, blockwise elsewhere. Or one by name: ``"triton"``; ``"blockwise"``, plain
+            PyTorch on any device; ``"composed"``, calls of torch's own exact attention, without softcap and sinks;
+            ``"reference"``, the specification, in O(T S) memory.
 
     Returns:
         ``[B, HQ, T, D]`` in query's dtype.
@@ -271,8 +272,9 @@ def attention(
         TypeError: a tensor of another dtype; the message names it.
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
             wanted and what came.
-        RuntimeError: the engine cannot run here, or it is asked for a derivative in forward mode or by
-            ``torch.func.grad``, which only ``"reference"`` has.
+        NotImplementedError: the engine has no softcap or sinks, or no code in O(T) memory for these tensors.
+        RuntimeError: the engine cannot run here, or a derivative is asked for in forward mode or by
+            ``torch.func.grad``, which only :func:`gim_kernels.reference.attention` has.
 
     Numerics: scores, sums and accumulators are float32 (float64 for float64); deterministic, bit for bit, on one
     device. Errors are within twice those of eager PyTorch in the same dtype.
@@ -284,21 +286,6 @@ def attention(
     _check_options(query, scale, window, softcap, sinks, key_range, softmax_backward, temperature, grad_scale)
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
     chosen = engines.choose(engine, query)
-    if chosen == "reference":
-        return reference.attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            key_range=key_range,
-            softmax_backward=softmax_backward,
-            temperature=temperature,
-            grad_scale=factors,
-        )
     engines.check_transforms("attention", query, key, value, sinks)
     out, _ = _attention(
         query,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gim_kernels.engines import Options
+from gim_kernels.told import tell
+from gim_kernels.types import Options
 
 #: Rows of scores of one key head (query block times the query heads of its group). 64 to 256 rows were within 10 %
 #: of each other on a 2-core x86-64 machine (T = 4096, D = 64, float32); more rows only cost memory.
@@ -204,19 +205,8 @@ def attention_forward(
     key_range: torch.Tensor | None,
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scale * Q K^T) V`` and the log-sum-exp of every row.
-
-    Args:
-        query: ``[B, HQ, T, D]``.
-        key, value: ``[B, HK, S, D]``.
-        sinks: ``[HQ]`` or None.
-        key_range: ``[B, 2]`` or None.
-        options: scale and mask.
-
-    Returns:
-        The output ``[B, HQ, T, D]`` in query's dtype and the natural log-sum-exp ``[B, HQ, T]`` in float32
-        (float64 for float64); +inf in rows that see no key, so that every ``exp(score - lse)`` there is 0.
-    """
+    """See :class:`gim_kernels.types.AttentionEngine`; where torch's own CPU kernel has the options, that."""
+    tell("blockwise")
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     wide = _wide(query.dtype)
@@ -495,25 +485,13 @@ def attention_backward(
     grad_scale: tuple[float, float, float],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of :func:`attention_forward` under one of the three softmax rules.
+    """See :class:`gim_kernels.types.AttentionEngine`.
 
     With ``e = exp((S - lse) / T)``, ``Z = rowsum(e)`` (the sink's share included) and ``dP = dO V^T``::
 
         delta = rowsum(e * dP) / Z
         dS    = e * (dP - delta) / Z          no factor 1 / T
         dV    = P^T dO                        P = exp(S - lse): the value path keeps T = 1
-
-    Args:
-        grad_out: ``[B, HQ, T, D]``.
-        query, key, value, sinks, key_range, options: as in the forward.
-        out, lse: what the forward returned.
-        softmax_backward: ``"temperature"``, ``"constant"`` or ``"exact"``.
-        temperature: T of ``"temperature"``.
-        grad_scale: factors of the three gradients.
-        needs: which of the gradients of query, key, value and sinks to compute.
-
-    Returns:
-        Those gradients, each in its input's shape and dtype, None where not needed.
     """
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]

@@ -5,54 +5,69 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
-Engine = Literal["auto", "triton", "blockwise", "reference"]
-ENGINES: tuple[Engine, ...] = ("auto", "triton", "blockwise", "reference")
+from gim_kernels.types import DTYPES, ENGINES, AttentionEngine, Engine, PointwiseEngine
 
-#: Floating-point types of every operator.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    # What import_module hides: each module of the tables below is what its Protocol says, or mypy fails here.
+    from gim_kernels import blockwise, composed, pointwise, reference_engine, triton
 
+    _ATTENTION: tuple[AttentionEngine, ...] = (triton, composed, blockwise, reference_engine)
+    _POINTWISE: tuple[PointwiseEngine, ...] = (triton, pointwise, reference_engine)
 
-@dataclass(frozen=True)
-class Options:
-    """What shapes attention's forward, the same for every engine.
-
-    Args:
-        scale: factor on ``query @ key.T``.
-        causal: bottom-right aligned causal mask.
-        window: a query at key position ``p`` sees keys ``j > p - window`` only; None for all.
-        softcap: ``c`` of ``c * tanh(score / c)``; None for none.
-    """
-
-    scale: float
-    causal: bool = False
-    window: int | None = None
-    softcap: float | None = None
+_TRITON, _REFERENCE = "gim_kernels.triton", "gim_kernels.reference_engine"
+#: The module that runs attention by each engine; loaded when it first runs.
+ATTENTION: dict[str, str] = {
+    "triton": _TRITON,
+    "composed": "gim_kernels.composed",
+    "blockwise": "gim_kernels.blockwise",
+    "reference": _REFERENCE,
+}
+#: The same for norms and gated products; ``"composed"`` is made of attention, and has none.
+POINTWISE: dict[str, str] = {"triton": _TRITON, "blockwise": "gim_kernels.pointwise", "reference": _REFERENCE}
 
 
-def module(engine: Engine, eager: Any) -> Any:
-    """The module whose functions run an operator: ``eager``, or ``gim_kernels.triton`` for the engine of that name.
-
-    Raises:
-        RuntimeError: triton is asked for and not installed here.
-    """
-    if engine != "triton":
-        return eager
-    if importlib.util.find_spec("triton") is None:
+def _module(name: str) -> Any:
+    if name == _TRITON and importlib.util.find_spec("triton") is None:
         raise RuntimeError(
             'engine="triton" needs the package triton, which is not installed here (it exists for Linux): '
             'choose engine="blockwise" or "reference"'
         )
-    return importlib.import_module("gim_kernels.triton")
+    return importlib.import_module(name)
+
+
+def attention(engine: Engine) -> AttentionEngine:
+    """The engine of that name, other than ``"auto"``, for attention.
+
+    Raises:
+        RuntimeError: triton is asked for and not installed here.
+    """
+    found: AttentionEngine = _module(ATTENTION[engine])
+    return found
+
+
+def pointwise_of(engine: Engine) -> PointwiseEngine:
+    """The same for norms and gated products."""
+    found: PointwiseEngine = _module(POINTWISE[engine])
+    return found
+
+
+def check_name(engine: str) -> None:
+    """Raise unless that is an engine.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
 
 
 def choose(engine: str, x: torch.Tensor) -> Engine:
-    """The engine that will run an operator on ``x``.
+    """The engine that will run attention on ``x``.
 
     ``"auto"`` is Triton for tensors on a GPU and blockwise for all others; a CUDA tensor never gets another
     engine unless it is asked for by name.
@@ -60,11 +75,31 @@ def choose(engine: str, x: torch.Tensor) -> Engine:
     Raises:
         ValueError: a name that is not an engine.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    check_name(engine)
     if engine == "auto":
         return "triton" if x.device.type == "cuda" else "blockwise"
-    return engine
+    return cast(Engine, engine)
+
+
+def choose_pointwise(engine: str, x: torch.Tensor) -> Engine:
+    """The engine that will run a norm or a gated product on ``x``: under ``"composed"``, the one of ``"auto"``."""
+    check_name(engine)
+    return choose(engine if engine in POINTWISE else "auto", x)
+
+
+def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless an engine can run tensors of a type on a device; tensors without data, on meta, may go anywhere.
+
+    Raises:
+        ValueError: a name that is not an engine.
+        TypeError: a dtype that the engine does not know.
+        RuntimeError: a device on which it cannot run, or a package that it needs is not installed.
+    """
+    check_name(engine)
+    if device.type == "meta" or choose(engine, torch.empty(0, device=device)) != "triton":
+        return
+    _module(_TRITON)
+    importlib.import_module("gim_kernels.triton.device").check(model=torch.empty(0, device=device, dtype=dtype))
 
 
 def autocasts(device_type: str) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from gim_kernels import engines, operators, pointwise
-from gim_kernels.engines import Engine
+from gim_kernels import engines, operators
+from gim_kernels.types import DTYPES, Engine
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ActivationBackward = Literal["exact", "ratio"]
@@ -25,7 +25,7 @@ def _run_gated(
     activation_backward: ActivationBackward,
     engine: Engine,
 ) -> torch.Tensor:
-    return engines.module(engine, pointwise).gated_forward(gate, up, activation)
+    return engines.pointwise_of(engine).gated_forward(gate, up, activation)
 
 
 def _fake_gated(gate: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -42,14 +42,14 @@ def _run_gated_backward(
     engine: Engine,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = engines.module(engine, pointwise).gated_backward(
+    grads = engines.pointwise_of(engine).gated_backward(
         grad_y,
         gate,
         up,
         activation,
-        grad_scale=tuple(grad_scale),
+        grad_scale=(grad_scale[0], grad_scale[1]),
         activation_backward=activation_backward,
-        needs=tuple(needs),
+        needs=(needs[0], needs[1]),
     )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     first, second = (gate.new_empty(0) if grad is None else grad for grad in grads)
@@ -99,6 +99,7 @@ def gated(
     *,
     grad_scale: Sequence[float] = (1.0, 1.0),
     activation_backward: ActivationBackward = "exact",
+    engine: Engine = "auto",
 ) -> torch.Tensor:
     """``activation(gate) * up`` with a factor on the gradient of each branch.
 
@@ -113,6 +114,7 @@ def gated(
         activation: ``"silu"``, ``"gelu"`` (with erf) or ``"gelu_tanh"``.
         grad_scale: the factors of gate and up.
         activation_backward: ``"exact"`` or ``"ratio"``.
+        engine: as in :func:`gim_kernels.rms_norm`.
 
     Returns:
         ``[..., D]`` in gate's dtype.
@@ -130,7 +132,7 @@ def gated(
     for name, x in (("gate", gate), ("up", up)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in engines.DTYPES:
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if up.shape != gate.shape:
         raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
@@ -146,4 +148,4 @@ def gated(
         raise ValueError(f"grad_scale must be two finite factors for gate and up, got {grad_scale!r}")
     factors = [float(factor) for factor in grad_scale]
     engines.check_transforms("gated", gate, up)
-    return _gated(gate, up, activation, factors, activation_backward, engines.choose("auto", gate))
+    return _gated(gate, up, activation, factors, activation_backward, engines.choose_pointwise(engine, gate))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gim_kernels import engines, operators, pointwise
-from gim_kernels.engines import Engine
+from gim_kernels import engines, operators
+from gim_kernels.types import DTYPES, Engine
 
 
 def _run_rms_norm(
@@ -19,7 +19,7 @@ def _run_rms_norm(
     frozen: bool,
     engine: Engine,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return engines.module(engine, pointwise).rms_norm_forward(x, weight, eps, weight_offset)
+    return engines.pointwise_of(engine).rms_norm_forward(x, weight, eps, weight_offset)
 
 
 def _statistic_like(x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def _run_layer_norm(
     frozen: bool,
     engine: Engine,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return engines.module(engine, pointwise).layer_norm_forward(x, weight, bias, eps)
+    return engines.pointwise_of(engine).layer_norm_forward(x, weight, bias, eps)
 
 
 def _fake_layer_norm(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,8 +58,8 @@ def _run_norm_backward(
     engine: Engine,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = engines.module(engine, pointwise).norm_backward(
-        grad_y, x, weight, mean, inverse, weight_offset, frozen=frozen, needs=tuple(needs)
+    grads = engines.pointwise_of(engine).norm_backward(
+        grad_y, x, weight, mean, inverse, weight_offset, frozen=frozen, needs=(needs[0], needs[1], needs[2])
     )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
     first, second, third = (inverse.new_empty(0) if grad is None else grad for grad in grads)
@@ -160,7 +160,7 @@ _norm_backward = operators.define(
 def _check(x: torch.Tensor, eps: float, **parameters: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in engines.DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
@@ -173,7 +173,7 @@ def _check(x: torch.Tensor, eps: float, **parameters: torch.Tensor | None) -> No
             raise ValueError(
                 f"{name} must have the shape of x's last dimension [{x.shape[-1]}], got {tuple(parameter.shape)}"
             )
-        if parameter.dtype not in engines.DTYPES:
+        if parameter.dtype not in DTYPES:
             raise TypeError(f"{name} must be floating point, got {parameter.dtype}")
         if parameter.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {parameter.device}")
@@ -186,6 +186,7 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     frozen: bool = False,
+    engine: Engine = "auto",
 ) -> torch.Tensor:
     """RMS norm whose rms may be a constant of the backward.
 
@@ -204,6 +205,7 @@ def rms_norm(
         eps: >= 0, in units of x squared.
         weight_offset: 1 for models that store ``weight - 1`` (Gemma).
         frozen: whether r is a constant of the backward.
+        engine: as in :func:`gim_kernels.attention`; under ``"composed"``, which is attention alone, that of ``"auto"``.
 
     Returns:
         ``[..., D]`` in x's dtype.
@@ -220,7 +222,7 @@ def rms_norm(
     """
     _check(x, eps, weight=weight)
     engines.check_transforms("rms_norm", x, weight)
-    y, _ = _rms_norm(x, weight, float(eps), float(weight_offset), bool(frozen), engines.choose("auto", x))
+    y, _ = _rms_norm(x, weight, float(eps), float(weight_offset), bool(frozen), engines.choose_pointwise(engine, x))
     return y
 
 
@@ -231,6 +233,7 @@ def layer_norm(
     eps: float,
     *,
     frozen: bool = False,
+    engine: Engine = "auto",
 ) -> torch.Tensor:
     """Layer norm over the last dimension whose standard deviation may be a constant of the backward.
 
@@ -249,6 +252,7 @@ def layer_norm(
         bias: ``[D]``, or None for 0.
         eps: >= 0, in units of x squared.
         frozen: whether s is a constant of the backward; the mean never is.
+        engine: as in :func:`rms_norm`.
 
     Returns:
         ``[..., D]`` in x's dtype.
@@ -265,5 +269,5 @@ def layer_norm(
     """
     _check(x, eps, weight=weight, bias=bias)
     engines.check_transforms("layer_norm", x, weight, bias)
-    y, _, _ = _layer_norm(x, weight, bias, float(eps), bool(frozen), engines.choose("auto", x))
+    y, _, _ = _layer_norm(x, weight, bias, float(eps), bool(frozen), engines.choose_pointwise(engine, x))
     return y

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from gim_kernels.reference import activation_ratio
+from gim_kernels.told import tell
 
 #: Numbers of a block for each thread: 2 MiB in float32. Smaller ones stay in nearer caches, but threads then wait for
 #: one another more often, which costs most where a machine is busy.
@@ -80,17 +81,8 @@ def _bytes(x: torch.Tensor, tiles: int) -> int:
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x / rms(x) * (weight + weight_offset)`` and ``1 / rms`` of each row.
-
-    Args:
-        x: ``[..., D]``.
-        weight: ``[D]`` or None for 1.
-        eps: added to the mean square.
-        weight_offset: added to ``weight``; 1 for models that store ``weight - 1``.
-
-    Returns:
-        ``[..., D]`` in x's dtype, and ``[..., 1]`` in float32 (float64 for float64).
-    """
+    """See :class:`gim_kernels.types.PointwiseEngine`."""
+    tell("blockwise")
     y, inverse_rms = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=_wide_dtype(x.dtype))
     rows, y_rows, inverse_rows = _rows(x), _rows(y), _rows(inverse_rms)
     factor = _factor(weight, weight_offset)
@@ -108,17 +100,8 @@ def rms_norm_forward(
 def layer_norm_forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(x - mean) / std * weight + bias``, and ``mean`` and ``1 / std`` of each row.
-
-    Args:
-        x: ``[..., D]``.
-        weight: ``[D]`` or None for 1.
-        bias: ``[D]`` or None for 0.
-        eps: added to the variance.
-
-    Returns:
-        ``[..., D]`` in x's dtype, and twice ``[..., 1]`` in float32 (float64 for float64).
-    """
+    """See :class:`gim_kernels.types.PointwiseEngine`."""
+    tell("blockwise")
     # torch's kernel for CPUs gives its statistics in the dtype of the weight and takes a narrower x as it is; other
     # devices want one dtype. Parameters of any dtype are brought to the wide one of x.
     given = x if x.device.type in ("cpu", "meta") else _wide(x)
@@ -140,28 +123,7 @@ def norm_backward(
     frozen: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of both norms, with ``n = (x - mean) * inverse`` and ``g = grad_y * (weight + weight_offset)``::
-
-        live     dx = inverse * (g - rowmean(g)  - n * rowmean(g * n))
-        frozen   dx = inverse * (g - rowmean(g))
-        dweight = sum(grad_y * n),  dbias = sum(grad_y)
-
-    without the term ``rowmean(g)`` for the RMS norm, which has no mean.
-
-    Args:
-        grad_y: ``[..., D]``.
-        x: the input; None where ``frozen`` and the weight needs no gradient.
-        weight: ``[D]`` or None.
-        mean: ``[..., 1]`` of a layer norm, None for an RMS norm. Only its presence matters where x is None.
-        inverse: ``[..., 1]``, one over the statistic.
-        weight_offset: as in the forward.
-        frozen: whether the statistic is a constant.
-        needs: which of the gradients of x, weight and bias to compute.
-
-    Returns:
-        Those gradients in their inputs' dtypes (float32 for the weight and the bias of half-precision inputs is
-        rounded to theirs by the caller), None where not needed.
-    """
+    """See :class:`gim_kernels.types.PointwiseEngine`."""
     need_x, need_weight, need_bias = needs
     width, wide_dtype = grad_y.shape[-1], inverse.dtype
     grad_x = grad_y.new_empty(grad_y.shape) if need_x else None
@@ -200,7 +162,8 @@ def _activate(gate: torch.Tensor, activation: str, out: torch.Tensor) -> torch.T
 
 
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """``activation(gate) * up`` for ``[..., D]`` tensors."""
+    """See :class:`gim_kernels.types.PointwiseEngine`."""
+    tell("blockwise")
     y = gate.new_empty(gate.shape)
     gates, ups, rows = _rows(gate), _rows(up), _rows(y)
     for block in _blocks(rows):
@@ -218,7 +181,7 @@ def gated_backward(
     activation_backward: str,
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of :func:`gated_forward`; ``act(gate) / gate`` takes the place of ``act'(gate)`` under ``"ratio"``."""
+    """See :class:`gim_kernels.types.PointwiseEngine`."""
     grad_gate, grad_up = (gate.new_empty(gate.shape) if need else None for need in needs)
     grads, gates, ups = _rows(grad_y), _rows(gate), _rows(up)
     for block in _blocks(gates):

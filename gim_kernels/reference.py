@@ -126,6 +126,7 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     frozen: bool = False,
+    engine: str = "reference",
 ) -> torch.Tensor:
     """``x / rms(x) * (weight + weight_offset)``; with ``frozen`` the rms is a constant of the backward."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -143,6 +144,7 @@ def layer_norm(
     eps: float,
     *,
     frozen: bool = False,
+    engine: str = "reference",
 ) -> torch.Tensor:
     """``(x - mean) / std * weight + bias``; with ``frozen`` the std, not the mean, is a constant of the backward."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -179,6 +181,7 @@ def gated(
     *,
     grad_scale: tuple[float, float] = (1.0, 1.0),
     activation_backward: str = "exact",
+    engine: str = "reference",
 ) -> torch.Tensor:
     """``activation(gate) * up`` with a factor on each branch's gradient; ``act(x) / x`` for ``act'(x)`` on request."""
     gate, up = scale_gradient(gate, grad_scale[0]), scale_gradient(up, grad_scale[1])

@@ -23,7 +23,7 @@ from gim.intercept.masks import KeyPattern, packed, recognise
 from gim.intercept.session import Session, paused, running, session_here
 from gim.intercept.sites import SITES
 from gim.rules import GRADIENT, Rules
-from gim_kernels import engines, reference
+from gim_kernels import reference, told
 from gim_kernels.reference import scale_gradient
 
 #: Keyword arguments of the attention interface that do not change what attention computes.
@@ -141,7 +141,6 @@ def _through_kernels(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What :func:`gim_attention` returns, its arguments checked and its mask a pattern."""
     rules = module.__dict__.get(RULES, GRADIENT) if session is None else session.rules
-    engine = engines.choose("auto", query)
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,
@@ -149,18 +148,19 @@ def _through_kernels(
         "softmax_backward": rules.softmax,
         "temperature": rules.temperature,
         "grad_scale": rules.qkv_scale,
-        "engine": engine,
+        "engine": "auto" if session is None else session.engine,
     }
     spans: Spans | None = module.__dict__.get(SPANS)
     if spans is not None and spans.session is not session:
         spans = None
     plain = pattern.queries == pattern.keys and pattern.documents is None and pattern.reach is None
-    if spans is not None and plain:
-        out = _at_spans(spans, query, key, value, pattern, **options)
-    else:
-        out = _attend(query, key, value, pattern, **options)
+    with told.listening() as ran:
+        if spans is not None and plain:
+            out = _at_spans(spans, query, key, value, pattern, **options)
+        else:
+            out = _attend(query, key, value, pattern, **options)
     if session is not None:
-        session.fire("attention", describe(session.rules), "attention interface", engine)
+        session.fire("attention", describe(session.rules), "attention interface", str(ran))
     return out.transpose(1, 2).contiguous(), _weights(query, key, pattern, **options) if shows else None
 
 
@@ -331,6 +331,7 @@ def _dense(
         "softmax_backward": rules.softmax,
         "temperature": rules.temperature,
         "grad_scale": rules.qkv_scale,
+        "engine": session.engine,
     }
     query, key = through_scores(query, key, rules.softmax)
     if mask is None:
@@ -395,11 +396,12 @@ def _scaled_dot_product_attention(
             return plain()
         pattern = found
     try:
-        out = _dense(session, query, key, value, pattern, is_causal, scale, enable_gqa)
+        with told.listening() as ran:
+            out = _dense(session, query, key, value, pattern, is_causal, scale, enable_gqa)
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
         return plain()
-    session.fire("attention", describe(session.rules), f"call of {name}", engines.choose("auto", query))
+    session.fire("attention", describe(session.rules), f"call of {name}", str(ran))
     return out
 
 
@@ -535,7 +537,8 @@ def _multi_head_attention_forward(
                 else dataclasses.replace(pattern, key_range=_intersection(pattern.key_range, found.key_range))
             )
     try:
-        out = _dense(session, q, k, v, pattern, causal_hint, None, False)
+        with told.listening() as ran:
+            out = _dense(session, q, k, v, pattern, causal_hint, None, False)
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
         return plain()
@@ -562,7 +565,7 @@ def _multi_head_attention_forward(
             shown = shown.mean(1)
         shown = shown if batched else shown[0]
     out = F.linear(out.permute(2, 0, 1, 3).reshape(queries, batch, width), out_proj_weight, out_proj_bias)
-    session.fire("attention", describe(rules), f"call of {name}", engines.choose("auto", q))
+    session.fire("attention", describe(rules), f"call of {name}", str(ran))
     return out if batched else out[:, 0], shown
 
 

@@ -123,10 +123,6 @@ def _classify(full: str) -> tuple[str, str]:
     own = full.removeprefix("gim_kernels_").removesuffix("Backward")
     if full != own and own in _OWN:
         return _OWN[own], own
-    if full.startswith("GeneratedBackwardFor_"):
-        space, _, rest = full.removeprefix("GeneratedBackwardFor_").partition("kernels_")
-        name = rest.partition("_default")[0]
-        return (_OWN.get(name, "opaque") if space == "gim_" else "opaque"), name
     short = full.rpartition("::")[2]
     if short == "AccumulateGrad":
         return "leaf", short

@@ -25,7 +25,8 @@ import gim_kernels
 from gim.intercept import checkpoints, norms, products
 from gim.intercept.session import Frame, Gate, paused, running
 from gim.parts.adapters import accelerate
-from gim_kernels import engines, reference
+from gim_kernels import reference, told
+from gim_kernels.types import Engine
 
 #: Whether kernels take the place of norms that are written out; False runs every module's own code.
 ENABLED = True
@@ -61,17 +62,21 @@ class Norm:
         """In words, for the report."""
         return f"{self.kind}{' with weight 1 + w' if self.weight_offset else ''}, written out"
 
-    def apply(self, held: Callable[[str], torch.Tensor], x: torch.Tensor, *, frozen: bool, by: Any) -> torch.Tensor:
+    def apply(
+        self, held: Callable[[str], torch.Tensor], x: torch.Tensor, *, frozen: bool, by: Any, engine: Engine
+    ) -> torch.Tensor:
         """The norm of ``x`` ``[.., D]``, by the operators of ``by``; ``held`` gives a parameter by its name."""
         weight = None if self.weight is None else held(self.weight)
         bias = None if self.bias is None else held(self.bias)
         # A weight of several rows is a vector for each head, which is applied outside the kernel.
         rows, inner = (None, weight) if weight is None or weight.dim() == 1 else (weight + self.weight_offset, None)
         if self.kind == "rms_norm":
-            y: torch.Tensor = by.rms_norm(x, inner, self.eps, weight_offset=self.weight_offset, frozen=frozen)
+            y: torch.Tensor = by.rms_norm(
+                x, inner, self.eps, weight_offset=self.weight_offset, frozen=frozen, engine=engine
+            )
         else:
             shifted = inner if inner is None or not self.weight_offset else inner + self.weight_offset
-            y = by.layer_norm(x, shifted, bias, self.eps, frozen=frozen)
+            y = by.layer_norm(x, shifted, bias, self.eps, frozen=frozen, engine=engine)
         return y if rows is None else y * rows
 
 
@@ -165,7 +170,7 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
         gate.leaf = False
         return _inner(gate, frame, x)
     key = None if _others_modes() else _key(gate, x)
-    norm = None if key is None else _known.get(key)
+    norm, row = None if key is None else _known.get(key), None
     if torch.is_grad_enabled():
         checkpoints.follow(frame.session)
     if norm is None:
@@ -186,17 +191,21 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
         saved.settle(kept=norm is None)
         if norm is None or row is None:
             return out
-        row.engine = engines.choose("auto", x)
         session.rename(row, norm.describe())
-    else:
-        running.frames.append(frame)
-        try:
-            frame.session.fire("norm", norms.describe(frame.session), norm.describe(), engines.choose("auto", x))
-        finally:
-            running.frames.pop()
-    with paused():
-        held = {**module._parameters, **module._buffers}
-        return norm.apply(held.__getitem__, x, frozen=frame.session.rules.freeze_norm, by=gim_kernels)  # type: ignore[arg-type]
+    session = frame.session
+    with paused(), told.listening() as ran:
+        held: Any = {**module._parameters, **module._buffers}
+        frozen = session.rules.freeze_norm
+        out = norm.apply(held.__getitem__, x, frozen=frozen, by=gim_kernels, engine=session.engine)
+    if row is not None:
+        row.engine = str(ran)
+        return out
+    running.frames.append(frame)
+    try:
+        session.fire("norm", norms.describe(session), norm.describe(), str(ran))
+    finally:
+        running.frames.pop()
+    return out
 
 
 def _others_modes() -> bool:
@@ -357,6 +366,6 @@ def _equal(output: torch.Tensor | None, norm: Norm, held: dict[str, torch.Tensor
     if output is None or output.shape != x.shape or output.dtype != x.dtype:
         return False
     wide = {name: one.double() for name, one in held.items()}
-    want = norm.apply(wide.__getitem__, x.double(), frozen=False, by=reference)
+    want = norm.apply(wide.__getitem__, x.double(), frozen=False, by=reference, engine="reference")
     eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
     return bool((output.double() - want).abs().amax() <= _ULPS * eps * want.abs().amax())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import gim_kernels
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
-from gim_kernels import engines
+from gim_kernels import told
 
 
 def _layer_norm(
@@ -28,7 +28,9 @@ def _layer_norm(
     """``unused`` is ``torch.layer_norm``'s ``cudnn_enable``, which changes nothing."""
 
     def apply(x: torch.Tensor, w: torch.Tensor | None, frozen: bool) -> torch.Tensor:
-        return gim_kernels.layer_norm(x, w, None if bias is None else bias.flatten(), eps, frozen=frozen)
+        return gim_kernels.layer_norm(
+            x, w, None if bias is None else bias.flatten(), eps, frozen=frozen, engine=session.engine
+        )
 
     return _norm(session, "F.layer_norm", func, apply, input, normalized_shape, weight, (bias, eps))
 
@@ -44,7 +46,7 @@ def _rms_norm(
     number = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
 
     def apply(x: torch.Tensor, w: torch.Tensor | None, frozen: bool) -> torch.Tensor:
-        return gim_kernels.rms_norm(x, w, number, frozen=frozen)
+        return gim_kernels.rms_norm(x, w, number, frozen=frozen, engine=session.engine)
 
     return _norm(session, "F.rms_norm", func, apply, input, normalized_shape, weight, (eps,))
 
@@ -65,11 +67,12 @@ def _norm(
         return func(x, normalized_shape, weight, *rest)  # torch raises its own error
     try:
         flat = x.flatten(-len(shape)) if len(shape) > 1 else x
-        y = apply(flat, None if weight is None else weight.flatten(), session.rules.freeze_norm).reshape(x.shape)
+        with told.listening() as ran:
+            y = apply(flat, None if weight is None else weight.flatten(), session.rules.freeze_norm).reshape(x.shape)
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
         return func(x, normalized_shape, weight, *rest)
-    session.fire("norm", describe(session), f"call of {name}", engines.choose("auto", x))
+    session.fire("norm", describe(session), f"call of {name}", str(ran))
     return y
 
 

@@ -21,8 +21,9 @@ from gim.intercept.flow import Origin, mark, origin, share_a_source
 from gim.intercept.session import Session, running
 from gim.intercept.sites import SITES
 from gim.rules import Rules
-from gim_kernels import engines
+from gim_kernels import told
 from gim_kernels.reference import scale_gradient
+from gim_kernels.types import DTYPES
 
 PRODUCTS = frozenset(
     {
@@ -117,7 +118,7 @@ def _glu(session: Session, func: Callable[..., Any], input: torch.Tensor, dim: i
     scale = session.rules.gate_up_scale
     with SITES.acting("gated_mlp"):
         out = scale_gradient(up, scale[1]) * torch.sigmoid(scale_gradient(gate, scale[0]))
-    _fire(session, "F.glu", engines.choose("auto", input))
+    _fire(session, "F.glu", "torch")
     return out
 
 
@@ -232,15 +233,17 @@ def _gate(
     )
     gate, up = (first, second) if gate_first else (second, first)
     known = None if quotient else activations.activated(session, gate)
-    if known is not None and up.dtype == known.gate.dtype and known.gate.dtype in engines.DTYPES:
-        out = gim_kernels.gated(
-            known.gate,
-            up,
-            known.activation,
-            grad_scale=session.rules.gate_up_scale,
-            activation_backward=session.rules.activation,
-        )
-        return _done(session, out, roles, f"{known.activation}(gate) * up", engines.choose("auto", up))
+    if known is not None and up.dtype == known.gate.dtype and known.gate.dtype in DTYPES:
+        with told.listening() as ran:
+            out = gim_kernels.gated(
+                known.gate,
+                up,
+                known.activation,
+                grad_scale=session.rules.gate_up_scale,
+                activation_backward=session.rules.activation,
+                engine=session.engine,
+            )
+        return _done(session, out, roles, f"{known.activation}(gate) * up", str(ran))
     if session.rules.activation == "ratio":
         gate = _ratio(session, gate, one if gate_first else two)
     gate, up = scale_gradient(gate, scale["gate"]), scale_gradient(up, scale["up"])

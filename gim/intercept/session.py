@@ -23,6 +23,7 @@ from torch import nn
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
 from gim.rules import Rules
 from gim_kernels.reference import scale_gradient
+from gim_kernels.types import Engine
 
 #: The sessions that this task or thread has opened, the innermost last.
 _open: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
@@ -90,10 +91,12 @@ class Session:
         rules: what the backward does.
         strict: whether a part that is not covered is an error.
         stack: of the model.
+        engine: which engine the operators are asked for.
     """
 
-    def __init__(self, rules: Rules, strict: bool, stack: Stack) -> None:
+    def __init__(self, rules: Rules, strict: bool, stack: Stack, engine: Engine = "auto") -> None:
         self.rules = rules
+        self.engine = engine
         self.strict = strict
         self.stack = stack
         self.report = AppliedReport(rules=rules.describe())
@@ -137,7 +140,7 @@ class Session:
         return self.stack.innermost() is self
 
     def fire(self, part: Part, rule: str, how: str, engine: str) -> None:
-        """Count one application of a rule in the module that runs.
+        """Count one application of a rule in the module that runs, by the engine that said it ran.
 
         A checkpoint runs its modules a second time inside the backward; that is the same application, not another.
         """

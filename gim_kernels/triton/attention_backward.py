@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from gim_kernels.engines import Options
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import guard
 from gim_kernels.triton.launch import check_attention, hiding_window, readable, score_factors, strides, unit_stride
@@ -33,6 +32,7 @@ from gim_kernels.triton.primitives import (
     visible_keys,
     visible_queries,
 )
+from gim_kernels.types import Options
 
 #: How a kernel finds the softmax at temperature T. ``exact``: T = 1, delta from the output. ``square``: T = 2, whose
 #: square is the softmax at T = 1. ``warm``: any T >= 1. ``sharp``: T < 1, where exp((S' - LSE) / T) would underflow.
@@ -703,20 +703,7 @@ def attention_backward(
     grad_scale: tuple[float, float, float],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of attention under one of the three softmax rules; nothing is read back to the host.
-
-    Args:
-        grad_out: ``[B, HQ, T, D]``.
-        query, key, value, sinks, key_range, options: as in the forward.
-        out, lse: what the forward returned.
-        softmax_backward: ``"temperature"``, ``"constant"`` or ``"exact"``.
-        temperature: T of ``"temperature"``, > 0.
-        grad_scale: factors of the gradients of query, key and value.
-        needs: which of the gradients of query, key, value and sinks to compute.
-
-    Returns:
-        Those gradients, each in its input's shape and dtype, None where not needed. With ``"constant"`` those of
-        query, key and sinks are 0 without any work.
+    """See :class:`gim_kernels.types.AttentionEngine`; nothing is read back to the host.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`gim_kernels.triton.launch.check_attention`.

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gim_kernels.engines import Options
+from gim_kernels.told import tell
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import guard
 from gim_kernels.triton.launch import (
@@ -35,6 +35,7 @@ from gim_kernels.triton.primitives import (
     tiles_in,
     visible_keys,
 )
+from gim_kernels.types import Options
 
 
 @triton.jit
@@ -231,19 +232,9 @@ def attention_forward(
     key_range: torch.Tensor | None,
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scale * Q K^T) V`` and the log-sum-exp of every row; nothing is read back to the host.
+    """See :class:`gim_kernels.types.AttentionEngine`; nothing is read back to the host.
 
-    Args:
-        query: ``[B, HQ, T, D]``, float32, float16 or bfloat16, D at most 256; any strides (where the last is not 1,
-            a contiguous copy is made).
-        key, value: ``[B, HK, S, D]``.
-        sinks: ``[HQ]`` or None.
-        key_range: ``[B, 2]`` int32 or None.
-        options: scale and mask.
-
-    Returns:
-        The output ``[B, HQ, T, D]`` in query's dtype, a view of memory laid out ``[B, T, HQ, D]``, and the natural
-        log-sum-exp ``[B, HQ, T]`` in float32, +inf in rows that see no key.
+    float32, float16 or bfloat16, D at most 256; where the last stride is not 1, a contiguous copy is made.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`gim_kernels.triton.launch.check_attention`.
@@ -251,6 +242,7 @@ def attention_forward(
     Numerics: scores, sums and the output accumulate in float32; weights are rounded to query's dtype for the product
         with V; deterministic, bit for bit.
     """
+    tell("triton")
     check_attention(query, key, value)
     batch, heads, queries, size = query.shape
     keys = key.shape[2]

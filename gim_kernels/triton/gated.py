@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gim_kernels.told import tell
 from gim_kernels.triton.device import check, guard
 from gim_kernels.triton.pointwise_tiles import Tile, gated_tile, pointwise_variant
 from gim_kernels.triton.rows import Rows, Tensors, row_offset, rows_of
@@ -249,22 +250,17 @@ def _programs(rows: Rows, tile: Tile) -> int:
 
 
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """``activation(gate) * up``.
+    """See :class:`gim_kernels.types.PointwiseEngine`; the result is as ``torch.empty_like(gate)``.
 
-    Args:
-        gate: ``[..., D]``, float32, float16 or bfloat16; any strides, read without a copy where both tensors' elements
-            lie next to each other along one dimension and at most three strides describe the others.
-        up: as ``gate``.
-        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
-
-    Returns:
-        As ``torch.empty_like(gate)``.
+    Any strides: read without a copy where both tensors' elements lie next to each other along one dimension and at most
+    three strides describe the others.
 
     Raises:
         TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
 
     Numerics: the activation in float32, rounded to gate's dtype; the product rounded again, as in eager PyTorch.
     """
+    tell("triton")
     check(gate=gate, up=up)
     y = torch.empty_like(gate)
     if y.numel() == 0:
@@ -293,22 +289,7 @@ def gated_backward(
     activation_backward: str,
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of :func:`gated_forward`, with ``(a, b)`` the factors::
-
-        dgate = a * dy * up * act'(gate)          ratio: act(gate) / gate in place of act'(gate)
-        dup   = b * dy * act(gate)
-
-    Args:
-        grad_y: ``[..., D]``, in gate's dtype.
-        gate: as in the forward.
-        up: as in the forward.
-        activation: as in the forward.
-        grad_scale: the factors of gate and up.
-        activation_backward: ``"exact"`` or ``"ratio"``.
-        needs: which of the gradients of gate and up to compute.
-
-    Returns:
-        Those gradients as ``torch.empty_like`` of their inputs, None where not needed.
+    """See :class:`gim_kernels.types.PointwiseEngine`; gradients as ``torch.empty_like`` of their inputs.
 
     Raises:
         TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gim_kernels.engines import Options
 from gim_kernels.triton.device import check
 from gim_kernels.triton.primitives import LOG2E
+from gim_kernels.types import Options
 
 #: Largest head size; wider rows do not fit on the chip.
 LARGEST_HEAD = 256

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gim_kernels.told import tell
 from gim_kernels.triton.device import check, guard
 from gim_kernels.triton.pointwise_tiles import (
     FOLD,
@@ -472,22 +473,16 @@ def _forward(
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x / rms(x) * (weight + weight_offset)`` and ``1 / rms`` of each row.
+    """See :class:`gim_kernels.types.PointwiseEngine`; float32, float16 or bfloat16.
 
-    Args:
-        x: ``[..., D]``, float32, float16 or bfloat16; read by its strides where its last dimension has stride 1.
-        weight: ``[D]`` or None for 1.
-        eps: added to the mean square.
-        weight_offset: added to ``weight``; 1 for models that store ``weight - 1``.
-
-    Returns:
-        ``[..., D]`` in x's dtype, contiguous, and ``[..., 1]`` in float32.
+    Where the last dimension has stride 1, x is read by its strides.
 
     Raises:
         TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
 
     Numerics: float32, rounded once; deterministic.
     """
+    tell("triton")
     y, inverse, _ = _forward(x, weight, None, eps, weight_offset, centre=False)
     return y, inverse
 
@@ -495,22 +490,16 @@ def rms_norm_forward(
 def layer_norm_forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(x - mean) / std * weight + bias``, and ``mean`` and ``1 / std`` of each row.
+    """See :class:`gim_kernels.types.PointwiseEngine`; float32, float16 or bfloat16.
 
-    Args:
-        x: ``[..., D]``, float32, float16 or bfloat16; read by its strides where its last dimension has stride 1.
-        weight: ``[D]`` or None for 1.
-        bias: ``[D]`` or None for 0.
-        eps: added to the variance.
-
-    Returns:
-        ``[..., D]`` in x's dtype, contiguous, and twice ``[..., 1]`` in float32.
+    Where the last dimension has stride 1, x is read by its strides.
 
     Raises:
         TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.
 
     Numerics: float32, the variance of centred values, rounded once; deterministic.
     """
+    tell("triton")
     y, inverse, mean = _forward(x, weight, bias, eps, 0.0, centre=True)
     assert mean is not None
     return y, mean, inverse
@@ -568,27 +557,7 @@ def norm_backward(
     frozen: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of both norms, with ``n = (x - mean) * inverse`` and ``g = grad_y * (weight + weight_offset)``::
-
-        live     dx = inverse * (g - rowmean(g)  - n * rowmean(g * n))
-        frozen   dx = inverse * (g - rowmean(g))
-        dweight = sum(grad_y * n),  dbias = sum(grad_y)
-
-    without the term ``rowmean(g)`` for the RMS norm, which has no mean.
-
-    Args:
-        grad_y: ``[..., D]``.
-        x: the input; None where ``frozen`` and the weight needs no gradient.
-        weight: ``[D]`` or None.
-        mean: ``[..., 1]`` of a layer norm, None for an RMS norm. Only its presence matters where x is not read.
-        inverse: ``[..., 1]``, one over the statistic.
-        weight_offset: as in the forward.
-        frozen: whether the statistic is a constant.
-        needs: which of the gradients of x, weight and bias to compute.
-
-    Returns:
-        The gradient of x in grad_y's dtype, contiguous, and those of the weight and the bias in float32; None where
-        not needed.
+    """See :class:`gim_kernels.types.PointwiseEngine`.
 
     Raises:
         TypeError, RuntimeError: tensors the kernels cannot take; see :func:`gim_kernels.triton.device.check`.

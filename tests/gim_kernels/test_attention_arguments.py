@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
-from gim_kernels.engines import ENGINES
+from gim_kernels.types import ENGINES
 from tests.gim_kernels.test_attention import differentiate, make
 from tests.oracle import assert_close64
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
-from gim_kernels import blockwise, engines, reference
-from gim_kernels.engines import Options
+from gim_kernels import blockwise, reference
+from gim_kernels.types import ENGINES, Options
 from tests.gim_kernels.attention_draws import Draw, check, differentiate, draw, laid_out
 from tests.live import peak_bytes
 from tests.oracle import assert_close64, assert_within_budget
@@ -255,7 +255,7 @@ def test_any_temperature(dtype: torch.dtype, temperature: float) -> None:
 )
 def test_numbers_that_the_scores_cannot_take_are_refused(arguments: dict[str, float], message: str) -> None:
     x = torch.randn(1, 1, 4, 8)
-    for engine in engines.ENGINES:
+    for engine in ENGINES:
         with pytest.raises(ValueError, match=message):
             gim_kernels.attention(x, x, x, engine=engine, softmax_backward="temperature", **arguments)
 

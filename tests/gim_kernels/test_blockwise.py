@@ -9,7 +9,7 @@ import torch
 
 import gim_kernels
 from gim_kernels import blockwise, reference
-from gim_kernels.engines import Options
+from gim_kernels.types import Options
 from tests.gim_kernels.test_attention import RULE_IDS, RULES, differentiate, make
 from tests.oracle import assert_within_budget, relative_error
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gim_kernels
-from gim_kernels import engines, reference
+from gim_kernels import engines, reference, types
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -281,7 +281,7 @@ def test_a_launcher_never_looks_at_values(name: str, monkeypatch: pytest.MonkeyP
     if name == "attention":
         query, key, value, sinks = (x.to("meta") for x in OPERATORS[name][1].values())
         key_range = torch.empty(2, 2, dtype=torch.int32, device="meta")
-        for options in (engines.Options(0.3, True), engines.Options(-0.3, True, 5, None), engines.Options(1.0)):
+        for options in (types.Options(0.3, True), types.Options(-0.3, True, 5, None), types.Options(1.0)):
             out, lse = functions.attention_forward(query, key, value, sinks, key_range, options)
             for rule in ("exact", "temperature", "constant"):
                 functions.attention_backward(
@@ -318,7 +318,7 @@ def test_auto_is_triton_on_a_gpu_and_nothing_else() -> None:
         on_gpu, on_cpu = torch.empty(4, device="cuda"), torch.empty(4)
     assert engines.choose("auto", on_gpu) == "triton"
     assert engines.choose("auto", on_cpu) == engines.choose("auto", torch.empty(4)) == "blockwise"
-    for named in ("triton", "blockwise", "reference"):  # what is asked for by name stays
+    for named in ("triton", "composed", "blockwise", "reference"):  # what is asked for by name stays
         assert engines.choose(named, on_gpu) == engines.choose(named, on_cpu) == named
 
 

@@ -18,11 +18,11 @@ from tests.oracle import assert_within_budget, relative_error
 
 pytest.importorskip("triton")
 
-from gim_kernels.engines import Options
 from gim_kernels.triton import attention_backward, attention_forward, device, tiles
 from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
 from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.tiles import Tile
+from gim_kernels.types import Options
 
 DEVICE = contract.device_of("triton")
 TWO_BYTES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=AT_ONCE)]
