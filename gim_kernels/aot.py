@@ -91,8 +91,10 @@ def _attention(architecture: str, head_size: int, dtype: str) -> Iterable[Entry]
     # Modules and not the functions of the same names that the package exports.
     forward = importlib.import_module("gim_kernels.triton.attention_forward")
     backward = importlib.import_module("gim_kernels.triton.attention_backward")
+    fold = importlib.import_module("gim_kernels.triton.attention_fold")
     tiles = importlib.import_module("gim_kernels.triton.tiles")
     kind = DTYPES[dtype]
+    yield Entry(f"attention_fold/{dtype}/{head_size}", UNLIMITED, fold.fold_parts_variant(kind, head_size))
     for causal in (True, False):
         for mask in MASKS:
             if (mask == "plain" and dtype == "fp32") or (mask == "softcap" and not causal):
@@ -409,6 +411,7 @@ _KINDS = {"i32": "GIM_KIND_I32", "i64": "GIM_KIND_I64", "fp32": "GIM_KIND_FLOAT"
 
 def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: Sequence[str]) -> dict[str, str]:
     """The table of ``cmake/gim_table.h`` in C, and the compiled files in assembler, by file name."""
+    from gim_kernels.triton import order
     from gim_kernels.triton.pointwise_tiles import WEIGHT_GRADIENT_PROGRAMS
 
     rows = [(row, entry) for row, entry in zip(compiled, entries, strict=True) if row.target.startswith("cuda")]
@@ -436,6 +439,8 @@ def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: 
         "const size_t gim_table_size = sizeof gim_table / sizeof gim_table[0];",
         f'const char gim_targets_built[] = "{";".join(cuda)}";',
         f"const int gim_weight_gradient_programs = {WEIGHT_GRADIENT_PROGRAMS};",
+        f"const gim_order_numbers gim_order = {{{order.MULTIPROCESSORS}, {order.ENOUGH}, {order.START}, {order.FOLD}, "
+        f"{order.CACHE}, {order.BALANCED!r}}};",
         "",
     ]
     images = ["/* Written by python -m gim_kernels.aot build. */", "    .section .rodata"]

@@ -1,8 +1,9 @@
 """Attention backward on a GPU under one of three softmax rules: one kernel over query tiles, one over key tiles.
 
 The query kernel finds what the gradient of the scores needs to know about each row, and the gradients of query and
-sinks. The key kernel finds the gradients of key and value. Either does only what was asked for; there is no
-preprocessing pass, and there are no atomics: every sum has one order.
+sinks. The key kernel finds the gradients of key and value; where too few of its programs would run, several share the
+query heads of a key head, and their sums are folded. Either does only what was asked for; there is no preprocessing
+pass, and there are no atomics: every sum has one order.
 
 Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
 """
@@ -18,8 +19,19 @@ import triton.language as tl
 
 from gim_kernels.engines import Options
 from gim_kernels.triton import tiles
+from gim_kernels.triton.attention_fold import fold_parts
 from gim_kernels.triton.device import guard
-from gim_kernels.triton.launch import check_attention, hiding_window, readable, score_factors, strides, unit_stride
+from gim_kernels.triton.launch import (
+    check_attention,
+    hiding_window,
+    key_section,
+    query_section,
+    readable,
+    score_factors,
+    strides,
+    unit_stride,
+)
+from gim_kernels.triton.order import members_of, tile_of_program
 from gim_kernels.triton.primitives import (
     LOG2E,
     key_bounds,
@@ -148,7 +160,7 @@ def _sum_over_keys(
     return shifted_sum, weight_sum, grad_total, weight_total
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "section"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -183,6 +195,7 @@ def grad_query_kernel(
     grad_query_stride_t: tl.int64,
     heads,
     group,
+    section,
     queries,
     keys,
     window,
@@ -224,8 +237,7 @@ def grad_query_kernel(
     nothing is: d0 is all there is to know. Program order as in the forward.
     """
     tiles_t = tl.cdiv(queries, BLOCK_T)
-    tile = tl.program_id(0) % tiles_t
-    batch_head = tl.program_id(0) // tiles_t
+    tile, batch_head = tile_of_program(tl.program_id(0), tiles_t, tl.num_programs(0) // tiles_t, section)
     if CAUSAL:
         tile = tiles_t - 1 - tile
     batch = (batch_head // heads).to(tl.int64)
@@ -390,7 +402,7 @@ def _sum_over_queries(
     scoring,
     seen,
     span,
-    group,
+    members,
     RULE: tl.constexpr,
     GRAD_KEY: tl.constexpr,
     GRAD_VALUE: tl.constexpr,
@@ -403,7 +415,7 @@ def _sum_over_queries(
 ):
     """The query tiles of ``span``, full or with ``MASKED`` the others, into the gradients of key and value.
 
-    All query heads of the group run in one loop, so that the loads of the next head are under way when one ends.
+    All query heads of the program run in one loop, so that the loads of the next head are under way when one ends.
     """
     grad_key, grad_value = sums
     first_query_ptr, query_stride_h, query_stride_t, first_grad_out_ptr, grad_out_stride_h, grad_out_stride_t = matrices
@@ -411,7 +423,7 @@ def _sum_over_queries(
     factor, inner, inverse_temperature = scoring
     column, offset, queries, window = seen
     tiles_of_head = tiles_in(span, MASKED, BLOCK_T)
-    for i in range(group * tiles_of_head):
+    for i in range(members * tiles_of_head):
         member = i // tl.maximum(tiles_of_head, 1)
         start_t = tile_start(i - member * tiles_of_head, span, MASKED, True, BLOCK_T)
         query_ptr = first_query_ptr + member * query_stride_h
@@ -462,7 +474,27 @@ def _sum_over_queries(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit
+def _store_sum(
+    whole_ptr,
+    part_ptr,
+    parted,
+    tile,
+    start,
+    stride,
+    end,
+    ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write ``tile`` as :func:`store_rows` does: where it is ``parted`` to the sums to be folded, else to its place."""
+    if parted:
+        store_rows(part_ptr, tile, start, stride, end, ROWS, HEAD_SIZE, BLOCK_D)
+    else:
+        store_rows(whole_ptr, tile, start, stride, end, ROWS, HEAD_SIZE, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "members", "section"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -471,6 +503,7 @@ def grad_key_value_kernel(
     key_range_ptr,
     grad_key_ptr,
     grad_value_ptr,
+    partial_ptr,
     shift_ptr,
     norm_ptr,
     delta_ptr,
@@ -492,8 +525,11 @@ def grad_key_value_kernel(
     grad_value_stride_b: tl.int64,
     grad_value_stride_h: tl.int64,
     grad_value_stride_s: tl.int64,
+    grad_stride_part: tl.int64,
     heads,
     group,
+    members,
+    section,
     queries,
     keys,
     window,
@@ -510,7 +546,7 @@ def grad_key_value_kernel(
     BLOCK_S: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Gradients of key and value, summed over the query heads that share them in a fixed order::
+    """Gradients of key and value, summed over query heads that share them in a fixed order::
 
         grad_v = value_factor P^T dO                         P = exp(S' - LSE): the value path keeps T = 1
         grad_k = key_factor (P_T * (dP - delta) t)^T Q       dP = dO V^T,  key_factor = scale * k_scale
@@ -520,15 +556,19 @@ def grad_key_value_kernel(
     only grad_v exists. A gradient without a pointer is not computed. Everything is transposed, ``[BLOCK_S, BLOCK_T]``,
     so that both sums over queries take their left side from registers.
 
-    One program per key tile and key head, in ascending order: with a causal mask the first keys, which most queries
-    see, take longest.
+    One program per key tile and ``members`` query heads: all that share a key head, or an equal part of them. Sums of
+    parts go to ``partial_ptr``, in float32 and ``grad_stride_part`` elements apart, first those of keys, then those of
+    values, each with the gradients' strides, and are folded afterwards. The order is that of
+    :func:`gim_kernels.triton.order.tile_of_program`: with a causal mask the first keys, which most queries see, take
+    longest.
     """
     tiles_s = tl.cdiv(keys, BLOCK_S)
-    start_s = tl.program_id(0) % tiles_s * BLOCK_S
-    batch_head = tl.program_id(0) // tiles_s
-    key_heads = heads // group
-    batch = (batch_head // key_heads).to(tl.int64)
-    key_head = (batch_head % key_heads).to(tl.int64)
+    tile, batch_part = tile_of_program(tl.program_id(0), tiles_s, tl.num_programs(0) // tiles_s, section)
+    start_s = tile * BLOCK_S
+    batch = (batch_part * members // heads).to(tl.int64)
+    head = (batch_part * members % heads).to(tl.int64)
+    key_head = head // group
+    part = head % group // members
     key_ptr += batch * key_stride_b + key_head * key_stride_h
 
     # [BLOCK_S, BLOCK_D]
@@ -545,7 +585,6 @@ def grad_key_value_kernel(
     # [BLOCK_S]
     column = start_s + tl.arange(0, BLOCK_S)
     sums = (grad_key, grad_value)
-    head = key_head * group
     rows = (batch * heads + head) * queries
     for MASKED in tl.static_range(0, 2):
         sums = _sum_over_queries(
@@ -568,7 +607,7 @@ def grad_key_value_kernel(
             (factor, inner, inverse_temperature),
             (column, keys - queries, queries, window),
             span,
-            group,
+            members,
             RULE,
             grad_key_ptr is not None,
             grad_value_ptr is not None,
@@ -583,14 +622,38 @@ def grad_key_value_kernel(
 
     # [BLOCK_S, 1]
     exists = ((column >= first) & (column < end))[:, None]
+    parted = members < group
     if grad_key_ptr is not None:
-        grad_key_ptr += batch * grad_key_stride_b + key_head * grad_key_stride_h
         grad_key = tl.where(exists, grad_key * key_factor, 0.0)
-        store_rows(grad_key_ptr, grad_key, start_s, grad_key_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+        head_offset = batch * grad_key_stride_b + key_head * grad_key_stride_h
+        _store_sum(
+            grad_key_ptr + head_offset,
+            partial_ptr + part * grad_stride_part + head_offset,
+            parted,
+            grad_key,
+            start_s,
+            grad_key_stride_s,
+            keys,
+            BLOCK_S,
+            HEAD_SIZE,
+            BLOCK_D,
+        )
+        part += group // members
     if grad_value_ptr is not None:
-        grad_value_ptr += batch * grad_value_stride_b + key_head * grad_value_stride_h
         grad_value = tl.where(exists, grad_value * value_factor, 0.0)
-        store_rows(grad_value_ptr, grad_value, start_s, grad_value_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+        head_offset = batch * grad_value_stride_b + key_head * grad_value_stride_h
+        _store_sum(
+            grad_value_ptr + head_offset,
+            partial_ptr + part * grad_stride_part + head_offset,
+            parted,
+            grad_value,
+            start_s,
+            grad_value_stride_s,
+            keys,
+            BLOCK_S,
+            HEAD_SIZE,
+            BLOCK_D,
+        )
 
 
 @functools.cache
@@ -748,6 +811,7 @@ def attention_backward(
     factor, inner = score_factors(options)
     window = hiding_window(options, keys)
     architecture = tiles.architecture_of(query)
+    group = heads // key.shape[1]
     common: dict[str, Any] = dict(
         grad_out_ptr=grad_out,
         query_ptr=query,
@@ -759,7 +823,7 @@ def attention_backward(
         **strides("key", key, "s"),
         **strides("value", value, "s"),
         heads=heads,
-        group=heads // key.shape[1],
+        group=group,
         queries=queries,
         keys=keys,
         window=window,
@@ -788,9 +852,11 @@ def attention_backward(
                 to_sinks is not None,
                 to_key is not None,
             )
+            tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
             variant.launch(
-                triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
+                tiles_t * batch * heads,
                 **common,
+                section=query_section(tiles_t, query, key, options.causal),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out,
                 lse_ptr=lse,
@@ -820,19 +886,36 @@ def attention_backward(
                 place_key is not None,
                 place_value is not None,
             )
+            block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
+            tiles_s, columns = triton.cdiv(keys, block_s), batch * key.shape[1]
+            members = members_of(queries, keys, window, options.causal, block_t, block_s, columns, group)
+            parts = group // members
+            places = [place for place in (place_key, place_value) if place is not None]
+            # [gradients, parts, B, HK, S, D]
+            partial = None
+            if parts > 1:
+                partial = torch.empty((len(places), parts, *key.shape), dtype=torch.float32, device=key.device)
+            layout_key, layout_value = (place_key, place_value) if partial is None else (partial[0, 0], partial[0, 0])
             variant.launch(
-                triton.cdiv(keys, variant.constants["BLOCK_S"]) * batch * key.shape[1],
+                tiles_s * columns * parts,
                 **common,
                 grad_key_ptr=place_key,
                 grad_value_ptr=place_value,
+                partial_ptr=lse if partial is None else partial,  # without parts nothing is written there
                 shift_ptr=lse if place_key is None else shift,
                 norm_ptr=None if place_key is None else norm,
                 delta_ptr=None if place_key is None else delta,
-                **strides("grad_key", key if place_key is None else place_key, "s"),
-                **strides("grad_value", value if place_value is None else place_value, "s"),
+                **strides("grad_key", key if layout_key is None else layout_key, "s"),
+                **strides("grad_value", value if layout_value is None else layout_value, "s"),
+                grad_stride_part=key.numel(),
+                members=members,
+                section=key_section(tiles_s, members, query, columns * parts, options.causal),
                 key_factor=options.scale * grad_scale[1],
                 value_factor=grad_scale[2],
             )
+            if partial is not None:
+                for sums, place in zip(partial, places, strict=True):
+                    fold_parts(sums, place)
     for grad, written in ((grad_query, to_query), (grad_key, to_key), (grad_value, to_value)):
         if grad is not None and written is not None and written is not grad:
             grad.copy_(written)

@@ -19,10 +19,12 @@ from gim_kernels.triton.launch import (
     SMALLEST_FACTOR,
     check_attention,
     hiding_window,
+    query_section,
     score_factors,
     strides,
     unit_stride,
 )
+from gim_kernels.triton.order import tile_of_program
 from gim_kernels.triton.primitives import (
     LN2,
     LOG2E,
@@ -86,7 +88,7 @@ def _online_softmax(
     return out, total, top2
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "section"])
 def attention_forward_kernel(
     query_ptr,
     key_ptr,
@@ -109,6 +111,7 @@ def attention_forward_kernel(
     out_stride_t: tl.int64,
     heads,
     group,
+    section,
     queries,
     keys,
     window,
@@ -130,12 +133,11 @@ def attention_forward_kernel(
     A sink is a column with a score and no value: ``m`` starts at it and ``l`` at 1. Rows that see nothing give
     ``O = 0`` and ``LSE = +inf``, so that every later ``exp(S' - LSE)`` is 0. ``factor`` must be positive.
 
-    One program per query tile and head: tiles of one head run next to each other, so that they share its keys in the
-    cache, and causal ones from the last to the first, the longest first.
+    One program per query tile and head, in the order of :func:`gim_kernels.triton.order.tile_of_program`; causal tiles
+    from the last to the first, the longest first.
     """
     tiles_t = tl.cdiv(queries, BLOCK_T)
-    tile = tl.program_id(0) % tiles_t
-    batch_head = tl.program_id(0) // tiles_t
+    tile, batch_head = tile_of_program(tl.program_id(0), tiles_t, tl.num_programs(0) // tiles_t, section)
     if CAUSAL:
         tile = tiles_t - 1 - tile
     batch = (batch_head // heads).to(tl.int64)
@@ -273,9 +275,10 @@ def attention_forward(
         None if sinks is None else sinks.dtype,
         key_range is not None,
     )
+    tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
     with guard(query):
         variant.launch(
-            triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
+            tiles_t * batch * heads,
             query_ptr=query,
             key_ptr=key,
             value_ptr=value,
@@ -289,6 +292,7 @@ def attention_forward(
             **strides("out", out, "t"),
             heads=heads,
             group=heads // key.shape[1],
+            section=query_section(tiles_t, query, key, options.causal),
             queries=queries,
             keys=keys,
             window=window,

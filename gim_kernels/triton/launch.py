@@ -6,6 +6,7 @@ import torch
 
 from gim_kernels.engines import Options
 from gim_kernels.triton.device import check
+from gim_kernels.triton.order import section_of
 from gim_kernels.triton.primitives import LOG2E
 
 #: Largest head size; wider rows do not fit on the chip.
@@ -61,3 +62,16 @@ def score_factors(options: Options) -> tuple[float, float | None]:
 def hiding_window(options: Options, keys: int) -> int | None:
     """The window, or None where it is wide enough to hide no key."""
     return None if options.window is None or options.window >= keys else options.window
+
+
+def query_section(tiles: int, query: torch.Tensor, key: torch.Tensor, causal: bool) -> int:
+    """The section of a kernel over ``tiles`` query tiles a head; the query heads of a group share keys and values."""
+    batch, heads = query.shape[:2]
+    _, key_heads, keys, size = key.shape
+    return section_of(tiles, batch * heads, heads // key_heads, 2 * keys * size * key.element_size(), causal)
+
+
+def key_section(tiles: int, members: int, query: torch.Tensor, columns: int, causal: bool) -> int:
+    """The section of a kernel over ``tiles`` key tiles: a column reads the queries and gradients of its members."""
+    _, _, queries, size = query.shape
+    return section_of(tiles, columns, 1, members * 2 * queries * size * query.element_size(), causal)

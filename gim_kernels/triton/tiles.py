@@ -264,7 +264,8 @@ def padded_head(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-_TRITON_TYPES = {
+#: Triton's names of dtypes.
+TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -273,9 +274,9 @@ _TRITON_TYPES = {
 #: Pointers whose elements are not of the kernel's dtype.
 _POINTERS = {
     "key_range_ptr": "*i32",
-    **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr", "partial_ptr"), "*fp32"),
 }
-_INTEGERS = ("heads", "group", "queries", "keys", "window")
+_INTEGERS = ("heads", "group", "members", "section", "queries", "keys", "window")
 
 
 def attention_variant(
@@ -298,7 +299,7 @@ def attention_variant(
         present: of the arguments that may be None, which are given; those not named are.
         sinks: dtype of the sinks.
     """
-    short = _TRITON_TYPES[dtype]
+    short = TRITON_TYPES[dtype]
     constants: dict[str, Any] = {
         **switches,
         "HEAD_SIZE": head_size,
@@ -313,7 +314,7 @@ def attention_variant(
         if name in constants:
             signature[name] = "constexpr"
         elif name == "sinks_ptr":
-            signature[name] = "*" + _TRITON_TYPES[sinks or torch.float32]
+            signature[name] = "*" + TRITON_TYPES[sinks or torch.float32]
         elif name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, f"*{short}")
         elif "_stride_" in name:

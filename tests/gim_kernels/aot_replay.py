@@ -15,12 +15,14 @@ import ctypes
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gim_kernels import aot
+from gim_kernels.triton import order
 
 _POINTED = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -34,6 +36,25 @@ def _image_at(address: int) -> bytes:
     program_table = int.from_bytes(header[32:40], "little")
     program_size, program_count = (int.from_bytes(header[at : at + 2], "little") for at in (54, 56))
     return ctypes.string_at(address, max(table + size * count, program_table + program_size * program_count))
+
+
+def _check_order(given: dict[str, Any], constants: Mapping[str, Any], grid: int) -> None:
+    """Section and members are what the Python launchers hand over where the library was called as it was."""
+    width, causal, parted = given["query_ptr"].element_size(), constants["CAUSAL"], "members" in given
+    length, other, block = ("keys", "queries", "BLOCK_S") if parted else ("queries", "keys", "BLOCK_T")
+    tiles = -(-given[length] // constants[block])
+    shared_bytes = 2 * given[other] * constants["HEAD_SIZE"] * width
+    shared = given["group"]
+    if parted:
+        parts = given["group"] // given["members"]
+        window = given["window"] if given["window"] is not None and given["window"] < given["keys"] else None
+        blocks = constants["BLOCK_T"], constants["BLOCK_S"]
+        key_heads = grid // tiles // parts
+        members = order.members_of(given["queries"], given["keys"], window, causal, *blocks, key_heads, given["group"])
+        assert given["members"] == members, f"{given['members']} members, not {members}"
+        shared, shared_bytes = 1, members * shared_bytes
+    section = order.section_of(tiles, grid // tiles, shared, shared_bytes, causal)
+    assert given["section"] == section, f"section {given['section']}, not {section}"
 
 
 class Replay:
@@ -73,6 +94,8 @@ class Replay:
                 given[name] = torch.frombuffer((ctypes.c_byte * 16).from_address(number), dtype=_POINTED[kind])
             else:
                 given[name] = number
+        if "section" in given:
+            _check_order(given, variant.constants, grid)
         variant.kernel[(grid,)](**given)
 
 

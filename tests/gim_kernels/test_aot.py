@@ -26,7 +26,7 @@ SELECTION = {
     "GIM_TARGETS": "cuda:90:32",
     "GIM_HEAD_SIZES": "16",
     "GIM_DTYPES": "fp16",
-    "GIM_ONLY": "attention_*/causal/general*;attention_*/full/plain*;fold;*layer_bias/128;*layer_bias;"
+    "GIM_ONLY": "attention_*/causal/general*;attention_*/full/plain*;*fold*;*layer_bias/128;*layer_bias;"
     "norm_backward/*/layer/live/128;norm_backward/*/layer/live;norm_backward_weight/*/layer;*/silu*",
 }
 #: What is compiled here and held against the committed report: what every user of GIM runs.

@@ -157,6 +157,74 @@ def test_only_the_gradients_asked_for_are_computed(
         assert launched == want_launches + ["grad_key_value_kernel"] * key_kernel, names
 
 
+# ---- parts of a group
+
+
+@nan_filled
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("members", [2, 1])
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
+def test_the_query_heads_of_a_group_in_parts(
+    members: int, rule: str, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract.in_parts(monkeypatch, members)
+    contract.hold(
+        "triton",
+        inputs(2, 4, 1, 34, 40, 16, dtype=dtype),
+        causal=True,
+        window=30,
+        softcap=2.0,
+        sinks=torch.linspace(-1, 1, 4, device=DEVICE, dtype=dtype),
+        key_range=torch.tensor([[5, 36], [0, 40]], dtype=torch.int32, device=DEVICE),
+        grad_scale=(0.25, 0.3, 0.5),
+        softmax_backward=rule,
+        temperature=temperature,
+    )
+
+
+@nan_filled
+@pytest.mark.parametrize("size", [16, pytest.param(160, marks=pytest.mark.slow)])
+def test_parts_are_added_one_after_another(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of what each query head gives alone, to the last bit: whatever ran first, and wherever the sum lies."""
+    query, key, value, grad_out = inputs(1, 2, 1, 20, 36, size) if size == 16 else inputs(1, 6, 2, 20, 36, size)
+    group = query.shape[1] // key.shape[1]
+    contract.in_parts(monkeypatch, 1)
+    options: dict[str, Any] = {"causal": True, "softmax_backward": "temperature", "grad_scale": (0.25, 0.3, 0.7)}
+    got = run((query, key, value, grad_out), **options)
+    for kv_head in range(key.shape[1]):
+        shared = slice(kv_head, kv_head + 1)
+        for name in ("key", "value"):
+            want = torch.zeros_like(key[:, shared])
+            for head in range(group * kv_head, group * kv_head + group):
+                one = slice(head, head + 1)
+                want = want + run((query[:, one], key[:, shared], value[:, shared], grad_out[:, one]), **options)[name]
+            assert torch.equal(got[name][:, shared], want), name
+    packed = key.contiguous(), value.mT.contiguous().mT
+    for name, x in run((query, *packed, grad_out), **options).items():
+        assert torch.equal(x, got[name]), name
+
+
+def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help from the test: eight query heads for each of the few key tiles."""
+    launched: list[dict[str, Any]] = []
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append({"kernel": self.kernel.__name__, "programs": programs, **arguments})
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    run(inputs(1, 8, 1, 70, 70, 16), causal=True, softmax_backward="temperature")
+    fold = "fold_parts_kernel"
+    assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", fold, fold]
+    launch, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
+    block_s = tiles.attention_tile("grad_key_value", architecture, 16, torch.float32).block_s
+    parts = 8 // launch["members"]
+    assert parts > 1 and launch["programs"] == -(-70 // block_s) * parts
+    assert launch["partial_ptr"].dtype == torch.float32 and launch["partial_ptr"].shape == (2, parts, 1, 1, 70, 16)
+
+
 # ---- memory
 
 
