@@ -16,12 +16,15 @@ static const float LOG2E = 1.4426950408889634f;
 /* Positions of queries and keys are int32, and a window is added to them. */
 static const int32_t LARGEST_LENGTH = (1 << 30) - 1;
 static const size_t WORKSPACE_UNIT = 256;
+/* In elements of two bytes: a descriptor's strides are below 2^40 bytes. */
+static const int64_t LARGEST_DESCRIBED_STRIDE = (int64_t)1 << 39;
 
 /* ---- The driver ----------------------------------------------------------------------------------------------------*/
 
 #define GIM_DRIVER(X) \
     X(cuCtxGetCurrent) X(cuCtxGetDevice) X(cuDeviceGetAttribute) X(cuLibraryLoadData) X(cuLibraryGetKernel) \
-    X(cuKernelSetAttribute) X(cuLaunchKernel) X(cuMemsetD32Async) X(cuMemsetD2D32Async)
+    X(cuKernelSetAttribute) X(cuLaunchKernel) X(cuMemsetD32Async) X(cuMemsetD2D32Async) \
+    X(cuTensorMapEncodeTiled)
 
 #define GIM_DECLARE(name) static __typeof__(name) *p_##name;
 GIM_DRIVER(GIM_DECLARE)
@@ -135,6 +138,10 @@ typedef struct values {
     const void *pointer[GIM_ARGUMENT_COUNT];
     int64_t integer[GIM_ARGUMENT_COUNT];
     float real[GIM_ARGUMENT_COUNT];
+    /* Of attention: what descriptors want besides, and whether they can have it. */
+    gim_dtype dtype;
+    int32_t batch, head_size;
+    int describable;
 } values;
 
 #define GIM_POINTER(name, value) (given.pointer[GIM_ARGUMENT_##name] = (value))
@@ -169,6 +176,54 @@ static gim_status load(const device *on, const gim_variant *variant, CUkernel *k
     return status;
 }
 
+enum { DESCRIPTORS = 4, DIMENSIONS = 4 };
+
+/* A tensor [batch, heads, tokens, head_size] as a kernel reads it through a descriptor. */
+typedef struct described {
+    CUtensorMap map;
+    int32_t sizes[DIMENSIONS];
+    int64_t strides[DIMENSIONS];
+} described;
+
+/* The argument that holds the stride of the batch; those of head and token follow it. */
+static gim_argument_id first_stride(gim_argument_id pointer)
+{
+    switch (pointer) {
+    case GIM_ARGUMENT_query_ptr:
+        return GIM_ARGUMENT_query_stride_b;
+    case GIM_ARGUMENT_key_ptr:
+        return GIM_ARGUMENT_key_stride_b;
+    case GIM_ARGUMENT_value_ptr:
+        return GIM_ARGUMENT_value_stride_b;
+    default:
+        return GIM_ARGUMENT_grad_out_stride_b;
+    }
+}
+
+static gim_status describe(const gim_argument *argument, const values *given, described *out)
+{
+    int of_keys = argument->id == GIM_ARGUMENT_key_ptr || argument->id == GIM_ARGUMENT_value_ptr;
+    int64_t heads = given->integer[GIM_ARGUMENT_heads], group = given->integer[GIM_ARGUMENT_group];
+    const int64_t *strides = &given->integer[first_stride((gim_argument_id)argument->id)];
+    out->sizes[0] = given->batch;
+    out->sizes[1] = (int32_t)(of_keys ? heads / group : heads);
+    out->sizes[2] = (int32_t)given->integer[of_keys ? GIM_ARGUMENT_keys : GIM_ARGUMENT_queries];
+    out->sizes[3] = given->head_size;
+    /* The driver has the innermost dimension first, and bytes. That of one element may have any stride but 0. */
+    cuuint64_t sizes[DIMENSIONS], bytes[DIMENSIONS - 1];
+    const cuuint32_t box[DIMENSIONS] = {argument->box[1], argument->box[0], 1, 1}, each[DIMENSIONS] = {1, 1, 1, 1};
+    for (int i = 0; i < DIMENSIONS; ++i) {
+        out->strides[i] = i == DIMENSIONS - 1 ? 1 : strides[i] ? strides[i] : given->head_size;
+        sizes[DIMENSIONS - 1 - i] = (cuuint64_t)out->sizes[i];
+        if (i < DIMENSIONS - 1)
+            bytes[DIMENSIONS - 2 - i] = 2 * (cuuint64_t)out->strides[i];
+    }
+    return checked(p_cuTensorMapEncodeTiled(
+        &out->map, given->dtype == GIM_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        DIMENSIONS, (void *)given->pointer[argument->id], sizes, bytes, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        (CUtensorMapSwizzle)argument->swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
 static gim_status launch(
     const device *on, const gim_variant *variant, const values *given, int64_t programs, gim_stream stream)
 {
@@ -187,11 +242,14 @@ static gim_status launch(
         int32_t i32;
         float real;
     } slots[GIM_ARGUMENT_COUNT];
+    described descriptors[DESCRIPTORS];
+    int count = 0, described_count = 0;
     /* Two pointers to scratch memory, which no kernel here uses, end triton's parameter lists. */
-    void *parameters[GIM_ARGUMENT_COUNT + 2];
+    void *parameters[GIM_ARGUMENT_COUNT + DESCRIPTORS * 2 * DIMENSIONS + 2];
     void *scratch = NULL;
     for (int i = 0; i < variant->argument_count; ++i) {
         gim_argument argument = variant->arguments[i];
+        parameters[count++] = &slots[i];
         switch (argument.kind) {
         case GIM_KIND_POINTER:
             slots[i].pointer = given->pointer[argument.id];
@@ -202,13 +260,22 @@ static gim_status launch(
         case GIM_KIND_I64:
             slots[i].i64 = given->integer[argument.id];
             break;
+        case GIM_KIND_DESCRIPTOR: {
+            described *one = &descriptors[described_count++];
+            GIM_TRY(describe(&variant->arguments[i], given, one));
+            parameters[count - 1] = &one->map;
+            for (int j = 0; j < DIMENSIONS; ++j)
+                parameters[count++] = &one->sizes[j];
+            for (int j = 0; j < DIMENSIONS; ++j)
+                parameters[count++] = &one->strides[j];
+            break;
+        }
         default:
             slots[i].real = given->real[argument.id];
         }
-        parameters[i] = &slots[i];
     }
-    parameters[variant->argument_count] = &scratch;
-    parameters[variant->argument_count + 1] = &scratch;
+    parameters[count] = &scratch;
+    parameters[count + 1] = &scratch;
     return checked(p_cuLaunchKernel(
         (CUfunction)kernel, (unsigned)programs, 1, 1, (unsigned)variant->threads, 1, 1,
         (unsigned)variant->shared, stream, parameters, NULL));
@@ -307,9 +374,17 @@ static size_t neutral_bytes(const gim_attention *a)
     return rounded_up((size_t)a->query_heads * sizeof(float)) + rounded_up((size_t)a->batch * 2 * sizeof(int32_t));
 }
 
+static int has_argument(const gim_variant *variant, gim_argument_kind kind, int id)
+{
+    for (int i = 0; i < variant->argument_count; ++i)
+        if (variant->arguments[i].kind == kind && (id < 0 || variant->arguments[i].id == id))
+            return 1;
+    return 0;
+}
+
 /* The kernel of an operator for this attention: plain where that was built and suffices, else general or softcap. */
 static const gim_variant *attention_variant(
-    const device *on, const char *operator_, const gim_attention *a, const char *rule)
+    const device *on, const char *operator_, const gim_attention *a, const char *rule, const values *given)
 {
     char key[128];
     const char *masks[2] = {is_plain(a) ? "plain" : NULL, a->softcap > 0 ? "softcap" : "general"};
@@ -320,7 +395,7 @@ static const gim_variant *attention_variant(
             key, sizeof key, "%s/%s/%d/%s/%s%s%s", operator_, dtype_name(a->dtype), (int)a->head_size,
             a->causal ? "causal" : "full", masks[i], rule ? "/" : "", rule ? rule : "");
         const gim_variant *variant = find(on, key, 0);
-        if (variant != NULL)
+        if (variant != NULL && (given->describable || !has_argument(variant, GIM_KIND_DESCRIPTOR, -1)))
             return variant;
     }
     return NULL;
@@ -328,10 +403,17 @@ static const gim_variant *attention_variant(
 
 static int needs_neutral(const gim_variant *variant)
 {
-    for (int i = 0; i < variant->argument_count; ++i)
-        if (variant->arguments[i].id == GIM_ARGUMENT_key_range_ptr)
-            return 1;
-    return 0;
+    return has_argument(variant, GIM_KIND_POINTER, GIM_ARGUMENT_key_range_ptr);
+}
+
+/* Whether a descriptor can hold the strides of a tensor with so many batches, heads and tokens, none of them 0. */
+static int fits_descriptor(const int64_t *cleaned, int32_t batch, int32_t heads, int32_t tokens)
+{
+    const int32_t sizes[3] = {batch, heads, tokens};
+    for (int i = 0; i < 3; ++i)
+        if (sizes[i] == 0 || (sizes[i] > 1 && (cleaned[i] <= 0 || cleaned[i] >= LARGEST_DESCRIBED_STRIDE)))
+            return 0;
+    return 1;
 }
 
 /* Fills in what every attention kernel shares. */
@@ -364,6 +446,12 @@ static gim_status attention_values(const gim_attention *a, values *out)
     GIM_REAL(factor, (a->softcap > 0 ? a->softcap : a->scale) * LOG2E);
     GIM_REAL(inner, a->softcap > 0 ? a->scale / a->softcap : 0);
     GIM_REAL(inverse_temperature, 1);
+    given.dtype = a->dtype;
+    given.batch = a->batch;
+    given.head_size = a->head_size;
+    given.describable = fits_descriptor(query, a->batch, a->query_heads, a->queries) &&
+                        fits_descriptor(key, a->batch, a->key_heads, a->keys) &&
+                        fits_descriptor(value, a->batch, a->key_heads, a->keys);
     return GIM_SUCCESS;
 #undef given
 }
@@ -599,7 +687,7 @@ gim_status gim_attention_forward(
     GIM_TRY(check_workspace(workspace, workspace_bytes, gim_attention_forward_workspace(attention)));
     device on;
     GIM_TRY(current_device(&on));
-    const gim_variant *variant = attention_variant(&on, "attention_forward", attention, NULL);
+    const gim_variant *variant = attention_variant(&on, "attention_forward", attention, NULL, &given);
     if (variant == NULL)
         return GIM_ERROR_NOT_BUILT;
     if (query_rows(attention) == 0)
@@ -666,6 +754,7 @@ gim_status gim_attention_backward(
         !clean_strides(grad_key, g->grad_key_stride, a->batch, a->key_heads, a->keys) ||
         !clean_strides(grad_value, g->grad_value_stride, a->batch, a->key_heads, a->keys))
         return GIM_ERROR_ALIGNMENT;
+    given.describable = given.describable && fits_descriptor(grad_out, a->batch, a->query_heads, a->queries);
     GIM_TRY(check_workspace(workspace, workspace_bytes, gim_attention_backward_workspace(a, g)));
     device on;
     GIM_TRY(current_device(&on));
@@ -674,15 +763,15 @@ gim_status gim_attention_backward(
     const gim_variant *query_kernel = NULL, *key_kernel = NULL, *value_kernel = NULL;
     int together = 0;
     if (!constant) {
-        query_kernel = attention_variant(&on, "attention_grad_query", a, rule);
+        query_kernel = attention_variant(&on, "attention_grad_query", a, rule, &given);
         const char *key_rule = strcmp(rule, "sharp") == 0 ? "warm" : rule;
-        key_kernel = attention_variant(&on, "attention_grad_key_value", a, key_rule);
+        key_kernel = attention_variant(&on, "attention_grad_key_value", a, key_rule, &given);
         together = key_kernel != NULL;
         if (!together)
-            key_kernel = attention_variant(&on, "attention_grad_key", a, key_rule);
+            key_kernel = attention_variant(&on, "attention_grad_key", a, key_rule, &given);
     }
     if (!together)
-        value_kernel = attention_variant(&on, "attention_grad_value", a, NULL);
+        value_kernel = attention_variant(&on, "attention_grad_value", a, NULL, &given);
     if ((!constant && (query_kernel == NULL || key_kernel == NULL)) || (!together && value_kernel == NULL))
         return GIM_ERROR_NOT_BUILT;
 

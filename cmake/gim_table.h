@@ -31,10 +31,20 @@ typedef enum gim_argument_id {
 } gim_argument_id;
 #undef GIM_DECLARE
 
-typedef enum gim_argument_kind { GIM_KIND_POINTER, GIM_KIND_I32, GIM_KIND_I64, GIM_KIND_FLOAT } gim_argument_kind;
+typedef enum gim_argument_kind {
+    GIM_KIND_POINTER,
+    GIM_KIND_I32,
+    GIM_KIND_I64,
+    GIM_KIND_FLOAT,
+    /* A tensor map by value, then the tensor's four sizes (int32) and strides (int64) once more. */
+    GIM_KIND_DESCRIPTOR
+} gim_argument_kind;
 
 typedef struct gim_argument {
     uint8_t id, kind;
+    /* Of a descriptor: a CUtensorMapSwizzle, and the rows and columns that one copy brings. */
+    uint8_t swizzle;
+    uint16_t box[2];
 } gim_argument;
 
 typedef struct gim_variant {

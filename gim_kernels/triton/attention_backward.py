@@ -5,7 +5,8 @@ sinks. The key kernel finds the gradients of key and value; where too few of its
 query heads of a key head, and their sums are folded. Either does only what was asked for; there is no preprocessing
 pass, and there are no atomics: every sum has one order.
 
-Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
+Tiles are read through tensor descriptors (TMA) where :func:`gim_kernels.triton.launch.described` allows it, and through
+plain pointers elsewhere: strided views of any alignment work.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from gim_kernels.triton.attention_fold import fold_parts
 from gim_kernels.triton.device import guard
 from gim_kernels.triton.launch import (
     check_attention,
+    described,
     hiding_window,
     key_section,
+    matrices,
     query_section,
     readable,
     score_factors,
@@ -37,6 +40,8 @@ from gim_kernels.triton.primitives import (
     key_bounds,
     load_rows,
     load_vector,
+    matrix_after,
+    matrix_of,
     raw_scores,
     sees,
     store_rows,
@@ -84,13 +89,13 @@ def _largest_score(
     PRECISE: tl.constexpr,
 ):
     """Maximum of ``top`` and the scores over the key tiles of ``span``, full or with ``MASKED`` the others."""
-    key_ptr, key_stride_s = matrix
+    key_matrix, key_stride_s = matrix
     factor, inner = scoring
     position, first, end, window = seen
     for i in range(tiles_in(span, MASKED, BLOCK_S)):
         start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
         # [BLOCK_S, BLOCK_D]
-        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        key = load_rows(key_matrix, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         score = raw_scores(query, tl.trans(key), inner, PRECISE) * factor
         if MASKED:
@@ -126,13 +131,13 @@ def _sum_over_keys(
     ``near``, a column, takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
     """
     shifted_sum, weight_sum, grad_total, weight_total = sums
-    key_ptr, key_stride_s, value_ptr, value_stride_s = matrices
+    key_matrix, key_stride_s, value_matrix, value_stride_s = matrices
     factor, inner = scoring
     position, first, end, window = seen
     for i in range(tiles_in(span, MASKED, BLOCK_S)):
         start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
         # [BLOCK_S, BLOCK_D]
-        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        key = load_rows(key_matrix, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         raw = raw_scores(query, tl.trans(key), inner, PRECISE)
         e = tl.exp2(raw * factor - shift[:, None])
@@ -140,7 +145,7 @@ def _sum_over_keys(
             column = start_s + tl.arange(0, BLOCK_S)
             e = tl.where(sees(position[:, None], column[None, :], first, end, window, CAUSAL), e, 0.0)
         # [BLOCK_S, BLOCK_D]
-        value = load_rows(value_ptr, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        value = load_rows(value_matrix, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
         shifted = e * (grad_p - near)
@@ -245,10 +250,10 @@ def grad_query_kernel(
     key_head = head // group
     start_t = tile * BLOCK_T
 
-    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
-    query_ptr += batch * query_stride_b + head * query_stride_h
-    key_ptr += batch * key_stride_b + key_head * key_stride_h
-    value_ptr += batch * value_stride_b + key_head * value_stride_h
+    grad_out_matrix = matrix_of(grad_out_ptr, batch, head, grad_out_stride_b, grad_out_stride_h)
+    query_matrix = matrix_of(query_ptr, batch, head, query_stride_b, query_stride_h)
+    key_matrix = matrix_of(key_ptr, batch, key_head, key_stride_b, key_stride_h)
+    value_matrix = matrix_of(value_ptr, batch, key_head, value_stride_b, value_stride_h)
     out_ptr += batch * out_stride_b + head * out_stride_h
 
     # [BLOCK_T]
@@ -257,8 +262,8 @@ def grad_query_kernel(
     in_rows = row < queries
     lse2 = tl.load(lse_ptr + first_row + row, mask=in_rows, other=float("inf")) * LOG2E
     # [BLOCK_T, BLOCK_D]
-    grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
-    out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    grad_out = load_rows(grad_out_matrix, start_t, grad_out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    out = load_rows(out_ptr, start_t, out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     # [BLOCK_T, 1]: a reshaped column, or else every thread keeps d0 once for each of its scores through the loops below
     d0 = tl.reshape(tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1), [BLOCK_T, 1])
     if RULE == "sharp":
@@ -270,11 +275,11 @@ def grad_query_kernel(
     shift = lse2 * inverse_temperature
     if RULE != "exact" or grad_query_ptr is not None:
         # [BLOCK_T, BLOCK_D]
-        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
-        matrices = (key_ptr, key_stride_s, value_ptr, value_stride_s)
+        query = load_rows(query_matrix, start_t, query_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+        matrices = (key_matrix, key_stride_s, value_matrix, value_stride_s)
         scoring = (factor * inverse_temperature, inner)
         first, end = key_bounds(key_range_ptr, batch, keys)
-        seen = (row + (keys - queries), first, end, window)
+        seen = (row + (keys - queries), None if key_range_ptr is None else first, end, window)
         span = visible_keys(start_t, queries, keys, first, end, window, CAUSAL, BLOCK_T, BLOCK_S)
         if RULE == "sharp":
             top = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -286,7 +291,7 @@ def grad_query_kernel(
                 top = _largest_score(
                     top,
                     query,
-                    (key_ptr, key_stride_s),
+                    (key_matrix, key_stride_s),
                     scoring,
                     seen,
                     span,
@@ -418,39 +423,40 @@ def _sum_over_queries(
     All query heads of the program run in one loop, so that the loads of the next head are under way when one ends.
     """
     grad_key, grad_value = sums
-    first_query_ptr, query_stride_h, query_stride_t, first_grad_out_ptr, grad_out_stride_h, grad_out_stride_t = matrices
+    first_query, query_stride_h, query_stride_t, first_grad_out, grad_out_stride_h, grad_out_stride_t = matrices
     first_shift_ptr, first_norm_ptr, first_delta_ptr = rows
     factor, inner, inverse_temperature = scoring
     column, offset, queries, window = seen
     tiles_of_head = tiles_in(span, MASKED, BLOCK_T)
-    for i in range(members * tiles_of_head):
-        member = i // tl.maximum(tiles_of_head, 1)
-        start_t = tile_start(i - member * tiles_of_head, span, MASKED, True, BLOCK_T)
-        query_ptr = first_query_ptr + member * query_stride_h
-        grad_out_ptr = first_grad_out_ptr + member * grad_out_stride_h
+    member = tiles_of_head * 0
+    tile = tiles_of_head * 0
+    for _ in range(members * tiles_of_head):
+        start_t = tile_start(tile, span, MASKED, True, BLOCK_T)
+        query_matrix = matrix_after(first_query, member, query_stride_h)
+        grad_out_matrix = matrix_after(first_grad_out, member, grad_out_stride_h)
         head_row = member.to(tl.int64) * queries
         # [BLOCK_T]
         row = start_t + tl.arange(0, BLOCK_T)
         # [BLOCK_T, BLOCK_D]
-        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        query = load_rows(query_matrix, start_t, query_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
         shift = load_vector(first_shift_ptr + head_row, row, queries, float("inf"), MASKED)
         if RULE == "constant":  # straight from the forward, to base e
             shift *= LOG2E
         # [BLOCK_S, BLOCK_T]
         raw = raw_scores(key, tl.trans(query), inner, PRECISE)
+        p_t = tl.exp2(raw * (factor * 0.5 if RULE == "square" else factor) - shift[None, :])
+        # Queries past the last have an infinite shift, and so a p of 0; keys past the last are not stored.
+        if MASKED and (CAUSAL or window is not None):
+            mask = sees((row + offset)[None, :], column[:, None], None, queries + offset, window, CAUSAL)
+            p_t = tl.where(mask, p_t, 0.0)
+        p = p_t
         if RULE == "square":
-            p_t = tl.exp2(raw * (factor * 0.5) - shift[None, :])  # P_T * Z
-            p = p_t * p_t
-        else:
-            p = tl.exp2(raw * factor - shift[None, :])
-            p_t = p
-        if MASKED:
-            mask = sees((row + offset)[None, :], column[:, None], 0, queries + offset, window, CAUSAL)
+            p = p_t * p_t  # and p_t is P_T * Z
         # [BLOCK_T, BLOCK_D]
-        grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        grad_out = load_rows(
+            grad_out_matrix, start_t, grad_out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED
+        )
         if GRAD_VALUE:
-            if MASKED:
-                p = tl.where(mask, p, 0.0)
             # [BLOCK_S, BLOCK_D]
             grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
         if GRAD_KEY:
@@ -464,13 +470,17 @@ def _sum_over_queries(
             elif RULE != "exact":
                 norm = load_vector(first_norm_ptr + head_row, row, queries, float("inf"), MASKED)
                 p_t = tl.exp2(raw * (factor * inverse_temperature) - norm[None, :])
+                if MASKED and (CAUSAL or window is not None):
+                    p_t = tl.where(mask, p_t, 0.0)
             grad_s = p_t * (grad_p - delta[None, :])
             if inner is not None:
                 grad_s *= 1.0 - raw * raw
-            if MASKED:
-                grad_s = tl.where(mask, grad_s, 0.0)
             # [BLOCK_S, BLOCK_D]
             grad_key = tl.dot(grad_s.to(query.dtype), query, grad_key, input_precision="ieee")
+        tile += 1
+        ended = (tile == tiles_of_head).to(tl.int32)  # counted, for a division would cost as much as the rest
+        member += ended
+        tile *= 1 - ended
     return grad_key, grad_value
 
 
@@ -569,14 +579,14 @@ def grad_key_value_kernel(
     head = (batch_part * members % heads).to(tl.int64)
     key_head = head // group
     part = head % group // members
-    key_ptr += batch * key_stride_b + key_head * key_stride_h
+    key_matrix = matrix_of(key_ptr, batch, key_head, key_stride_b, key_stride_h)
 
     # [BLOCK_S, BLOCK_D]
-    key = load_rows(key_ptr, start_s, key_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+    key = load_rows(key_matrix, start_s, key_stride_s, None, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
     value = key
     if grad_key_ptr is not None:
-        value_ptr += batch * value_stride_b + key_head * value_stride_h
-        value = load_rows(value_ptr, start_s, value_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+        value_matrix = matrix_of(value_ptr, batch, key_head, value_stride_b, value_stride_h)
+        value = load_rows(value_matrix, start_s, value_stride_s, None, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
     grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
 
@@ -592,10 +602,10 @@ def grad_key_value_kernel(
             key,
             value,
             (
-                query_ptr + batch * query_stride_b + head * query_stride_h,
+                matrix_of(query_ptr, batch, head, query_stride_b, query_stride_h),
                 query_stride_h,
                 query_stride_t,
-                grad_out_ptr + batch * grad_out_stride_b + head * grad_out_stride_h,
+                matrix_of(grad_out_ptr, batch, head, grad_out_stride_b, grad_out_stride_h),
                 grad_out_stride_h,
                 grad_out_stride_t,
             ),
@@ -670,6 +680,7 @@ def grad_query_variant(
     grad_query: bool = True,
     grad_sinks: bool = False,
     hand_over: bool = True,
+    described: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The kernel over query tiles for these options; see :class:`gim_kernels.triton.tiles.Variant`.
@@ -683,10 +694,11 @@ def grad_query_variant(
         sinks: dtype of the sinks, None without.
         grad_query, grad_sinks: whether it writes these gradients.
         hand_over: whether it writes what the key kernel needs.
+        described: whether it reads matrices through tensor descriptors.
         tile: in place of the table's.
     """
     work: tiles.Work = "grad_query_exact" if rule == "exact" else "grad_query"
-    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap, described)
     two_passes = rule == "sharp" or (tile.split and rule != "exact")
     return tiles.attention_variant(
         grad_query_kernel,
@@ -706,6 +718,7 @@ def grad_query_variant(
             "delta_ptr": hand_over,
         },
         sinks,
+        described,
     )
 
 
@@ -721,6 +734,7 @@ def grad_key_value_variant(
     key_range: bool = False,
     grad_key: bool = True,
     grad_value: bool = True,
+    described: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The kernel over key tiles for these options; arguments as in :func:`grad_query_variant`.
@@ -731,7 +745,7 @@ def grad_key_value_variant(
         raise ValueError(f"rule {rule!r} does not fit grad_key={grad_key}")
     rule = "warm" if rule == "sharp" else rule
     work: tiles.Work = "grad_key_value" if grad_key and grad_value else "grad_key" if grad_key else "grad_value"
-    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap, described)
     return tiles.attention_variant(
         grad_key_value_kernel,
         tile,
@@ -747,6 +761,7 @@ def grad_key_value_variant(
             "norm_ptr": grad_key and rule != "exact",
             "delta_ptr": grad_key,
         },
+        described=described,
     )
 
 
@@ -810,27 +825,21 @@ def attention_backward(
     grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
     factor, inner = score_factors(options)
     window = hiding_window(options, keys)
+    read = {"grad_out": grad_out, "query": query, "key": key, "value": value}
     architecture = tiles.architecture_of(query)
+    by_descriptor = described(architecture, inner, key_range, *read.values())
     group = heads // key.shape[1]
-    common: dict[str, Any] = dict(
-        grad_out_ptr=grad_out,
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        key_range_ptr=None if key_range is None else key_range.contiguous(),
-        **strides("grad_out", grad_out, "t"),
-        **strides("query", query, "t"),
-        **strides("key", key, "s"),
-        **strides("value", value, "s"),
-        heads=heads,
-        group=group,
-        queries=queries,
-        keys=keys,
-        window=window,
-        factor=factor,
-        inner=inner,
-        inverse_temperature=1.0 / temperature,
-    )
+    common: dict[str, Any] = {
+        "key_range_ptr": None if key_range is None else key_range.contiguous(),
+        "heads": heads,
+        "group": group,
+        "queries": queries,
+        "keys": keys,
+        "window": window,
+        "factor": factor,
+        "inner": inner,
+        "inverse_temperature": 1.0 / temperature,
+    }
     mask = (options.causal, window is not None, inner is not None)
     shift: torch.Tensor | None = None
     norm: torch.Tensor | None = None
@@ -851,11 +860,13 @@ def attention_backward(
                 to_query is not None,
                 to_sinks is not None,
                 to_key is not None,
+                by_descriptor,
             )
             tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
             variant.launch(
                 tiles_t * batch * heads,
                 **common,
+                **matrices(variant, **read),
                 section=query_section(tiles_t, query, key, options.causal),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out,
@@ -869,7 +880,9 @@ def attention_backward(
                 **strides("grad_query", query if to_query is None else to_query, "t"),
                 grad_factor=options.scale * grad_scale[0],
             )
-        together = tiles.attention_tile("grad_key_value", architecture, size, query.dtype, inner is not None)
+        together = tiles.attention_tile(
+            "grad_key_value", architecture, size, query.dtype, inner is not None, by_descriptor
+        )
         launches = [(to_key, to_value)]
         if to_key is not None and to_value is not None and together.split:
             launches = [(None, to_value), (to_key, None)]
@@ -885,6 +898,7 @@ def attention_backward(
                 key_range is not None,
                 place_key is not None,
                 place_value is not None,
+                by_descriptor,
             )
             block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
             tiles_s, columns = triton.cdiv(keys, block_s), batch * key.shape[1]
@@ -899,6 +913,7 @@ def attention_backward(
             variant.launch(
                 tiles_s * columns * parts,
                 **common,
+                **matrices(variant, **read),
                 grad_key_ptr=place_key,
                 grad_value_ptr=place_value,
                 partial_ptr=lse if partial is None else partial,  # without parts nothing is written there

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gim_kernels.engines import Options
+from gim_kernels.triton import tiles
 from gim_kernels.triton.device import check
 from gim_kernels.triton.order import section_of
 from gim_kernels.triton.primitives import LOG2E
@@ -13,6 +17,8 @@ from gim_kernels.triton.primitives import LOG2E
 LARGEST_HEAD = 256
 #: Elements from one row to the next, below which a tile of 256 rows spans less than int32 can number.
 LARGEST_STRIDE = 2**22
+#: Bytes of which a descriptor's address and strides are multiples, and below which its strides are.
+ALIGNMENT, LARGEST_STEP = 16, 2**40
 #: A scale of 0 becomes this, so that -inf times it stays -inf: scores of 1e20 still vanish.
 SMALLEST_FACTOR = 1e-30
 
@@ -50,6 +56,45 @@ def strides(name: str, x: torch.Tensor, row: str) -> dict[str, int]:
     """The arguments ``<name>_stride_b``, ``_h`` and ``_<row>`` of a tensor ``[B, H, T or S, D]``, in elements."""
     batch, head, step, _ = x.stride()
     return {f"{name}_stride_b": batch, f"{name}_stride_h": head, f"{name}_stride_{row}": step}
+
+
+def described(architecture: str, softcap: float | None, key_range: torch.Tensor | None, *tensors: torch.Tensor) -> bool:
+    """Whether the kernels read ``tensors`` ``[B, H, T, D]`` through tensor descriptors: of two bytes, and aligned.
+
+    With a key range they do not: rows outside it may hold anything, and pointers pass over them. Nor with a softcap,
+    whose registers the larger tiles do not have.
+    """
+    if architecture not in tiles.DESCRIBED or softcap is not None or key_range is not None:
+        return False
+    return all(_describable(x) for x in tensors)
+
+
+def _describable(x: torch.Tensor) -> bool:
+    if x.element_size() != 2 or x.numel() == 0 or x.data_ptr() % ALIGNMENT or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return False
+    steps = [2 * stride for stride, count in zip(x.stride()[:-1], x.shape, strict=False) if count > 1]
+    return all(0 < step < LARGEST_STEP and step % ALIGNMENT == 0 for step in steps)
+
+
+def matrices(variant: tiles.Variant, **tensors: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a kernel that reads ``tensors``: pointers and strides, or descriptors and None for strides."""
+    given: dict[str, Any] = {}
+    for name, x in tensors.items():
+        row = "s" if name in ("key", "value") else "t"
+        given |= strides(name, x, row)
+        given[f"{name}_ptr"] = x
+        if variant.signature[f"{name}_ptr"].startswith("tensordesc"):
+            given |= dict.fromkeys(strides(name, x, row))
+            given[f"{name}_ptr"] = _descriptor(
+                x, variant.constants[f"BLOCK_{row.upper()}"], variant.constants["BLOCK_D"]
+            )
+    return given
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    # A dimension of one element may have any stride, which a descriptor must not.
+    steps = [stride if count > 1 else ALIGNMENT for stride, count in zip(x.stride()[:-1], x.shape, strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
 
 
 def score_factors(options: Options) -> tuple[float, float | None]:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
+import struct
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gim_kernels import aot
 from gim_kernels.triton import order
@@ -38,9 +41,26 @@ def _image_at(address: int) -> bytes:
     return ctypes.string_at(address, max(table + size * count, program_table + program_size * program_count))
 
 
+def _described(kind: str, addresses: Iterator[int]) -> TensorDescriptor:
+    """The descriptor whose tensor map (see cmake/tests/driver.c), sizes and strides stand at the next addresses."""
+    dtype, block = kind.removeprefix("tensordesc<").removesuffix("]>").split("[")
+    address, *numbers = struct.unpack("8Q4I2I", ctypes.string_at(next(addresses), 88))
+    sizes, strides, box, (number, swizzle) = numbers[3::-1], numbers[6:3:-1], numbers[10:6:-1], numbers[11:]
+    strides = [stride // 2 for stride in strides] + [1]
+    assert sizes == [ctypes.c_int32.from_address(next(addresses)).value for _ in range(4)]
+    assert strides == [ctypes.c_int64.from_address(next(addresses)).value for _ in range(4)]
+    shape = [int(n) for n in block.split(",")]
+    assert number == {"fp16": 6, "bf16": 9}[dtype] and box[:3] == shape[:3]
+    # One copy brings as many columns as the swizzle is wide, and the kernel asks for the next ones.
+    assert box[3] == min(shape[3], (16, 32, 64)[swizzle - 1])
+    base = torch.frombuffer((ctypes.c_byte * 16).from_address(address), dtype=_POINTED[f"*{dtype}"])
+    return TensorDescriptor(base, sizes, strides, shape)
+
+
 def _check_order(given: dict[str, Any], constants: Mapping[str, Any], grid: int) -> None:
     """Section and members are what the Python launchers hand over where the library was called as it was."""
-    width, causal, parted = given["query_ptr"].element_size(), constants["CAUSAL"], "members" in given
+    query = given["query_ptr"].base if isinstance(given["query_ptr"], TensorDescriptor) else given["query_ptr"]
+    width, causal, parted = query.element_size(), constants["CAUSAL"], "members" in given
     length, other, block = ("keys", "queries", "BLOCK_S") if parted else ("queries", "keys", "BLOCK_T")
     tiles = -(-given[length] // constants[block])
     shared_bytes = 2 * given[other] * constants["HEAD_SIZE"] * width
@@ -86,8 +106,13 @@ class Replay:
         variant = entry.variant
         given: dict[str, Any] = dict(variant.constants)
         kinds = [(name, kind) for name, kind in variant.signature.items() if kind != "constexpr"]
-        for index, (name, kind) in enumerate(kinds):
-            number = _NUMBERS.get(kind, ctypes.c_uint64).from_address(parameters[index]).value
+        addresses = iter(parameters[index] for index in itertools.count())
+        for name, kind in kinds:
+            if kind.startswith("tensordesc"):
+                given[name] = _described(kind, addresses)
+                continue
+            address = next(addresses)
+            number = _NUMBERS.get(kind, ctypes.c_uint64).from_address(address).value
             assert name not in variant.divisible or number % 16 == 0, f"{name} is not aligned"
             if kind in _POINTED:
                 assert number, f"{name} is NULL"

@@ -70,9 +70,10 @@ def seen(rows: int, others: int, block: int, block_other: int, of_keys: bool) ->
     return found
 
 
-def imbalance(work: Work, heads: int, key_heads: int, size: int, length: int) -> float:
+def imbalance(work: Work, heads: int, key_heads: int, size: int, length: int, described: bool) -> float:
     """When a kernel of sm_90 is done, over when it would be if its work could be shared out evenly."""
-    tile, group = tiles.attention_tile(work, "cuda:90", size, torch.bfloat16), heads // key_heads
+    tile = tiles.attention_tile(work, "cuda:90", size, torch.bfloat16, described=described)
+    group = heads // key_heads
     of_queries = work.startswith(("forward", "grad_query"))
     if of_queries:
         columns, members = heads, 1
@@ -90,17 +91,18 @@ def imbalance(work: Work, heads: int, key_heads: int, size: int, length: int) ->
 
 @pytest.mark.parametrize("length", [4096, 8192, 16384, pytest.param(6144, id="6144-between"), 32768])
 @pytest.mark.parametrize("model", MODELS)
-def test_no_multiprocessor_is_idle_for_long(model: str, length: int) -> None:
+@pytest.mark.parametrize("described", [True, False], ids=["descriptors", "pointers"])
+def test_no_multiprocessor_is_idle_for_long(described: bool, model: str, length: int) -> None:
     heads, key_heads, size, most = MODELS[model]
     if model == "8/4 wide" and length == 6144:
         most = 1.15  # 48 tiles of 8 heads are 2.9 for each multiprocessor: two or three
     together = () if size == 256 else ("grad_key_value",)
     works: tuple[Any, ...] = ("forward", "grad_query", *together, "grad_key", "grad_value")
     for work in works:
-        found = imbalance(work, heads, key_heads, size, length)
+        found = imbalance(work, heads, key_heads, size, length, described)
         assert 1.0 <= found <= most, f"{work}: {found:.3f}"
     if model == "12/2" and length > 4096:
-        assert max(imbalance(work, heads, key_heads, size, length) for work in works) <= 1.12
+        assert max(imbalance(work, heads, key_heads, size, length, described) for work in works) <= 1.12
 
 
 def test_what_would_go_without_it() -> None:

@@ -353,6 +353,7 @@ def test_attention_under_every_rule_and_mask(mask: str, rule: str, temperature: 
     assert set(seen.launches) == ATTENTION_KERNELS - ({"grad_query_kernel"} if rule == "constant" else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["plain", "everything"])
 def test_attention_whose_groups_are_in_parts(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 2)

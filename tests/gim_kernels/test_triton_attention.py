@@ -18,10 +18,13 @@ from tests.oracle import assert_within_budget, relative_error
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from gim_kernels.engines import Options
-from gim_kernels.triton import attention_backward, attention_forward, device, tiles
+from gim_kernels.triton import attention_backward, attention_forward, device, launch, tiles
 from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
 from gim_kernels.triton.attention_forward import forward_variant
+from gim_kernels.triton.launch import described
 from gim_kernels.triton.tiles import Tile
 
 DEVICE = contract.device_of("triton")
@@ -206,7 +209,7 @@ def test_parts_are_added_one_after_another(size: int, monkeypatch: pytest.Monkey
 
 
 def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without help from the test: eight query heads for each of the few key tiles."""
+    """Without help from the test: eight query heads for the only key tile."""
     launched: list[dict[str, Any]] = []
     original = tiles.Variant.launch
 
@@ -215,14 +218,89 @@ def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, programs, **arguments)
 
     monkeypatch.setattr(tiles.Variant, "launch", spy)
-    run(inputs(1, 8, 1, 70, 70, 16), causal=True, softmax_backward="temperature")
+    run(inputs(1, 8, 1, 70, 20, 16), softmax_backward="temperature")
     fold = "fold_parts_kernel"
     assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", fold, fold]
-    launch, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
+    last, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
     block_s = tiles.attention_tile("grad_key_value", architecture, 16, torch.float32).block_s
-    parts = 8 // launch["members"]
-    assert parts > 1 and launch["programs"] == -(-70 // block_s) * parts
-    assert launch["partial_ptr"].dtype == torch.float32 and launch["partial_ptr"].shape == (2, parts, 1, 1, 70, 16)
+    parts = 8 // last["members"]
+    assert parts > 1 and last["programs"] == -(-20 // block_s) * parts
+    assert last["partial_ptr"].dtype == torch.float32 and last["partial_ptr"].shape == (2, parts, 1, 1, 20, 16)
+
+
+# ---- descriptors and pointers
+
+
+@nan_filled
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (16, {"causal": True, "softmax_backward": "temperature"}),
+        pytest.param(24, {"causal": True, "window": 20, "softmax_backward": "exact"}, marks=pytest.mark.slow),
+        pytest.param(80, {"softmax_backward": "temperature", "temperature": 3.0}, marks=pytest.mark.slow),
+        pytest.param(160, {"softmax_backward": "temperature", "temperature": 0.5}, marks=pytest.mark.slow),
+        pytest.param(64, {"window": 20, "softmax_backward": "constant"}, marks=pytest.mark.slow),
+    ],
+    ids=["causal-square", "window-exact", "full-warm", "split-sharp", "constant"],
+)
+def test_descriptors_give_what_pointers_give(
+    size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = inputs(1, 2, 1, 40, 70, size, dtype=torch.float16)
+    read: set[type] = set()
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        names = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr")
+        read.update(type(arguments[name]) for name in names if name in arguments)
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    by_descriptor = run(tensors, **options)
+    if tiles.architecture_of(tensors[0]) in tiles.DESCRIBED:
+        assert read == {TensorDescriptor}
+    read.clear()
+    monkeypatch.setattr(tiles, "DESCRIBED", ())
+    for name, x in run(tensors, **options).items():
+        if ON_GPU:  # where the tiles are others
+            assert relative_error(x, by_descriptor[name]) < 1e-2, name
+        else:
+            assert torch.equal(x, by_descriptor[name]), name
+    assert read == {torch.Tensor}
+
+
+def test_what_is_read_through_descriptors() -> None:
+    x = torch.zeros(2, 3, 8, 32, dtype=torch.float16)
+    flat = torch.zeros(4096, dtype=torch.float16)
+    assert x.data_ptr() % 16 == flat.data_ptr() % 16 == 0
+    yes = {
+        "contiguous": x,
+        "heads after tokens": x.transpose(1, 2),
+        "a slice of each row": x[..., 8:24],
+        "bfloat16": x.bfloat16(),
+        "one row, whose stride is any": flat.as_strided((1, 3, 1, 32), (7, 64, 5, 1)),
+        "expanded to one": x[:1, :1].expand(1, 1, 8, 32),
+    }
+    no = {
+        "float32": x.float(),
+        "an address between": x[..., 1:17],
+        "rows of 20": torch.zeros(2, 3, 8, 20, dtype=torch.float16),
+        "a stride of 36": flat.as_strided((2, 3, 8, 32), (864, 288, 36, 1)),
+        "a stride of 0": x[:, :1].expand(2, 3, 8, 32),
+        "columns apart": x.mT,
+        "nothing": x[:, :, :0],
+    }
+    for name, tensor in yes.items():
+        assert described("cuda:90", None, None, x, tensor), name
+        descriptor = launch._descriptor(tensor, 64, 32)
+        assert all(stride > 0 and stride % 8 == 0 for stride in descriptor.strides[:-1]), name
+        assert descriptor.shape == list(tensor.shape) and descriptor.block_shape == [1, 1, 64, 32]
+    for name, tensor in no.items():
+        assert not described("cuda:90", None, None, x, tensor), name
+    for architecture in ("cuda:80", "cuda:89", "cuda:100", "hip:gfx942"):
+        assert not described(architecture, None, None, x)
+    assert not described("cuda:90", 30.0, None, x)
+    assert not described("cuda:90", None, torch.tensor([[0, 8]] * 2, dtype=torch.int32), x)
 
 
 # ---- memory
