@@ -128,7 +128,10 @@ def _family(architecture: str) -> str:
 
 
 #: What every row of the table rests on until a GPU has timed it.
-COMPILED = "no variant of it spills where compiled (benchmarks/results/compile_report.md); never timed on a GPU"
+COMPILED = (
+    "no loop over whole tiles writes to local memory where compiled (benchmarks/results/compile_report.md); "
+    "never timed on a GPU"
+)
 
 
 def _rows(**tiles: tuple[int, int, int, int] | None) -> dict[Work, Tile]:
