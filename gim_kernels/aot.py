@@ -573,7 +573,7 @@ def _resources(row: dict[str, Any] | None) -> str:
 def _markdown(report: dict[str, Any]) -> str:
     """One line for each variant, with columns for each version of triton and a table for each target."""
     rows, beside = report["variants"], report["beside"]
-    versions = [report["triton"]] + [beside["triton"]] * bool(beside)
+    versions = [report["triton"], *([beside["triton"]] if beside else [])]
     lines = [
         "# Compile report",
         "",
@@ -582,8 +582,8 @@ def _markdown(report: dict[str, Any]) -> str:
         "Tile: queries x keys (attention) or rows x columns, warps, stages. Registers and bytes of stack: for each "
         "thread. Spills: loads and stores of local memory. In loops: those stores in each loop over tiles, that over "
         "whole tiles first, then that over masked ones, for each pass. Shared: KiB for each program. Matrix: matrix "
-        "instructions in the code. ex2: exponentials in the code. "
-        + (f"On the right what triton {versions[1]} makes of it, where that was compiled." if beside else ""),
+        "instructions in the code. ex2: exponentials in the code."
+        + (f" On the right what triton {versions[1]} makes of it, where that was compiled." if beside else ""),
         "",
         "| target | triton | variants | most registers | stack | spills | in loops over whole tiles | most shared |",
         "|---|---|---|---|---|---|---|---|",

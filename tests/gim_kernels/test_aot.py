@@ -194,6 +194,22 @@ def test_the_markdown_holds_every_row_of_the_json() -> None:
     assert text == aot._markdown(committed())
 
 
+def test_a_report_shows_two_versions_of_triton_or_one() -> None:
+    row = {
+        "key": "attention_forward/bf16/128/causal/plain", "limit": None, "target": "cuda:90:32", "block": [128, 128],
+        "passes": 1, "warps": 8, "stages": 2, "registers": 245, "stack": 0, "shared": 1024, "shared_static": 0,
+        "spills": 0, "loop_stores": [0, 1], "matrix": {"HGMMA": 32}, "exponentials": 132, "bytes": 1,
+    }  # fmt: skip
+    alone: dict[str, Any] = {"triton": "3.7.1", "variants": [row, {**row, "key": "fold"}], "beside": {}}
+    want = "| attention_forward/bf16/128/causal/plain | 128x128 8w 2s | 245 | 0 | 0 | 0 1 | 1 | 32 HGMMA | 132 |"
+    assert want in aot._markdown(alone).splitlines()
+    both = {**alone, "beside": {"triton": "3.6.0", "variants": [{**row, "registers": 163}]}}
+    lines = aot._markdown(both).splitlines()
+    assert f"{want} 163 | 0 | 0 | 0 1 |" in lines and "| cuda:90:32 | 3.6.0 | 1 | 163 | 0 | 0 | 0 | 1 |" in lines
+    columns = {line.count("|") for line in lines[lines.index("## cuda:90:32") + 2 :] if line}
+    assert len(columns) == 1
+
+
 def test_stores_are_counted_in_the_loops_that_hold_them() -> None:
     """A listing as nvdisasm writes it: a loop over whole tiles, one over masked ones, and what is in neither."""
     lines = [
