@@ -16,12 +16,15 @@ static const float LOG2E = 1.4426950408889634f;
 /* Positions of queries and keys are int32, and a window is added to them. */
 static const int32_t LARGEST_LENGTH = (1 << 30) - 1;
 static const size_t WORKSPACE_UNIT = 256;
+/* In elements of two bytes: a descriptor's strides are below 2^40 bytes. */
+static const int64_t LARGEST_DESCRIBED_STRIDE = (int64_t)1 << 39;
 
 /* ---- The driver ----------------------------------------------------------------------------------------------------*/
 
 #define GIM_DRIVER(X) \
     X(cuCtxGetCurrent) X(cuCtxGetDevice) X(cuDeviceGetAttribute) X(cuLibraryLoadData) X(cuLibraryGetKernel) \
-    X(cuKernelSetAttribute) X(cuLaunchKernel) X(cuMemsetD32Async) X(cuMemsetD2D32Async)
+    X(cuKernelSetAttribute) X(cuLaunchKernel) X(cuMemsetD32Async) X(cuMemsetD2D32Async) \
+    X(cuTensorMapEncodeTiled)
 
 #define GIM_DECLARE(name) static __typeof__(name) *p_##name;
 GIM_DRIVER(GIM_DECLARE)
@@ -135,6 +138,10 @@ typedef struct values {
     const void *pointer[GIM_ARGUMENT_COUNT];
     int64_t integer[GIM_ARGUMENT_COUNT];
     float real[GIM_ARGUMENT_COUNT];
+    /* Of attention: what descriptors want besides, and whether they can have it. */
+    gim_dtype dtype;
+    int32_t batch, head_size;
+    int describable;
 } values;
 
 #define GIM_POINTER(name, value) (given.pointer[GIM_ARGUMENT_##name] = (value))
@@ -169,6 +176,54 @@ static gim_status load(const device *on, const gim_variant *variant, CUkernel *k
     return status;
 }
 
+enum { DESCRIPTORS = 4, DIMENSIONS = 4 };
+
+/* A tensor [batch, heads, tokens, head_size] as a kernel reads it through a descriptor. */
+typedef struct described {
+    CUtensorMap map;
+    int32_t sizes[DIMENSIONS];
+    int64_t strides[DIMENSIONS];
+} described;
+
+/* The argument that holds the stride of the batch; those of head and token follow it. */
+static gim_argument_id first_stride(gim_argument_id pointer)
+{
+    switch (pointer) {
+    case GIM_ARGUMENT_query_ptr:
+        return GIM_ARGUMENT_query_stride_b;
+    case GIM_ARGUMENT_key_ptr:
+        return GIM_ARGUMENT_key_stride_b;
+    case GIM_ARGUMENT_value_ptr:
+        return GIM_ARGUMENT_value_stride_b;
+    default:
+        return GIM_ARGUMENT_grad_out_stride_b;
+    }
+}
+
+static gim_status describe(const gim_argument *argument, const values *given, described *out)
+{
+    int of_keys = argument->id == GIM_ARGUMENT_key_ptr || argument->id == GIM_ARGUMENT_value_ptr;
+    int64_t heads = given->integer[GIM_ARGUMENT_heads], group = given->integer[GIM_ARGUMENT_group];
+    const int64_t *strides = &given->integer[first_stride((gim_argument_id)argument->id)];
+    out->sizes[0] = given->batch;
+    out->sizes[1] = (int32_t)(of_keys ? heads / group : heads);
+    out->sizes[2] = (int32_t)given->integer[of_keys ? GIM_ARGUMENT_keys : GIM_ARGUMENT_queries];
+    out->sizes[3] = given->head_size;
+    /* The driver has the innermost dimension first, and bytes. That of one element may have any stride but 0. */
+    cuuint64_t sizes[DIMENSIONS], bytes[DIMENSIONS - 1];
+    const cuuint32_t box[DIMENSIONS] = {argument->box[1], argument->box[0], 1, 1}, each[DIMENSIONS] = {1, 1, 1, 1};
+    for (int i = 0; i < DIMENSIONS; ++i) {
+        out->strides[i] = i == DIMENSIONS - 1 ? 1 : strides[i] ? strides[i] : given->head_size;
+        sizes[DIMENSIONS - 1 - i] = (cuuint64_t)out->sizes[i];
+        if (i < DIMENSIONS - 1)
+            bytes[DIMENSIONS - 2 - i] = 2 * (cuuint64_t)out->strides[i];
+    }
+    return checked(p_cuTensorMapEncodeTiled(
+        &out->map, given->dtype == GIM_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        DIMENSIONS, (void *)given->pointer[argument->id], sizes, bytes, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        (CUtensorMapSwizzle)argument->swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+}
+
 static gim_status launch(
     const device *on, const gim_variant *variant, const values *given, int64_t programs, gim_stream stream)
 {
@@ -187,11 +242,14 @@ static gim_status launch(
         int32_t i32;
         float real;
     } slots[GIM_ARGUMENT_COUNT];
+    described descriptors[DESCRIPTORS];
+    int count = 0, described_count = 0;
     /* Two pointers to scratch memory, which no kernel here uses, end triton's parameter lists. */
-    void *parameters[GIM_ARGUMENT_COUNT + 2];
+    void *parameters[GIM_ARGUMENT_COUNT + DESCRIPTORS * 2 * DIMENSIONS + 2];
     void *scratch = NULL;
     for (int i = 0; i < variant->argument_count; ++i) {
         gim_argument argument = variant->arguments[i];
+        parameters[count++] = &slots[i];
         switch (argument.kind) {
         case GIM_KIND_POINTER:
             slots[i].pointer = given->pointer[argument.id];
@@ -202,19 +260,28 @@ static gim_status launch(
         case GIM_KIND_I64:
             slots[i].i64 = given->integer[argument.id];
             break;
+        case GIM_KIND_DESCRIPTOR: {
+            described *one = &descriptors[described_count++];
+            GIM_TRY(describe(&variant->arguments[i], given, one));
+            parameters[count - 1] = &one->map;
+            for (int j = 0; j < DIMENSIONS; ++j)
+                parameters[count++] = &one->sizes[j];
+            for (int j = 0; j < DIMENSIONS; ++j)
+                parameters[count++] = &one->strides[j];
+            break;
+        }
         default:
             slots[i].real = given->real[argument.id];
         }
-        parameters[i] = &slots[i];
     }
-    parameters[variant->argument_count] = &scratch;
-    parameters[variant->argument_count + 1] = &scratch;
+    parameters[count] = &scratch;
+    parameters[count + 1] = &scratch;
     return checked(p_cuLaunchKernel(
         (CUfunction)kernel, (unsigned)programs, 1, 1, (unsigned)variant->threads, 1, 1,
         (unsigned)variant->shared, stream, parameters, NULL));
 }
 
-static int64_t blocks(int64_t length, int block)
+static int64_t blocks(int64_t length, int64_t block)
 {
     return (length + block - 1) / block;
 }
@@ -232,6 +299,11 @@ static const char *dtype_name(gim_dtype dtype)
         return "fp32";
     }
     return NULL;
+}
+
+static int item_size(gim_dtype dtype)
+{
+    return dtype == GIM_FP32 ? 4 : 2;
 }
 
 static int aligned(const void *pointer)
@@ -302,9 +374,17 @@ static size_t neutral_bytes(const gim_attention *a)
     return rounded_up((size_t)a->query_heads * sizeof(float)) + rounded_up((size_t)a->batch * 2 * sizeof(int32_t));
 }
 
+static int has_argument(const gim_variant *variant, gim_argument_kind kind, int id)
+{
+    for (int i = 0; i < variant->argument_count; ++i)
+        if (variant->arguments[i].kind == kind && (id < 0 || variant->arguments[i].id == id))
+            return 1;
+    return 0;
+}
+
 /* The kernel of an operator for this attention: plain where that was built and suffices, else general or softcap. */
 static const gim_variant *attention_variant(
-    const device *on, const char *operator_, const gim_attention *a, const char *rule)
+    const device *on, const char *operator_, const gim_attention *a, const char *rule, const values *given)
 {
     char key[128];
     const char *masks[2] = {is_plain(a) ? "plain" : NULL, a->softcap > 0 ? "softcap" : "general"};
@@ -315,7 +395,7 @@ static const gim_variant *attention_variant(
             key, sizeof key, "%s/%s/%d/%s/%s%s%s", operator_, dtype_name(a->dtype), (int)a->head_size,
             a->causal ? "causal" : "full", masks[i], rule ? "/" : "", rule ? rule : "");
         const gim_variant *variant = find(on, key, 0);
-        if (variant != NULL)
+        if (variant != NULL && (given->describable || !has_argument(variant, GIM_KIND_DESCRIPTOR, -1)))
             return variant;
     }
     return NULL;
@@ -323,10 +403,17 @@ static const gim_variant *attention_variant(
 
 static int needs_neutral(const gim_variant *variant)
 {
-    for (int i = 0; i < variant->argument_count; ++i)
-        if (variant->arguments[i].id == GIM_ARGUMENT_key_range_ptr)
-            return 1;
-    return 0;
+    return has_argument(variant, GIM_KIND_POINTER, GIM_ARGUMENT_key_range_ptr);
+}
+
+/* Whether a descriptor can hold the strides of a tensor with so many batches, heads and tokens, none of them 0. */
+static int fits_descriptor(const int64_t *cleaned, int32_t batch, int32_t heads, int32_t tokens)
+{
+    const int32_t sizes[3] = {batch, heads, tokens};
+    for (int i = 0; i < 3; ++i)
+        if (sizes[i] == 0 || (sizes[i] > 1 && (cleaned[i] <= 0 || cleaned[i] >= LARGEST_DESCRIBED_STRIDE)))
+            return 0;
+    return 1;
 }
 
 /* Fills in what every attention kernel shares. */
@@ -359,6 +446,12 @@ static gim_status attention_values(const gim_attention *a, values *out)
     GIM_REAL(factor, (a->softcap > 0 ? a->softcap : a->scale) * LOG2E);
     GIM_REAL(inner, a->softcap > 0 ? a->scale / a->softcap : 0);
     GIM_REAL(inverse_temperature, 1);
+    given.dtype = a->dtype;
+    given.batch = a->batch;
+    given.head_size = a->head_size;
+    given.describable = fits_descriptor(query, a->batch, a->query_heads, a->queries) &&
+                        fits_descriptor(key, a->batch, a->key_heads, a->keys) &&
+                        fits_descriptor(value, a->batch, a->key_heads, a->keys);
     return GIM_SUCCESS;
 #undef given
 }
@@ -383,6 +476,198 @@ static gim_status fill_neutral(const gim_attention *a, char *workspace, values *
 #undef given
 }
 
+/* ---- The order of programs, as gim_kernels/triton/order.py has it --------------------------------------------------*/
+
+/* Programs from which on it does not matter which is the last. */
+static int64_t enough_programs(void)
+{
+    return (int64_t)gim_order.enough * gim_order.multiprocessors;
+}
+
+/* How many columns of tiles run side by side; `shared` columns next to each other read the same data, of `bytes`. */
+static int64_t section_of(int64_t tiles, int64_t columns, int64_t shared, int64_t bytes, int causal)
+{
+    if (!causal || tiles * columns == 0)
+        return 1;
+    int64_t sharing = columns / shared, least = blocks(enough_programs(), tiles * shared);
+    int64_t most = gim_order.cache / (bytes > 0 ? bytes : 1);
+    int64_t sections = blocks(sharing, most > 0 ? most : 1);
+    if (sections > sharing / least)
+        sections = sharing / least > 0 ? sharing / least : 1;
+    return blocks(sharing, sections) * shared;
+}
+
+/* How many query tiles the key tile that starts at `start` meets. */
+static int64_t query_tiles(const gim_attention *a, int64_t start, const int *block)
+{
+    int64_t offset = (int64_t)a->keys - a->queries, end = start + block[1] < a->keys ? start + block[1] : a->keys;
+    int64_t low = a->causal && start - offset > 0 ? start - offset : 0, high = a->queries;
+    int32_t window = hiding_window(a);
+    if (window && end - 1 - offset + window < high)
+        high = end - 1 - offset + window;
+    return blocks(high > low ? high : low, block[0]) - low / block[0];
+}
+
+/* When the last of `columns` columns of key tiles is done, each program on the multiprocessor that is free first. */
+static int64_t makespan(const int64_t *met, int64_t tiles, int64_t members, int64_t columns, int causal, int64_t *free_at)
+{
+    int count = gim_order.multiprocessors;
+    memset(free_at, 0, (size_t)count * sizeof *free_at);
+    int64_t last = 0;
+    for (int64_t i = 0; i < tiles * columns; ++i) {
+        int64_t done = free_at[0] + members * met[causal ? i / columns : i % tiles] + gim_order.start;
+        int at = 0; /* a heap: the first to be free is at the top */
+        for (int child = 1; child < count; child = 2 * at + 1) {
+            if (child + 1 < count && free_at[child + 1] < free_at[child])
+                ++child;
+            if (free_at[child] >= done)
+                break;
+            free_at[at] = free_at[child];
+            at = child;
+        }
+        free_at[at] = done;
+        last = done > last ? done : last;
+    }
+    return last;
+}
+
+/* How many of the query heads that share a key head one program sums over, for tiles of `block`; 0 without memory. */
+static int64_t members_of(const gim_attention *a, const int *block)
+{
+    int64_t group = a->query_heads / a->key_heads, tiles = blocks(a->keys, block[1]);
+    int64_t key_heads = (int64_t)a->batch * a->key_heads, sum = 0;
+    if (group <= 1 || tiles * key_heads == 0 || tiles * key_heads >= enough_programs())
+        return group;
+    int64_t *met = malloc((size_t)(tiles + gim_order.multiprocessors) * sizeof *met);
+    if (met == NULL)
+        return 0;
+    for (int64_t i = 0; i < tiles; ++i) {
+        met[i] = query_tiles(a, i * block[1], block);
+        sum += group * met[i] + gim_order.start;
+    }
+    double balance = (double)(key_heads * sum) / gim_order.multiprocessors;
+    int64_t best = group, soonest = INT64_MAX;
+    for (int64_t members = group; members > 0; --members) {
+        if (group % members)
+            continue;
+        int64_t done = makespan(met, tiles, members, key_heads * group / members, a->causal, met + tiles);
+        if ((double)done <= gim_order.balanced * balance) {
+            best = members;
+            break;
+        }
+        done += members < group ? gim_order.fold : 0;
+        if (done < soonest)
+            best = members, soonest = done;
+    }
+    free(met);
+    return best;
+}
+
+/* Launches a kernel over query tiles. */
+static gim_status launch_queries(
+    const device *on, const gim_variant *variant, const gim_attention *a, values *out, gim_stream stream)
+{
+#define given (*out)
+    int64_t tiles = blocks(a->queries, variant->block[0]), columns = (int64_t)a->batch * a->query_heads;
+    int64_t bytes = 2 * (int64_t)a->keys * a->head_size * item_size(a->dtype);
+    GIM_INTEGER(section, section_of(tiles, columns, a->query_heads / a->key_heads, bytes, a->causal));
+    return launch(on, variant, out, tiles * columns, stream);
+#undef given
+}
+
+/* Numbers of a gradient of keys or of values. */
+static int64_t key_numbers(const gim_attention *a)
+{
+    return (int64_t)a->batch * a->key_heads * a->keys * a->head_size;
+}
+
+/* Adds the parts of a gradient, one after another. */
+static gim_status fold_parts(
+    const device *on, const gim_attention *a, int64_t parts, const void *partial, const void *grad,
+    const int64_t *strides, gim_stream stream)
+{
+    char key[64];
+    snprintf(key, sizeof key, "attention_fold/%s/%d", dtype_name(a->dtype), (int)a->head_size);
+    const gim_variant *variant = find(on, key, 0);
+    if (variant == NULL)
+        return GIM_ERROR_NOT_BUILT;
+    values given;
+    memset(&given, 0, sizeof given);
+    GIM_POINTER(partial_ptr, partial);
+    GIM_POINTER(out_ptr, grad);
+    GIM_STRIDES(out, s, strides);
+    GIM_INTEGER(heads, a->key_heads);
+    GIM_INTEGER(keys, a->keys);
+    GIM_INTEGER(parts, parts);
+    int64_t programs = blocks(a->keys, variant->block[0]) * a->batch * a->key_heads;
+    return launch(on, variant, &given, programs, stream);
+}
+
+/* Launches a kernel over key tiles. Where too few of its programs would run, several share the query heads of a key head:
+ * their sums go to `partial` and are folded. `grad_key` and `grad_value`: what the kernel writes, NULL where it does not. */
+static gim_status launch_keys(
+    const device *on, const gim_variant *variant, const gim_attention *a, const gim_attention_gradients *g,
+    const void *grad_key, const void *grad_value, char *partial, const values *common, gim_stream stream)
+{
+    values given = *common;
+    int64_t tiles = blocks(a->keys, variant->block[1]), group = a->query_heads / a->key_heads;
+    int64_t members = members_of(a, variant->block);
+    if (members == 0 && group > 0)
+        return GIM_ERROR_WORKSPACE;
+    int64_t parts = group ? group / members : 1, columns = (int64_t)a->batch * a->key_heads * parts;
+    int64_t bytes = members * 2 * a->queries * a->head_size * item_size(a->dtype), numbers = key_numbers(a);
+    GIM_INTEGER(members, members);
+    GIM_INTEGER(section, section_of(tiles, columns, 1, bytes, a->causal));
+    GIM_INTEGER(grad_stride_part, numbers);
+    GIM_POINTER(partial_ptr, parts > 1 ? (const void *)partial : a->lse); /* nothing is written there without parts */
+    if (parts > 1) {
+        const int64_t strides[3] = {numbers / a->batch, (int64_t)a->keys * a->head_size, a->head_size};
+        GIM_STRIDES(grad_key, s, strides);
+        GIM_STRIDES(grad_value, s, strides);
+    }
+    GIM_TRY(launch(on, variant, &given, tiles * columns, stream));
+    if (parts == 1)
+        return GIM_SUCCESS;
+    if (grad_key != NULL) {
+        int64_t to[3];
+        clean_strides(to, g->grad_key_stride, a->batch, a->key_heads, a->keys);
+        GIM_TRY(fold_parts(on, a, parts, partial, grad_key, to, stream));
+        partial += parts * numbers * (int64_t)sizeof(float);
+    }
+    if (grad_value != NULL) {
+        int64_t to[3];
+        clean_strides(to, g->grad_value_stride, a->batch, a->key_heads, a->keys);
+        GIM_TRY(fold_parts(on, a, parts, partial, grad_value, to, stream));
+    }
+    return GIM_SUCCESS;
+}
+
+/* The most bytes of parts that a kernel over key tiles of this attention has, whatever the GPU. */
+static size_t part_bytes(const gim_attention *a, int constant)
+{
+    static const char *operators[] = {"attention_grad_value", "attention_grad_key", "attention_grad_key_value"};
+    int64_t most = 0;
+    int seen[2] = {0, 0};
+    for (int i = 0; i < (constant ? 1 : 3); ++i) {
+        char prefix[64];
+        int length = snprintf(
+            prefix, sizeof prefix, "%s/%s/%d/%s/", operators[i], dtype_name(a->dtype), (int)a->head_size,
+            a->causal ? "causal" : "full");
+        for (size_t j = 0; j < gim_table_size; ++j) {
+            const int *block = gim_table[j].block;
+            /* Variants of one operator mostly have the same tile. */
+            if (strncmp(gim_table[j].key, prefix, (size_t)length) != 0 || (block[0] == seen[0] && block[1] == seen[1]))
+                continue;
+            memcpy(seen, block, sizeof seen);
+            int64_t group = a->query_heads / a->key_heads, members = members_of(a, block);
+            int64_t parts = members ? group / members : 1, sums = parts > 1 ? parts * (i == 2 ? 2 : 1) : 0;
+            most = sums > most ? sums : most;
+        }
+        seen[0] = 0;
+    }
+    return rounded_up((size_t)(most * key_numbers(a)) * sizeof(float));
+}
+
 static int64_t query_rows(const gim_attention *a)
 {
     return (int64_t)a->batch * a->query_heads * a->queries;
@@ -402,16 +687,14 @@ gim_status gim_attention_forward(
     GIM_TRY(check_workspace(workspace, workspace_bytes, gim_attention_forward_workspace(attention)));
     device on;
     GIM_TRY(current_device(&on));
-    const gim_variant *variant = attention_variant(&on, "attention_forward", attention, NULL);
+    const gim_variant *variant = attention_variant(&on, "attention_forward", attention, NULL, &given);
     if (variant == NULL)
         return GIM_ERROR_NOT_BUILT;
     if (query_rows(attention) == 0)
         return GIM_SUCCESS;
     if (needs_neutral(variant))
         GIM_TRY(fill_neutral(attention, workspace, &given, stream));
-    int64_t programs =
-        blocks(attention->queries, variant->block[0]) * attention->batch * attention->query_heads;
-    return launch(&on, variant, &given, programs, stream);
+    return launch_queries(&on, variant, attention, &given, stream);
 }
 
 static size_t row_bytes(const gim_attention *a)
@@ -424,8 +707,9 @@ size_t gim_attention_backward_workspace(
 {
     if (check_attention(attention) != GIM_SUCCESS || gradients == NULL)
         return 0;
-    size_t rows = gradients->softmax_backward == GIM_SOFTMAX_CONSTANT ? 0 : 3 * row_bytes(attention);
-    return rows + neutral_bytes(attention);
+    int constant = gradients->softmax_backward == GIM_SOFTMAX_CONSTANT;
+    size_t rows = constant ? 0 : 3 * row_bytes(attention);
+    return rows + neutral_bytes(attention) + part_bytes(attention, constant);
 }
 
 /* The kernels' name of the rule; NULL for arguments that are none. */
@@ -470,6 +754,7 @@ gim_status gim_attention_backward(
         !clean_strides(grad_key, g->grad_key_stride, a->batch, a->key_heads, a->keys) ||
         !clean_strides(grad_value, g->grad_value_stride, a->batch, a->key_heads, a->keys))
         return GIM_ERROR_ALIGNMENT;
+    given.describable = given.describable && fits_descriptor(grad_out, a->batch, a->query_heads, a->queries);
     GIM_TRY(check_workspace(workspace, workspace_bytes, gim_attention_backward_workspace(a, g)));
     device on;
     GIM_TRY(current_device(&on));
@@ -478,15 +763,15 @@ gim_status gim_attention_backward(
     const gim_variant *query_kernel = NULL, *key_kernel = NULL, *value_kernel = NULL;
     int together = 0;
     if (!constant) {
-        query_kernel = attention_variant(&on, "attention_grad_query", a, rule);
+        query_kernel = attention_variant(&on, "attention_grad_query", a, rule, &given);
         const char *key_rule = strcmp(rule, "sharp") == 0 ? "warm" : rule;
-        key_kernel = attention_variant(&on, "attention_grad_key_value", a, key_rule);
+        key_kernel = attention_variant(&on, "attention_grad_key_value", a, key_rule, &given);
         together = key_kernel != NULL;
         if (!together)
-            key_kernel = attention_variant(&on, "attention_grad_key", a, key_rule);
+            key_kernel = attention_variant(&on, "attention_grad_key", a, key_rule, &given);
     }
     if (!together)
-        value_kernel = attention_variant(&on, "attention_grad_value", a, NULL);
+        value_kernel = attention_variant(&on, "attention_grad_value", a, NULL, &given);
     if ((!constant && (query_kernel == NULL || key_kernel == NULL)) || (!together && value_kernel == NULL))
         return GIM_ERROR_NOT_BUILT;
 
@@ -507,21 +792,20 @@ gim_status gim_attention_backward(
     GIM_REAL(key_factor, a->scale * g->key_factor);
     GIM_REAL(value_factor, g->value_factor);
 
-    int64_t key_programs = (int64_t)a->batch * a->key_heads;
     if (!constant) {
         if (g->softmax_backward == GIM_SOFTMAX_TEMPERATURE)
             GIM_REAL(inverse_temperature, 1 / g->temperature);
         GIM_POINTER(shift_ptr, memory);
         GIM_POINTER(norm_ptr, memory + row_bytes(a));
         GIM_POINTER(delta_ptr, memory + 2 * row_bytes(a));
-        int64_t programs = blocks(a->queries, query_kernel->block[0]) * a->batch * a->query_heads;
-        GIM_TRY(launch(&on, query_kernel, &given, programs, stream));
-        GIM_TRY(launch(&on, key_kernel, &given, blocks(a->keys, key_kernel->block[1]) * key_programs, stream));
+        memory += 3 * row_bytes(a);
+        GIM_TRY(launch_queries(&on, query_kernel, a, &given, stream));
+        GIM_TRY(launch_keys(
+            &on, key_kernel, a, g, g->grad_key, together ? g->grad_value : NULL, memory, &given, stream));
     }
     if (!together) {
         GIM_POINTER(shift_ptr, a->lse);
-        GIM_TRY(
-            launch(&on, value_kernel, &given, blocks(a->keys, value_kernel->block[1]) * key_programs, stream));
+        GIM_TRY(launch_keys(&on, value_kernel, a, g, NULL, g->grad_value, memory, &given, stream));
     }
     return GIM_SUCCESS;
 }

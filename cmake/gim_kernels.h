@@ -122,7 +122,8 @@ GIM_API size_t gim_attention_forward_workspace(const gim_attention *attention);
 GIM_API gim_status gim_attention_forward(
     const gim_attention *attention, void *workspace, size_t workspace_bytes, gim_stream stream);
 
-/* Bytes of workspace that gim_attention_backward needs: three numbers for each query and head, and a little. */
+/* Bytes of workspace that gim_attention_backward needs: three numbers for each query and head, a little, and for few keys
+ * and heads the sums of programs that share a group of query heads. */
 GIM_API size_t gim_attention_backward_workspace(
     const gim_attention *attention, const gim_attention_gradients *gradients);
 /* Reads what the forward read and wrote; writes the gradients. */

@@ -91,18 +91,23 @@ def _attention(architecture: str, head_size: int, dtype: str) -> Iterable[Entry]
     # Modules and not the functions of the same names that the package exports.
     forward = importlib.import_module("gim_kernels.triton.attention_forward")
     backward = importlib.import_module("gim_kernels.triton.attention_backward")
+    fold = importlib.import_module("gim_kernels.triton.attention_fold")
     tiles = importlib.import_module("gim_kernels.triton.tiles")
     kind = DTYPES[dtype]
+    yield Entry(f"attention_fold/{dtype}/{head_size}", UNLIMITED, fold.fold_parts_variant(kind, head_size))
     for causal in (True, False):
         for mask in MASKS:
             if (mask == "plain" and dtype == "fp32") or (mask == "softcap" and not causal):
                 continue
             general, capped = mask != "plain", mask == "softcap"
-            together = not tiles.attention_tile("grad_key_value", architecture, head_size, kind, capped).split
             where = f"{dtype}/{head_size}/{'causal' if causal else 'full'}/{mask}"
             common = {"window": general, "softcap": capped, "key_range": general}
             sinks = torch.float32 if general else None
             arguments = (architecture, kind, head_size)
+            # The library's tensors are aligned, but a key range wants pointers.
+            common["described"] = not general and dtype != "fp32" and architecture in tiles.DESCRIBED
+            pair = tiles.attention_tile("grad_key_value", architecture, head_size, kind, capped, common["described"])
+            together = not pair.split
             yield Entry(
                 f"attention_forward/{where}",
                 UNLIMITED,
@@ -208,6 +213,8 @@ class Compiled:
         fingerprint: changes with the kernel's source, the choices made, triton's version and the target.
         symbol: of the kernel in its file.
         arguments: name and triton type of what a launch passes, in order.
+        boxes: of each descriptor among them, by name: the swizzle (a ``CUtensorMapSwizzle``), and the rows and columns
+            that one copy brings.
         block: the tile's rows and columns: queries and keys for attention.
         passes: how often the kernel goes over its scores.
         warps, stages: launch options.
@@ -215,6 +222,8 @@ class Compiled:
         stack: bytes for each thread.
         shared, shared_static: bytes for each program, asked for at launch and reserved by the file.
         spills: instructions that read or write local memory.
+        loop_stores: instructions that write it in each loop over tiles: first that without a mask, then that with one,
+            for each pass. Empty on AMD GPUs, whose loops are not looked at.
         matrix: matrix instructions by kind.
         exponentials: instructions that find a power of two.
         bytes: size of the compiled file.
@@ -227,6 +236,7 @@ class Compiled:
     fingerprint: str
     symbol: str
     arguments: tuple[tuple[str, str], ...]
+    boxes: dict[str, list[int]]
     block: tuple[int, int]
     passes: int
     warps: int
@@ -236,6 +246,7 @@ class Compiled:
     shared: int
     shared_static: int
     spills: int
+    loop_stores: list[int]
     matrix: dict[str, int]
     exponentials: int
     bytes: int
@@ -243,6 +254,37 @@ class Compiled:
 
 #: Matrix instructions of NVIDIA's architectures: Hopper's for a warpgroup, Blackwell's, and a warp's.
 _MATRIX = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA)\b")
+
+
+#: Of nvdisasm's listing: a label, an instruction, and the label that a branch goes to.
+_LABEL = re.compile(r"^(\.L\w+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_BRANCH = re.compile(r"\bBRA\b.*\(?`?\((\.L\w+)\)")
+#: float32 has no matrix instruction here: a loop over tiles is one with so many multiplications and additions.
+_MANY_PRODUCTS = 32
+
+
+def _loop_stores(code: str) -> list[int]:
+    """Stores to local memory in each innermost loop over tiles, in the order of the code."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif instruction := _INSTRUCTION.match(line):
+            branch = _BRANCH.search(instruction[1])
+            if branch and branch[1] in labels:  # back to what was there before
+                loops.append((labels[branch[1]], len(instructions)))
+            instructions.append(instruction[1])
+    found = []
+    for first, last in sorted(loops):
+        inner = any(first <= low and high <= last and (low, high) != (first, last) for low, high in loops)
+        body = instructions[first : last + 1]
+        products = sum(bool(re.search(r"\bFFMA\b", text)) for text in body)
+        if not inner and (products >= _MANY_PRODUCTS or any(map(_MATRIX.search, body))):
+            found.append(sum(bool(re.search(r"\bSTL\b", text)) for text in body))
+    return found
 
 
 def _nvidia_resources(image: bytes) -> dict[str, Any]:
@@ -270,6 +312,7 @@ def _nvidia_resources(image: bytes) -> dict[str, Any]:
         "stack": stack + local,
         "shared_static": shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "loop_stores": _loop_stores(code),
         "matrix": dict(sorted(matrix.items())),
         "exponentials": len(re.findall(r"\bMUFU\.EX2\b", code)),
     }
@@ -287,6 +330,7 @@ def _amd_resources(assembly: str) -> dict[str, Any]:
         "stack": number("private_segment_fixed_size"),
         "shared_static": 0,
         "spills": number("vgpr_spill_count"),
+        "loop_stores": [],
         "matrix": dict(sorted(matrix.items())),
         "exponentials": len(re.findall(r"^\s*v_exp_f32", assembly, re.MULTILINE)),
     }
@@ -297,6 +341,12 @@ def _fingerprint(entry: Entry, target: str) -> str:
 
     parts = [triton.__version__, target, entry.variant.source().hash(), str(entry.variant.options())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _box(description: dict[str, Any]) -> list[int]:
+    """Swizzle, rows and columns of a descriptor as triton's metadata has it."""
+    *_, rows, columns = description["block_size"]
+    return [description["swizzle"], rows, columns]
 
 
 def compile_entry(entry: Entry, target: str) -> tuple[Compiled, bytes]:
@@ -325,6 +375,8 @@ def compile_entry(entry: Entry, target: str) -> tuple[Compiled, bytes]:
     cuda = target.startswith("cuda")
     image = compiled.asm["cubin" if cuda else "hsaco"]
     constants = variant.constants
+    arguments = tuple((name, kind) for name, kind in variant.signature.items() if kind != "constexpr")
+    described = [name for name, kind in arguments if kind.startswith("tensordesc")]
     block = ("BLOCK_T", "BLOCK_S") if "BLOCK_T" in constants else ("BLOCK_ROWS", "BLOCK_COLUMNS")
     return Compiled(
         key=entry.key,
@@ -333,7 +385,8 @@ def compile_entry(entry: Entry, target: str) -> tuple[Compiled, bytes]:
         target=target,
         fingerprint=_fingerprint(entry, target),
         symbol=metadata.name,
-        arguments=tuple((name, kind) for name, kind in variant.signature.items() if kind != "constexpr"),
+        arguments=arguments,
+        boxes=dict(zip(described, map(_box, metadata.tensordesc_meta or ()), strict=True)),
         block=(constants[block[0]], constants[block[1]]),
         passes=2 if constants.get("TWO_PASSES") else 1,
         warps=variant.num_warps,
@@ -405,26 +458,41 @@ def compile_all(selections: Sequence[Selection], out: Path, jobs: int | None = N
 
 
 _KINDS = {"i32": "GIM_KIND_I32", "i64": "GIM_KIND_I64", "fp32": "GIM_KIND_FLOAT"}
+#: An argument in C: its name, its kind, and the box of a descriptor.
+_Argument = tuple[str, str, tuple[int, ...]]
+
+
+def _c_arguments(row: Compiled) -> tuple[_Argument, ...]:
+    return tuple(
+        (
+            name,
+            "GIM_KIND_DESCRIPTOR" if name in row.boxes else _KINDS.get(kind, "GIM_KIND_POINTER"),
+            tuple(row.boxes.get(name, (0, 0, 0))),
+        )
+        for name, kind in row.arguments
+    )
 
 
 def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: Sequence[str]) -> dict[str, str]:
     """The table of ``cmake/gim_table.h`` in C, and the compiled files in assembler, by file name."""
+    from gim_kernels.triton import order
     from gim_kernels.triton.pointwise_tiles import WEIGHT_GRADIENT_PROGRAMS
 
     rows = [(row, entry) for row, entry in zip(compiled, entries, strict=True) if row.target.startswith("cuda")]
     rows.sort(key=lambda pair: (parse_target(pair[0].target)[1], pair[0].key, pair[0].limit))
-    lists: dict[tuple[tuple[str, str], ...], int] = {}
+    lists: dict[tuple[_Argument, ...], int] = {}
     for row, _ in rows:
-        lists.setdefault(row.arguments, len(lists))
+        lists.setdefault(_c_arguments(row), len(lists))
     table = ["/* Written by python -m gim_kernels.aot build. */", '#include "gim_table.h"', ""]
     for arguments, index in lists.items():
         table.append(f"static const gim_argument arguments_{index}[] = {{")
-        table += [f"    {{GIM_ARGUMENT_{name}, {_KINDS.get(kind, 'GIM_KIND_POINTER')}}}," for name, kind in arguments]
+        for name, kind, (swizzle, box_rows, columns) in arguments:
+            table.append(f"    {{GIM_ARGUMENT_{name}, {kind}, {swizzle}, {{{box_rows}, {columns}}}}},")
         table += ["};", ""]
     table += [f"extern const unsigned char gim_image_{index}[];" for index in range(len(rows))]
     table += ["", "const gim_variant gim_table[] = {"]
     for index, (row, _) in enumerate(rows):
-        which = lists[row.arguments]
+        which = lists[_c_arguments(row)]
         table.append(
             f'    {{{parse_target(row.target)[1]}, "{row.key}", {row.limit}, gim_image_{index}, "{row.symbol}", '
             f"arguments_{which}, {len(row.arguments)}, {{{row.block[0]}, {row.block[1]}}}, {32 * row.warps}, "
@@ -436,6 +504,8 @@ def _c_sources(compiled: Sequence[Compiled], entries: Sequence[Entry], targets: 
         "const size_t gim_table_size = sizeof gim_table / sizeof gim_table[0];",
         f'const char gim_targets_built[] = "{";".join(cuda)}";',
         f"const int gim_weight_gradient_programs = {WEIGHT_GRADIENT_PROGRAMS};",
+        f"const gim_order_numbers gim_order = {{{order.MULTIPROCESSORS}, {order.ENOUGH}, {order.START}, {order.FOLD}, "
+        f"{order.CACHE}, {order.BALANCED!r}}};",
         "",
     ]
     images = ["/* Written by python -m gim_kernels.aot build. */", "    .section .rodata"]
@@ -484,7 +554,7 @@ def report_rows(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
     rows = []
     for row in sorted(compiled, key=lambda row: (row.key, row.limit, row.target)):
         fields = asdict(row)
-        for name in ("fingerprint", "symbol", "arguments", "name"):
+        for name in ("fingerprint", "symbol", "arguments", "boxes", "name"):
             del fields[name]
         fields["limit"] = None if row.limit == UNLIMITED else row.limit
         fields["block"] = list(row.block)
@@ -492,58 +562,84 @@ def report_rows(compiled: Iterable[Compiled]) -> list[dict[str, Any]]:
     return rows
 
 
-def _markdown(rows: Sequence[dict[str, Any]], version: str) -> str:
-    """One line for each variant, one group of columns for each target."""
-    targets = sorted({row["target"] for row in rows})
+def _resources(row: dict[str, Any] | None) -> str:
+    """Registers, stack, spills and stores in loops of a row, as columns; nothing where it was not compiled."""
+    if row is None:
+        return "| | | "
+    stores = " ".join(map(str, row["loop_stores"])) or "-"
+    return f"{row['registers']} | {row['stack']} | {row['spills']} | {stores}"
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    """One line for each variant, with columns for each version of triton and a table for each target."""
+    rows, beside = report["variants"], report["beside"]
+    versions = [report["triton"], *([beside["triton"]] if beside else [])]
     lines = [
         "# Compile report",
         "",
-        f"Compiled with triton {version} by `python -m gim_kernels.aot report`; nothing here was run.",
+        f"Compiled with triton {' and '.join(versions)} by `python -m gim_kernels.aot report`; nothing here was run.",
         "",
         "Tile: queries x keys (attention) or rows x columns, warps, stages. Registers and bytes of stack: for each "
-        "thread. Spills: loads and stores of local memory. Shared: KiB for each program. Matrix: matrix instructions "
-        "in the code. ex2: exponentials in the code.",
+        "thread. Spills: loads and stores of local memory. In loops: those stores in each loop over tiles, that over "
+        "whole tiles first, then that over masked ones, for each pass. Shared: KiB for each program. Matrix: matrix "
+        "instructions in the code. ex2: exponentials in the code."
+        + (f" On the right what triton {versions[1]} makes of it, where that was compiled." if beside else ""),
         "",
-        "| target | variants | most registers | stack | spills | most shared |",
-        "|---|---|---|---|---|---|",
+        "| target | triton | variants | most registers | stack | spills | in loops over whole tiles | most shared |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    targets = sorted({row["target"] for row in rows})
     for target in targets:
-        here = [row for row in rows if row["target"] == target]
-        worst = {name: max(row[name] for row in here) for name in ("registers", "stack", "spills", "shared")}
-        lines.append(
-            f"| {target} | {len(here)} | {worst['registers']} | {worst['stack']} | {worst['spills']} "
-            f"| {worst['shared'] / 1024:g} |"
-        )
+        for version, all_rows in zip(versions, (rows, beside.get("variants", [])), strict=False):
+            here = [row for row in all_rows if row["target"] == target]
+            if here:
+                worst = [str(max(row[name] for row in here)) for name in ("registers", "stack", "spills")]
+                worst.append(str(max(sum(row["loop_stores"][::2]) for row in here)))
+                worst.append(f"{max(row['shared'] for row in here) / 1024:g}")
+                lines.append(f"| {target} | {version} | {len(here)} | {' | '.join(worst)} |")
     for target in targets:
-        lines += ["", f"## {target}", ""]
-        lines += [
-            "| variant | tile | registers | stack | spills | shared | matrix | ex2 |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        others = {(row["key"], row["limit"]): row for row in beside.get("variants", []) if row["target"] == target}
+        head = "| variant | tile | registers | stack | spills | in loops | shared | matrix | ex2 |"
+        rule = "|---|---|---|---|---|---|---|---|---|"
+        if others:
+            head += "".join(f" {name} {versions[1]} |" for name in ("registers", "stack", "spills", "in loops"))
+            rule += "---|" * 4
+        lines += ["", f"## {target}", "", head, rule]
         for row in rows:
             if row["target"] != target:
                 continue
             width = "" if row["limit"] is None else f" up to {row['limit']}"
             tile = f"{row['block'][0]}x{row['block'][1]} {row['warps']}w {row['stages']}s"
             matrix = ", ".join(f"{count} {kind}" for kind, count in row["matrix"].items()) or "-"
+            other = f" {_resources(others.get((row['key'], row['limit'])))} |" if others else ""
             lines.append(
-                f"| {row['key']}{width} | {tile} | {row['registers']} | {row['stack']} | {row['spills']} "
-                f"| {(row['shared'] + row['shared_static']) / 1024:.3g} | {matrix} | {row['exponentials']} |"
+                f"| {row['key']}{width} | {tile} | {_resources(row)} "
+                f"| {(row['shared'] + row['shared_static']) / 1024:.3g} | {matrix} | {row['exponentials']} |{other}"
             )
     return "\n".join([*lines, ""])
 
 
-def write_report(compiled: Iterable[Compiled], path: Path) -> None:
-    """Write the report as ``path`` with the endings ``.json`` and ``.md``; the same input gives the same bytes."""
+def write_report(compiled: Iterable[Compiled], path: Path, beside: dict[str, Any] | None = None) -> None:
+    """Write the report as ``path`` with the endings ``.json`` and ``.md``; the same input gives the same bytes.
+
+    Args:
+        compiled: the variants.
+        path: without an ending.
+        beside: a report that another version of triton made, to be shown next to this one.
+    """
     import triton
 
+    def listed(rows: Iterable[dict[str, Any]]) -> str:
+        return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+
     rows = report_rows(compiled)
+    other = {} if beside is None else {"triton": beside["triton"], "variants": beside["variants"]}
     head = {"triton": triton.__version__, "targets": sorted({row["target"] for row in rows})}
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = json.dumps(head)[:-1] + f', "variants": [\n{lines}\n]}}\n'
+    text = f'{json.dumps(head)[:-1]}, "variants": {listed(rows)}, "beside": '
+    text += f'{{"triton": "{other["triton"]}", "variants": {listed(other["variants"])}}}}}\n' if other else "{}}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(text)
-    path.with_suffix(".md").write_text(_markdown(rows, triton.__version__))
+    path.with_suffix(".md").write_text(_markdown({**head, "variants": rows, "beside": other}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -565,9 +661,9 @@ def _parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("--jobs", type=int, default=None, help="processes; by default one on each core")
         command.add_argument("--out", type=Path, required=True, help="folder (build), file without ending (report)")
-    commands.choices["report"].add_argument(
-        "--build", type=Path, default=None, help="folder of compiled files to use and to add to"
-    )
+    report = commands.choices["report"]
+    report.add_argument("--build", type=Path, default=None, help="folder of compiled files to use and to add to")
+    report.add_argument("--beside", type=Path, default=None, help="report (.json) of another triton to show next to it")
     return parser
 
 
@@ -599,7 +695,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         with tempfile.TemporaryDirectory() as scratch:
             compiled = compile_all(selections, given.build or Path(scratch), given.jobs)
-        write_report(compiled, given.out)
+        beside = None if given.beside is None else json.loads(given.beside.read_text())
+        write_report(compiled, given.out, beside)
     return 0
 
 

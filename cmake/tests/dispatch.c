@@ -147,8 +147,8 @@ int main(int count, char **arguments)
     }
     for (size_t i = 0; i < gim_variant_count(); ++i) {
         const char *name = gim_variant_name(i);
-        if (strstr(name, " fold") != NULL)
-            continue; /* launched with the weight's gradient */
+        if (strstr(name, " fold") != NULL || strstr(name, "attention_fold") != NULL)
+            continue; /* launched with the weight's gradient, and after those of keys and values */
         set(note, atoi(name + 5), 1);
         gim_status status = ask_for(name);
         /* A library of some kernels alone may miss what else the function would launch. */

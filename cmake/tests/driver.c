@@ -103,6 +103,43 @@ CUresult cuLaunchKernel(
     return (CUresult)on_launch(which->image, which->symbol, grid_x, block_x, shared, parameters);
 }
 
+/* What the test reads back out of a tensor map: the arguments it was made from. */
+typedef struct tensor_map {
+    uint64_t address, sizes[4], strides[3];
+    uint32_t box[4], type, swizzle;
+} tensor_map;
+
+CUresult cuTensorMapEncodeTiled(
+    CUtensorMap *out, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *sizes,
+    const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *element_strides,
+    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+    CUtensorMapFloatOOBfill fill)
+{
+    (void)promotion;
+    const cuuint32_t widest[] = {0, 32, 64, 128};
+    if (rank != 4 || ((uintptr_t)out & 63) || address == NULL || ((uintptr_t)address & 15) || swizzle < 1 ||
+        swizzle > 3 || box[0] * 2 > widest[swizzle] || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+        fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+        return CUDA_ERROR_INVALID_VALUE;
+    tensor_map made;
+    memset(&made, 0, sizeof made);
+    made.address = (uintptr_t)address;
+    made.type = type;
+    made.swizzle = swizzle;
+    for (int i = 0; i < 4; ++i) {
+        if (sizes[i] == 0 || box[i] == 0 || box[i] > 256 || element_strides[i] != 1 ||
+            (i < 3 && (strides[i] == 0 || strides[i] % 16 || strides[i] >> 40)))
+            return CUDA_ERROR_INVALID_VALUE;
+        made.sizes[i] = sizes[i];
+        made.box[i] = box[i];
+        if (i < 3)
+            made.strides[i] = strides[i];
+    }
+    memset(out, 0, sizeof *out);
+    memcpy(out, &made, sizeof made);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, CUstream stream)
 {
     (void)stream;

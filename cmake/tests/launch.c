@@ -223,28 +223,31 @@ static int worked(gim_status status, const char *which)
 
 /* ---- Attention -----------------------------------------------------------------------------------------------------*/
 
-enum { BATCH = 2, HEADS = 6, KEY_HEADS = 2, QUERIES = 70, KEYS = 90 };
+enum { BATCH = 2, HEADS = 6, KEY_HEADS = 2, MOST_KEYS = 90 };
 
 typedef struct options {
     int causal, window, ranged, sunk;
     double softcap;
     gim_softmax_backward rule;
     double temperature;
+    int queries, keys;
 } options;
 
 static void attention(gim_dtype dtype, int size, options o)
 {
+    const int queries = o.queries, key_count = o.keys;
     char which[160];
     snprintf(
-        which, sizeof which, "attention dtype %d size %d causal %d window %d range %d sinks %d softcap %g rule %d T %g",
-        (int)dtype, size, o.causal, o.window, o.ranged, o.sunk, o.softcap, (int)o.rule, o.temperature);
-    size_t rows = (size_t)BATCH * HEADS * QUERIES, columns = (size_t)BATCH * KEY_HEADS * KEYS;
+        which, sizeof which,
+        "attention dtype %d size %d %dx%d causal %d window %d range %d sinks %d softcap %g rule %d T %g", (int)dtype,
+        size, queries, key_count, o.causal, o.window, o.ranged, o.sunk, o.softcap, (int)o.rule, o.temperature);
+    size_t rows = (size_t)BATCH * HEADS * queries, columns = (size_t)BATCH * KEY_HEADS * key_count;
     tensor q = random_tensor(rows * size, dtype, 0), k = random_tensor(columns * size, dtype, 0);
     tensor v = random_tensor(columns * size, dtype, 0.5), grad_out = random_tensor(rows * size, dtype, 0);
     tensor out = empty(rows * size, dtype), lse = empty(rows, GIM_FP32);
     tensor grad_q = empty(rows * size, dtype), grad_k = empty(columns * size, dtype);
     tensor grad_v = empty(columns * size, dtype), sinks = random_tensor(HEADS, GIM_FP32, 0);
-    const int32_t range[BATCH][2] = {{0, KEYS - 7}, {20, KEYS}};
+    const int32_t range[BATCH][2] = {{0, key_count - 7}, {20, key_count}};
     CUdeviceptr range_there, workspace;
     check(p_alloc(&range_there, sizeof range));
     check(p_to_device(range_there, range, sizeof range));
@@ -254,13 +257,13 @@ static void attention(gim_dtype dtype, int size, options o)
     memset(&a, 0, sizeof a);
     memset(&g, 0, sizeof g);
     a.dtype = dtype;
-    a.batch = BATCH, a.query_heads = HEADS, a.key_heads = KEY_HEADS, a.queries = QUERIES, a.keys = KEYS;
+    a.batch = BATCH, a.query_heads = HEADS, a.key_heads = KEY_HEADS, a.queries = queries, a.keys = key_count;
     a.head_size = size;
     a.query = pointer(q), a.key = pointer(k), a.value = pointer(v), a.out = pointer(out);
     a.lse = pointer(lse);
     /* [batch, token, head, size]: what projections give. */
-    const int64_t by_query[3] = {(int64_t)QUERIES * HEADS * size, size, (int64_t)HEADS * size};
-    const int64_t by_key[3] = {(int64_t)KEYS * KEY_HEADS * size, size, (int64_t)KEY_HEADS * size};
+    const int64_t by_query[3] = {(int64_t)queries * HEADS * size, size, (int64_t)HEADS * size};
+    const int64_t by_key[3] = {(int64_t)key_count * KEY_HEADS * size, size, (int64_t)KEY_HEADS * size};
     memcpy(a.query_stride, by_query, sizeof by_query);
     memcpy(a.out_stride, by_query, sizeof by_query);
     memcpy(a.key_stride, by_key, sizeof by_key);
@@ -288,16 +291,16 @@ static void attention(gim_dtype dtype, int size, options o)
     void *aligned = (void *)((workspace + 255) / 256 * 256);
     if (worked(gim_attention_forward(&a, aligned, bytes, NULL), which) &&
         worked(gim_attention_backward(&a, &g, aligned, bytes, NULL), which)) {
-        static double score[KEYS], p[KEYS], soft[KEYS], grad_p[KEYS];
+        static double score[MOST_KEYS], p[MOST_KEYS], soft[MOST_KEYS], grad_p[MOST_KEYS];
         double temperature = o.rule == GIM_SOFTMAX_TEMPERATURE ? o.temperature : 1;
         for (int b = 0; b < BATCH; ++b)
             for (int h = 0; h < HEADS; ++h)
-                for (int i = 0; i < QUERIES; ++i) {
+                for (int i = 0; i < queries; ++i) {
                     size_t row = b * by_query[0] + h * by_query[1] + i * by_query[2];
                     size_t keys = b * by_key[0] + h / (HEADS / KEY_HEADS) * by_key[1];
-                    int position = i + KEYS - QUERIES;
+                    int position = i + key_count - queries;
                     double sink = o.sunk ? sinks.at[h] : -INFINITY, top = sink;
-                    for (int j = 0; j < KEYS; ++j) {
+                    for (int j = 0; j < key_count; ++j) {
                         int hidden = (o.causal && j > position) || (o.window && j <= position - o.window) ||
                                      (o.ranged && (j < range[b][0] || j >= range[b][1]));
                         score[j] = 0;
@@ -312,13 +315,13 @@ static void attention(gim_dtype dtype, int size, options o)
                     double total = 0, soft_total = 0, delta = 0;
                     if (top > -INFINITY) {
                         total = exp(sink - top), soft_total = exp((sink - top) / temperature);
-                        for (int j = 0; j < KEYS; ++j) {
+                        for (int j = 0; j < key_count; ++j) {
                             total += p[j] = exp(score[j] - top);
                             soft_total += soft[j] = exp((score[j] - top) / temperature);
                         }
                     }
-                    lse.at[((size_t)b * HEADS + h) * QUERIES + i] = top + log(total);
-                    for (int j = 0; j < KEYS; ++j) {
+                    lse.at[((size_t)b * HEADS + h) * queries + i] = top + log(total);
+                    for (int j = 0; j < key_count; ++j) {
                         p[j] = total > 0 ? p[j] / total : 0;
                         soft[j] = total > 0 ? soft[j] / soft_total : 0;
                         grad_p[j] = 0;
@@ -330,7 +333,7 @@ static void attention(gim_dtype dtype, int size, options o)
                         }
                         delta += soft[j] * grad_p[j];
                     }
-                    for (int j = 0; j < KEYS; ++j) {
+                    for (int j = 0; j < key_count; ++j) {
                         double grad_s = a.scale * 0.25 * soft[j] * (grad_p[j] - delta);
                         if (o.softcap > 0 && score[j] > -INFINITY)
                             grad_s *= 1 - score[j] / o.softcap * (score[j] / o.softcap);
@@ -495,9 +498,14 @@ int main(void)
                             GIM_SOFTMAX_TEMPERATURE};
                         options o = {
                             causal, mask == 1 || mask == 3 ? 33 : 0, mask == 2 || mask == 3, mask == 2,
-                            mask == 3 ? 2.0 : 0, rules[rule], temperatures[rule]};
+                            mask == 3 ? 2.0 : 0, rules[rule], temperatures[rule], 70, 90};
                         attention((gim_dtype)dtype, size, o);
                     }
+            /* So few programs over keys, and so long, that they share the heads of a group. */
+            options few = {0, 0, 0, 0, 0, GIM_SOFTMAX_TEMPERATURE, 2, 400, 40};
+            attention((gim_dtype)dtype, size, few);
+            few.rule = GIM_SOFTMAX_CONSTANT;
+            attention((gim_dtype)dtype, size, few);
         }
         for (int kind = GIM_NORM_RMS; kind <= GIM_NORM_LAYER; ++kind)
             for (int frozen = 0; frozen < 2; ++frozen)

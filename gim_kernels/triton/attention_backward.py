@@ -1,10 +1,12 @@
 """Attention backward on a GPU under one of three softmax rules: one kernel over query tiles, one over key tiles.
 
 The query kernel finds what the gradient of the scores needs to know about each row, and the gradients of query and
-sinks. The key kernel finds the gradients of key and value. Either does only what was asked for; there is no
-preprocessing pass, and there are no atomics: every sum has one order.
+sinks. The key kernel finds the gradients of key and value; where too few of its programs would run, several share the
+query heads of a key head, and their sums are folded. Either does only what was asked for; there is no preprocessing
+pass, and there are no atomics: every sum has one order.
 
-Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
+Tiles are read through tensor descriptors (TMA) where :func:`gim_kernels.triton.launch.described` allows it, and through
+plain pointers elsewhere: strided views of any alignment work.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ import triton
 import triton.language as tl
 
 from gim_kernels.triton import tiles
+from gim_kernels.triton.attention_fold import fold_parts
 from gim_kernels.triton.device import guard
-from gim_kernels.triton.launch import check_attention, hiding_window, readable, score_factors, strides, unit_stride
+from gim_kernels.triton.launch import (
+    check_attention,
+    described,
+    hiding_window,
+    key_section,
+    matrices,
+    query_section,
+    readable,
+    score_factors,
+    strides,
+    unit_stride,
+)
+from gim_kernels.triton.order import members_of, tile_of_program
 from gim_kernels.triton.primitives import (
     LOG2E,
     key_bounds,
     load_rows,
     load_vector,
+    matrix_after,
+    matrix_of,
     raw_scores,
     sees,
     store_rows,
@@ -72,13 +89,13 @@ def _largest_score(
     PRECISE: tl.constexpr,
 ):
     """Maximum of ``top`` and the scores over the key tiles of ``span``, full or with ``MASKED`` the others."""
-    key_ptr, key_stride_s = matrix
+    key_matrix, key_stride_s = matrix
     factor, inner = scoring
     position, first, end, window = seen
     for i in range(tiles_in(span, MASKED, BLOCK_S)):
         start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
         # [BLOCK_S, BLOCK_D]
-        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        key = load_rows(key_matrix, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         score = raw_scores(query, tl.trans(key), inner, PRECISE) * factor
         if MASKED:
@@ -114,13 +131,13 @@ def _sum_over_keys(
     ``near``, a column, takes the place of d0. ``r`` and ``Z`` need ``TOTALS``, ``A`` needs ``GRAD_QUERY``, ``B`` both.
     """
     shifted_sum, weight_sum, grad_total, weight_total = sums
-    key_ptr, key_stride_s, value_ptr, value_stride_s = matrices
+    key_matrix, key_stride_s, value_matrix, value_stride_s = matrices
     factor, inner = scoring
     position, first, end, window = seen
     for i in range(tiles_in(span, MASKED, BLOCK_S)):
         start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
         # [BLOCK_S, BLOCK_D]
-        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        key = load_rows(key_matrix, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         raw = raw_scores(query, tl.trans(key), inner, PRECISE)
         e = tl.exp2(raw * factor - shift[:, None])
@@ -128,7 +145,7 @@ def _sum_over_keys(
             column = start_s + tl.arange(0, BLOCK_S)
             e = tl.where(sees(position[:, None], column[None, :], first, end, window, CAUSAL), e, 0.0)
         # [BLOCK_S, BLOCK_D]
-        value = load_rows(value_ptr, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        value = load_rows(value_matrix, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
         shifted = e * (grad_p - near)
@@ -148,7 +165,7 @@ def _sum_over_keys(
     return shifted_sum, weight_sum, grad_total, weight_total
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "section"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -183,6 +200,7 @@ def grad_query_kernel(
     grad_query_stride_t: tl.int64,
     heads,
     group,
+    section,
     queries,
     keys,
     window,
@@ -224,8 +242,7 @@ def grad_query_kernel(
     nothing is: d0 is all there is to know. Program order as in the forward.
     """
     tiles_t = tl.cdiv(queries, BLOCK_T)
-    tile = tl.program_id(0) % tiles_t
-    batch_head = tl.program_id(0) // tiles_t
+    tile, batch_head = tile_of_program(tl.program_id(0), tiles_t, tl.num_programs(0) // tiles_t, section)
     if CAUSAL:
         tile = tiles_t - 1 - tile
     batch = (batch_head // heads).to(tl.int64)
@@ -233,10 +250,10 @@ def grad_query_kernel(
     key_head = head // group
     start_t = tile * BLOCK_T
 
-    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
-    query_ptr += batch * query_stride_b + head * query_stride_h
-    key_ptr += batch * key_stride_b + key_head * key_stride_h
-    value_ptr += batch * value_stride_b + key_head * value_stride_h
+    grad_out_matrix = matrix_of(grad_out_ptr, batch, head, grad_out_stride_b, grad_out_stride_h)
+    query_matrix = matrix_of(query_ptr, batch, head, query_stride_b, query_stride_h)
+    key_matrix = matrix_of(key_ptr, batch, key_head, key_stride_b, key_stride_h)
+    value_matrix = matrix_of(value_ptr, batch, key_head, value_stride_b, value_stride_h)
     out_ptr += batch * out_stride_b + head * out_stride_h
 
     # [BLOCK_T]
@@ -245,8 +262,8 @@ def grad_query_kernel(
     in_rows = row < queries
     lse2 = tl.load(lse_ptr + first_row + row, mask=in_rows, other=float("inf")) * LOG2E
     # [BLOCK_T, BLOCK_D]
-    grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
-    out = load_rows(out_ptr, start_t, out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    grad_out = load_rows(grad_out_matrix, start_t, grad_out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    out = load_rows(out_ptr, start_t, out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     # [BLOCK_T, 1]: a reshaped column, or else every thread keeps d0 once for each of its scores through the loops below
     d0 = tl.reshape(tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1), [BLOCK_T, 1])
     if RULE == "sharp":
@@ -258,11 +275,11 @@ def grad_query_kernel(
     shift = lse2 * inverse_temperature
     if RULE != "exact" or grad_query_ptr is not None:
         # [BLOCK_T, BLOCK_D]
-        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
-        matrices = (key_ptr, key_stride_s, value_ptr, value_stride_s)
+        query = load_rows(query_matrix, start_t, query_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+        matrices = (key_matrix, key_stride_s, value_matrix, value_stride_s)
         scoring = (factor * inverse_temperature, inner)
         first, end = key_bounds(key_range_ptr, batch, keys)
-        seen = (row + (keys - queries), first, end, window)
+        seen = (row + (keys - queries), None if key_range_ptr is None else first, end, window)
         span = visible_keys(start_t, queries, keys, first, end, window, CAUSAL, BLOCK_T, BLOCK_S)
         if RULE == "sharp":
             top = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -274,7 +291,7 @@ def grad_query_kernel(
                 top = _largest_score(
                     top,
                     query,
-                    (key_ptr, key_stride_s),
+                    (key_matrix, key_stride_s),
                     scoring,
                     seen,
                     span,
@@ -390,7 +407,7 @@ def _sum_over_queries(
     scoring,
     seen,
     span,
-    group,
+    members,
     RULE: tl.constexpr,
     GRAD_KEY: tl.constexpr,
     GRAD_VALUE: tl.constexpr,
@@ -403,42 +420,43 @@ def _sum_over_queries(
 ):
     """The query tiles of ``span``, full or with ``MASKED`` the others, into the gradients of key and value.
 
-    All query heads of the group run in one loop, so that the loads of the next head are under way when one ends.
+    All query heads of the program run in one loop, so that the loads of the next head are under way when one ends.
     """
     grad_key, grad_value = sums
-    first_query_ptr, query_stride_h, query_stride_t, first_grad_out_ptr, grad_out_stride_h, grad_out_stride_t = matrices
+    first_query, query_stride_h, query_stride_t, first_grad_out, grad_out_stride_h, grad_out_stride_t = matrices
     first_shift_ptr, first_norm_ptr, first_delta_ptr = rows
     factor, inner, inverse_temperature = scoring
     column, offset, queries, window = seen
     tiles_of_head = tiles_in(span, MASKED, BLOCK_T)
-    for i in range(group * tiles_of_head):
-        member = i // tl.maximum(tiles_of_head, 1)
-        start_t = tile_start(i - member * tiles_of_head, span, MASKED, True, BLOCK_T)
-        query_ptr = first_query_ptr + member * query_stride_h
-        grad_out_ptr = first_grad_out_ptr + member * grad_out_stride_h
+    member = tiles_of_head * 0
+    tile = tiles_of_head * 0
+    for _ in range(members * tiles_of_head):
+        start_t = tile_start(tile, span, MASKED, True, BLOCK_T)
+        query_matrix = matrix_after(first_query, member, query_stride_h)
+        grad_out_matrix = matrix_after(first_grad_out, member, grad_out_stride_h)
         head_row = member.to(tl.int64) * queries
         # [BLOCK_T]
         row = start_t + tl.arange(0, BLOCK_T)
         # [BLOCK_T, BLOCK_D]
-        query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        query = load_rows(query_matrix, start_t, query_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
         shift = load_vector(first_shift_ptr + head_row, row, queries, float("inf"), MASKED)
         if RULE == "constant":  # straight from the forward, to base e
             shift *= LOG2E
         # [BLOCK_S, BLOCK_T]
         raw = raw_scores(key, tl.trans(query), inner, PRECISE)
+        p_t = tl.exp2(raw * (factor * 0.5 if RULE == "square" else factor) - shift[None, :])
+        # Queries past the last have an infinite shift, and so a p of 0; keys past the last are not stored.
+        if MASKED and (CAUSAL or window is not None):
+            mask = sees((row + offset)[None, :], column[:, None], None, queries + offset, window, CAUSAL)
+            p_t = tl.where(mask, p_t, 0.0)
+        p = p_t
         if RULE == "square":
-            p_t = tl.exp2(raw * (factor * 0.5) - shift[None, :])  # P_T * Z
-            p = p_t * p_t
-        else:
-            p = tl.exp2(raw * factor - shift[None, :])
-            p_t = p
-        if MASKED:
-            mask = sees((row + offset)[None, :], column[:, None], 0, queries + offset, window, CAUSAL)
+            p = p_t * p_t  # and p_t is P_T * Z
         # [BLOCK_T, BLOCK_D]
-        grad_out = load_rows(grad_out_ptr, start_t, grad_out_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED)
+        grad_out = load_rows(
+            grad_out_matrix, start_t, grad_out_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, MASKED
+        )
         if GRAD_VALUE:
-            if MASKED:
-                p = tl.where(mask, p, 0.0)
             # [BLOCK_S, BLOCK_D]
             grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
         if GRAD_KEY:
@@ -452,17 +470,41 @@ def _sum_over_queries(
             elif RULE != "exact":
                 norm = load_vector(first_norm_ptr + head_row, row, queries, float("inf"), MASKED)
                 p_t = tl.exp2(raw * (factor * inverse_temperature) - norm[None, :])
+                if MASKED and (CAUSAL or window is not None):
+                    p_t = tl.where(mask, p_t, 0.0)
             grad_s = p_t * (grad_p - delta[None, :])
             if inner is not None:
                 grad_s *= 1.0 - raw * raw
-            if MASKED:
-                grad_s = tl.where(mask, grad_s, 0.0)
             # [BLOCK_S, BLOCK_D]
             grad_key = tl.dot(grad_s.to(query.dtype), query, grad_key, input_precision="ieee")
+        tile += 1
+        ended = (tile == tiles_of_head).to(tl.int32)  # counted, for a division would cost as much as the rest
+        member += ended
+        tile *= 1 - ended
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit
+def _store_sum(
+    whole_ptr,
+    part_ptr,
+    parted,
+    tile,
+    start,
+    stride,
+    end,
+    ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write ``tile`` as :func:`store_rows` does: where it is ``parted`` to the sums to be folded, else to its place."""
+    if parted:
+        store_rows(part_ptr, tile, start, stride, end, ROWS, HEAD_SIZE, BLOCK_D)
+    else:
+        store_rows(whole_ptr, tile, start, stride, end, ROWS, HEAD_SIZE, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "members", "section"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -471,6 +513,7 @@ def grad_key_value_kernel(
     key_range_ptr,
     grad_key_ptr,
     grad_value_ptr,
+    partial_ptr,
     shift_ptr,
     norm_ptr,
     delta_ptr,
@@ -492,8 +535,11 @@ def grad_key_value_kernel(
     grad_value_stride_b: tl.int64,
     grad_value_stride_h: tl.int64,
     grad_value_stride_s: tl.int64,
+    grad_stride_part: tl.int64,
     heads,
     group,
+    members,
+    section,
     queries,
     keys,
     window,
@@ -510,7 +556,7 @@ def grad_key_value_kernel(
     BLOCK_S: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Gradients of key and value, summed over the query heads that share them in a fixed order::
+    """Gradients of key and value, summed over query heads that share them in a fixed order::
 
         grad_v = value_factor P^T dO                         P = exp(S' - LSE): the value path keeps T = 1
         grad_k = key_factor (P_T * (dP - delta) t)^T Q       dP = dO V^T,  key_factor = scale * k_scale
@@ -520,23 +566,27 @@ def grad_key_value_kernel(
     only grad_v exists. A gradient without a pointer is not computed. Everything is transposed, ``[BLOCK_S, BLOCK_T]``,
     so that both sums over queries take their left side from registers.
 
-    One program per key tile and key head, in ascending order: with a causal mask the first keys, which most queries
-    see, take longest.
+    One program per key tile and ``members`` query heads: all that share a key head, or an equal part of them. Sums of
+    parts go to ``partial_ptr``, in float32 and ``grad_stride_part`` elements apart, first those of keys, then those of
+    values, each with the gradients' strides, and are folded afterwards. The order is that of
+    :func:`gim_kernels.triton.order.tile_of_program`: with a causal mask the first keys, which most queries see, take
+    longest.
     """
     tiles_s = tl.cdiv(keys, BLOCK_S)
-    start_s = tl.program_id(0) % tiles_s * BLOCK_S
-    batch_head = tl.program_id(0) // tiles_s
-    key_heads = heads // group
-    batch = (batch_head // key_heads).to(tl.int64)
-    key_head = (batch_head % key_heads).to(tl.int64)
-    key_ptr += batch * key_stride_b + key_head * key_stride_h
+    tile, batch_part = tile_of_program(tl.program_id(0), tiles_s, tl.num_programs(0) // tiles_s, section)
+    start_s = tile * BLOCK_S
+    batch = (batch_part * members // heads).to(tl.int64)
+    head = (batch_part * members % heads).to(tl.int64)
+    key_head = head // group
+    part = head % group // members
+    key_matrix = matrix_of(key_ptr, batch, key_head, key_stride_b, key_stride_h)
 
     # [BLOCK_S, BLOCK_D]
-    key = load_rows(key_ptr, start_s, key_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+    key = load_rows(key_matrix, start_s, key_stride_s, None, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
     value = key
     if grad_key_ptr is not None:
-        value_ptr += batch * value_stride_b + key_head * value_stride_h
-        value = load_rows(value_ptr, start_s, value_stride_s, 0, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
+        value_matrix = matrix_of(value_ptr, batch, key_head, value_stride_b, value_stride_h)
+        value = load_rows(value_matrix, start_s, value_stride_s, None, keys, BLOCK_S, HEAD_SIZE, BLOCK_D, True)
     grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
 
@@ -545,7 +595,6 @@ def grad_key_value_kernel(
     # [BLOCK_S]
     column = start_s + tl.arange(0, BLOCK_S)
     sums = (grad_key, grad_value)
-    head = key_head * group
     rows = (batch * heads + head) * queries
     for MASKED in tl.static_range(0, 2):
         sums = _sum_over_queries(
@@ -553,10 +602,10 @@ def grad_key_value_kernel(
             key,
             value,
             (
-                query_ptr + batch * query_stride_b + head * query_stride_h,
+                matrix_of(query_ptr, batch, head, query_stride_b, query_stride_h),
                 query_stride_h,
                 query_stride_t,
-                grad_out_ptr + batch * grad_out_stride_b + head * grad_out_stride_h,
+                matrix_of(grad_out_ptr, batch, head, grad_out_stride_b, grad_out_stride_h),
                 grad_out_stride_h,
                 grad_out_stride_t,
             ),
@@ -568,7 +617,7 @@ def grad_key_value_kernel(
             (factor, inner, inverse_temperature),
             (column, keys - queries, queries, window),
             span,
-            group,
+            members,
             RULE,
             grad_key_ptr is not None,
             grad_value_ptr is not None,
@@ -583,14 +632,38 @@ def grad_key_value_kernel(
 
     # [BLOCK_S, 1]
     exists = ((column >= first) & (column < end))[:, None]
+    parted = members < group
     if grad_key_ptr is not None:
-        grad_key_ptr += batch * grad_key_stride_b + key_head * grad_key_stride_h
         grad_key = tl.where(exists, grad_key * key_factor, 0.0)
-        store_rows(grad_key_ptr, grad_key, start_s, grad_key_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+        head_offset = batch * grad_key_stride_b + key_head * grad_key_stride_h
+        _store_sum(
+            grad_key_ptr + head_offset,
+            partial_ptr + part * grad_stride_part + head_offset,
+            parted,
+            grad_key,
+            start_s,
+            grad_key_stride_s,
+            keys,
+            BLOCK_S,
+            HEAD_SIZE,
+            BLOCK_D,
+        )
+        part += group // members
     if grad_value_ptr is not None:
-        grad_value_ptr += batch * grad_value_stride_b + key_head * grad_value_stride_h
         grad_value = tl.where(exists, grad_value * value_factor, 0.0)
-        store_rows(grad_value_ptr, grad_value, start_s, grad_value_stride_s, keys, BLOCK_S, HEAD_SIZE, BLOCK_D)
+        head_offset = batch * grad_value_stride_b + key_head * grad_value_stride_h
+        _store_sum(
+            grad_value_ptr + head_offset,
+            partial_ptr + part * grad_stride_part + head_offset,
+            parted,
+            grad_value,
+            start_s,
+            grad_value_stride_s,
+            keys,
+            BLOCK_S,
+            HEAD_SIZE,
+            BLOCK_D,
+        )
 
 
 @functools.cache
@@ -607,6 +680,7 @@ def grad_query_variant(
     grad_query: bool = True,
     grad_sinks: bool = False,
     hand_over: bool = True,
+    described: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The kernel over query tiles for these options; see :class:`gim_kernels.triton.tiles.Variant`.
@@ -620,10 +694,11 @@ def grad_query_variant(
         sinks: dtype of the sinks, None without.
         grad_query, grad_sinks: whether it writes these gradients.
         hand_over: whether it writes what the key kernel needs.
+        described: whether it reads matrices through tensor descriptors.
         tile: in place of the table's.
     """
     work: tiles.Work = "grad_query_exact" if rule == "exact" else "grad_query"
-    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap, described)
     two_passes = rule == "sharp" or (tile.split and rule != "exact")
     return tiles.attention_variant(
         grad_query_kernel,
@@ -643,6 +718,7 @@ def grad_query_variant(
             "delta_ptr": hand_over,
         },
         sinks,
+        described,
     )
 
 
@@ -658,6 +734,7 @@ def grad_key_value_variant(
     key_range: bool = False,
     grad_key: bool = True,
     grad_value: bool = True,
+    described: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The kernel over key tiles for these options; arguments as in :func:`grad_query_variant`.
@@ -668,7 +745,7 @@ def grad_key_value_variant(
         raise ValueError(f"rule {rule!r} does not fit grad_key={grad_key}")
     rule = "warm" if rule == "sharp" else rule
     work: tiles.Work = "grad_key_value" if grad_key and grad_value else "grad_key" if grad_key else "grad_value"
-    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap)
+    tile = tile or tiles.attention_tile(work, architecture, head_size, dtype, softcap, described)
     return tiles.attention_variant(
         grad_key_value_kernel,
         tile,
@@ -684,6 +761,7 @@ def grad_key_value_variant(
             "norm_ptr": grad_key and rule != "exact",
             "delta_ptr": grad_key,
         },
+        described=described,
     )
 
 
@@ -734,26 +812,21 @@ def attention_backward(
     grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
     factor, inner = score_factors(options)
     window = hiding_window(options, keys)
+    read = {"grad_out": grad_out, "query": query, "key": key, "value": value}
     architecture = tiles.architecture_of(query)
-    common: dict[str, Any] = dict(
-        grad_out_ptr=grad_out,
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        key_range_ptr=None if key_range is None else key_range.contiguous(),
-        **strides("grad_out", grad_out, "t"),
-        **strides("query", query, "t"),
-        **strides("key", key, "s"),
-        **strides("value", value, "s"),
-        heads=heads,
-        group=heads // key.shape[1],
-        queries=queries,
-        keys=keys,
-        window=window,
-        factor=factor,
-        inner=inner,
-        inverse_temperature=1.0 / temperature,
-    )
+    by_descriptor = described(architecture, inner, key_range, *read.values())
+    group = heads // key.shape[1]
+    common: dict[str, Any] = {
+        "key_range_ptr": None if key_range is None else key_range.contiguous(),
+        "heads": heads,
+        "group": group,
+        "queries": queries,
+        "keys": keys,
+        "window": window,
+        "factor": factor,
+        "inner": inner,
+        "inverse_temperature": 1.0 / temperature,
+    }
     mask = (options.causal, window is not None, inner is not None)
     shift: torch.Tensor | None = None
     norm: torch.Tensor | None = None
@@ -774,10 +847,14 @@ def attention_backward(
                 to_query is not None,
                 to_sinks is not None,
                 to_key is not None,
+                by_descriptor,
             )
+            tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
             variant.launch(
-                triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
+                tiles_t * batch * heads,
                 **common,
+                **matrices(variant, **read),
+                section=query_section(tiles_t, query, key, options.causal),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out,
                 lse_ptr=lse,
@@ -790,7 +867,9 @@ def attention_backward(
                 **strides("grad_query", query if to_query is None else to_query, "t"),
                 grad_factor=options.scale * grad_scale[0],
             )
-        together = tiles.attention_tile("grad_key_value", architecture, size, query.dtype, inner is not None)
+        together = tiles.attention_tile(
+            "grad_key_value", architecture, size, query.dtype, inner is not None, by_descriptor
+        )
         launches = [(to_key, to_value)]
         if to_key is not None and to_value is not None and together.split:
             launches = [(None, to_value), (to_key, None)]
@@ -806,20 +885,39 @@ def attention_backward(
                 key_range is not None,
                 place_key is not None,
                 place_value is not None,
+                by_descriptor,
             )
+            block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
+            tiles_s, columns = triton.cdiv(keys, block_s), batch * key.shape[1]
+            members = members_of(queries, keys, window, options.causal, block_t, block_s, columns, group)
+            parts = group // members
+            places = [place for place in (place_key, place_value) if place is not None]
+            # [gradients, parts, B, HK, S, D]
+            partial = None
+            if parts > 1:
+                partial = torch.empty((len(places), parts, *key.shape), dtype=torch.float32, device=key.device)
+            layout_key, layout_value = (place_key, place_value) if partial is None else (partial[0, 0], partial[0, 0])
             variant.launch(
-                triton.cdiv(keys, variant.constants["BLOCK_S"]) * batch * key.shape[1],
+                tiles_s * columns * parts,
                 **common,
+                **matrices(variant, **read),
                 grad_key_ptr=place_key,
                 grad_value_ptr=place_value,
+                partial_ptr=lse if partial is None else partial,  # without parts nothing is written there
                 shift_ptr=lse if place_key is None else shift,
                 norm_ptr=None if place_key is None else norm,
                 delta_ptr=None if place_key is None else delta,
-                **strides("grad_key", key if place_key is None else place_key, "s"),
-                **strides("grad_value", value if place_value is None else place_value, "s"),
+                **strides("grad_key", key if layout_key is None else layout_key, "s"),
+                **strides("grad_value", value if layout_value is None else layout_value, "s"),
+                grad_stride_part=key.numel(),
+                members=members,
+                section=key_section(tiles_s, members, query, columns * parts, options.causal),
                 key_factor=options.scale * grad_scale[1],
                 value_factor=grad_scale[2],
             )
+            if partial is not None:
+                for sums, place in zip(partial, places, strict=True):
+                    fold_parts(sums, place)
     for grad, written in ((grad_query, to_query), (grad_key, to_key), (grad_value, to_value)):
         if grad is not None and written is not None and written is not grad:
             grad.copy_(written)

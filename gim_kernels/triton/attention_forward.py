@@ -1,6 +1,7 @@
 """Attention forward on a GPU: one pass with an online softmax, which keeps the output and one number per row.
 
-Tiles are read through plain pointers, not tensor descriptors (TMA): strided views of any alignment work unchanged.
+Tiles are read through tensor descriptors (TMA) where :func:`gim_kernels.triton.launch.described` allows it, and through
+plain pointers elsewhere: strided views of any alignment work.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from gim_kernels.triton.device import guard
 from gim_kernels.triton.launch import (
     SMALLEST_FACTOR,
     check_attention,
+    described,
     hiding_window,
+    matrices,
+    query_section,
     score_factors,
     strides,
     unit_stride,
 )
+from gim_kernels.triton.order import tile_of_program
 from gim_kernels.triton.primitives import (
     LN2,
     LOG2E,
     key_bounds,
     load_rows,
+    matrix_of,
     raw_scores,
     sees,
     store_rows,
@@ -56,13 +62,13 @@ def _online_softmax(
 ):
     """The key tiles of ``span``, full or with ``MASKED`` the others, into the running output, sum and maximum."""
     out, total, top2 = state
-    key_ptr, key_stride_s, value_ptr, value_stride_s = matrices
+    key_matrix, key_stride_s, value_matrix, value_stride_s = matrices
     factor, inner = scoring
     position, first, end, window = seen
     for i in range(tiles_in(span, MASKED, BLOCK_S)):
         start_s = tile_start(i, span, MASKED, LEFT, BLOCK_S)
         # [BLOCK_S, BLOCK_D]
-        key = load_rows(key_ptr, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        key = load_rows(key_matrix, start_s, key_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         # [BLOCK_T, BLOCK_S]
         raw = raw_scores(query, tl.trans(key), inner, PRECISE)
         if MASKED:
@@ -81,13 +87,13 @@ def _online_softmax(
         # [BLOCK_T, BLOCK_D]
         out = out * correction[:, None]
         # [BLOCK_S, BLOCK_D]
-        value = load_rows(value_ptr, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
+        value = load_rows(value_matrix, start_s, value_stride_s, first, end, BLOCK_S, HEAD_SIZE, BLOCK_D, MASKED)
         out = tl.dot(weight.to(value.dtype), value, out, input_precision="ieee")
         top2 = new_top2
     return out, total, top2
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group"])
+@triton.jit(do_not_specialize=["queries", "keys", "window", "heads", "group", "section"])
 def attention_forward_kernel(
     query_ptr,
     key_ptr,
@@ -110,6 +116,7 @@ def attention_forward_kernel(
     out_stride_t: tl.int64,
     heads,
     group,
+    section,
     queries,
     keys,
     window,
@@ -131,12 +138,11 @@ def attention_forward_kernel(
     A sink is a column with a score and no value: ``m`` starts at it and ``l`` at 1. Rows that see nothing give
     ``O = 0`` and ``LSE = +inf``, so that every later ``exp(S' - LSE)`` is 0. ``factor`` must be positive.
 
-    One program per query tile and head: tiles of one head run next to each other, so that they share its keys in the
-    cache, and causal ones from the last to the first, the longest first.
+    One program per query tile and head, in the order of :func:`gim_kernels.triton.order.tile_of_program`; causal tiles
+    from the last to the first, the longest first.
     """
     tiles_t = tl.cdiv(queries, BLOCK_T)
-    tile = tl.program_id(0) % tiles_t
-    batch_head = tl.program_id(0) // tiles_t
+    tile, batch_head = tile_of_program(tl.program_id(0), tiles_t, tl.num_programs(0) // tiles_t, section)
     if CAUSAL:
         tile = tiles_t - 1 - tile
     batch = (batch_head // heads).to(tl.int64)
@@ -144,13 +150,13 @@ def attention_forward_kernel(
     key_head = head // group
     start_t = tile * BLOCK_T
 
-    query_ptr += batch * query_stride_b + head * query_stride_h
-    key_ptr += batch * key_stride_b + key_head * key_stride_h
-    value_ptr += batch * value_stride_b + key_head * value_stride_h
+    query_matrix = matrix_of(query_ptr, batch, head, query_stride_b, query_stride_h)
+    key_matrix = matrix_of(key_ptr, batch, key_head, key_stride_b, key_stride_h)
+    value_matrix = matrix_of(value_ptr, batch, key_head, value_stride_b, value_stride_h)
     out_ptr += batch * out_stride_b + head * out_stride_h
 
     # [BLOCK_T, BLOCK_D]
-    query = load_rows(query_ptr, start_t, query_stride_t, 0, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
+    query = load_rows(query_matrix, start_t, query_stride_t, None, queries, BLOCK_T, HEAD_SIZE, BLOCK_D, True)
     out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     # [BLOCK_T]
     row = start_t + tl.arange(0, BLOCK_T)
@@ -168,9 +174,9 @@ def attention_forward_kernel(
         state = _online_softmax(
             state,
             query,
-            (key_ptr, key_stride_s, value_ptr, value_stride_s),
+            (key_matrix, key_stride_s, value_matrix, value_stride_s),
             (factor, inner),
-            (row + (keys - queries), first, end, window),
+            (row + (keys - queries), None if key_range_ptr is None else first, end, window),
             span,
             MASKED,
             window is not None or key_range_ptr is not None,
@@ -200,6 +206,7 @@ def forward_variant(
     softcap: bool = False,
     sinks: torch.dtype | None = None,
     key_range: bool = False,
+    described: bool = False,
     tile: tiles.Tile | None = None,
 ) -> tiles.Variant:
     """The forward kernel for these options; see :class:`gim_kernels.triton.tiles.Variant`.
@@ -210,9 +217,10 @@ def forward_variant(
         head_size: D, 1 to 256.
         causal, window, softcap, key_range: whether the kernel has them.
         sinks: dtype of the sinks, None without.
+        described: whether it reads matrices through tensor descriptors.
         tile: in place of the table's.
     """
-    tile = tile or tiles.attention_tile("forward", architecture, head_size, dtype, softcap)
+    tile = tile or tiles.attention_tile("forward", architecture, head_size, dtype, softcap, described)
     return tiles.attention_variant(
         attention_forward_kernel,
         tile,
@@ -221,6 +229,7 @@ def forward_variant(
         {"CAUSAL": causal},
         {"window": window, "inner": softcap, "key_range_ptr": key_range, "sinks_ptr": sinks is not None},
         sinks,
+        described,
     )
 
 
@@ -255,8 +264,10 @@ def attention_forward(
     factor, inner = score_factors(options)
     window = hiding_window(options, keys)
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    architecture = tiles.architecture_of(query)
+    by_descriptor = described(architecture, inner, key_range, query, key, value)
     variant = forward_variant(
-        tiles.architecture_of(query),
+        architecture,
         query.dtype,
         size,
         options.causal,
@@ -264,23 +275,21 @@ def attention_forward(
         inner is not None,
         None if sinks is None else sinks.dtype,
         key_range is not None,
+        by_descriptor,
     )
+    tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
     with guard(query):
         variant.launch(
-            triton.cdiv(queries, variant.constants["BLOCK_T"]) * batch * heads,
-            query_ptr=query,
-            key_ptr=key,
-            value_ptr=value,
+            tiles_t * batch * heads,
             sinks_ptr=None if sinks is None else sinks.contiguous(),
             key_range_ptr=None if key_range is None else key_range.contiguous(),
             out_ptr=out,
             lse_ptr=lse,
-            **strides("query", query, "t"),
-            **strides("key", key, "s"),
-            **strides("value", value, "s"),
+            **matrices(variant, query=query, key=key, value=value),
             **strides("out", out, "t"),
             heads=heads,
             group=heads // key.shape[1],
+            section=query_section(tiles_t, query, key, options.causal),
             queries=queries,
             keys=keys,
             window=window,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gim_kernels.triton import tiles
 from gim_kernels.triton.device import check
+from gim_kernels.triton.order import section_of
 from gim_kernels.triton.primitives import LOG2E
 from gim_kernels.types import Options
 
@@ -12,6 +17,8 @@ from gim_kernels.types import Options
 LARGEST_HEAD = 256
 #: Elements from one row to the next, below which a tile of 256 rows spans less than int32 can number.
 LARGEST_STRIDE = 2**22
+#: Bytes of which a descriptor's address and strides are multiples, and below which its strides are.
+ALIGNMENT, LARGEST_STEP = 16, 2**40
 #: A scale of 0 becomes this, so that -inf times it stays -inf: scores of 1e20 still vanish.
 SMALLEST_FACTOR = 1e-30
 
@@ -51,6 +58,45 @@ def strides(name: str, x: torch.Tensor, row: str) -> dict[str, int]:
     return {f"{name}_stride_b": batch, f"{name}_stride_h": head, f"{name}_stride_{row}": step}
 
 
+def described(architecture: str, softcap: float | None, key_range: torch.Tensor | None, *tensors: torch.Tensor) -> bool:
+    """Whether the kernels read ``tensors`` ``[B, H, T, D]`` through tensor descriptors: of two bytes, and aligned.
+
+    With a key range they do not: rows outside it may hold anything, and pointers pass over them. Nor with a softcap,
+    whose registers the larger tiles do not have.
+    """
+    if architecture not in tiles.DESCRIBED or softcap is not None or key_range is not None:
+        return False
+    return all(_describable(x) for x in tensors)
+
+
+def _describable(x: torch.Tensor) -> bool:
+    if x.element_size() != 2 or x.numel() == 0 or x.data_ptr() % ALIGNMENT or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return False
+    steps = [2 * stride for stride, count in zip(x.stride()[:-1], x.shape, strict=False) if count > 1]
+    return all(0 < step < LARGEST_STEP and step % ALIGNMENT == 0 for step in steps)
+
+
+def matrices(variant: tiles.Variant, **tensors: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a kernel that reads ``tensors``: pointers and strides, or descriptors and None for strides."""
+    given: dict[str, Any] = {}
+    for name, x in tensors.items():
+        row = "s" if name in ("key", "value") else "t"
+        given |= strides(name, x, row)
+        given[f"{name}_ptr"] = x
+        if variant.signature[f"{name}_ptr"].startswith("tensordesc"):
+            given |= dict.fromkeys(strides(name, x, row))
+            given[f"{name}_ptr"] = _descriptor(
+                x, variant.constants[f"BLOCK_{row.upper()}"], variant.constants["BLOCK_D"]
+            )
+    return given
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    # A dimension of one element may have any stride, which a descriptor must not.
+    steps = [stride if count > 1 else ALIGNMENT for stride, count in zip(x.stride()[:-1], x.shape, strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
+
+
 def score_factors(options: Options) -> tuple[float, float | None]:
     """``factor`` and ``inner`` of :func:`gim_kernels.triton.primitives.raw_scores`; ``inner`` is None without a cap."""
     if options.softcap is None:
@@ -61,3 +107,16 @@ def score_factors(options: Options) -> tuple[float, float | None]:
 def hiding_window(options: Options, keys: int) -> int | None:
     """The window, or None where it is wide enough to hide no key."""
     return None if options.window is None or options.window >= keys else options.window
+
+
+def query_section(tiles: int, query: torch.Tensor, key: torch.Tensor, causal: bool) -> int:
+    """The section of a kernel over ``tiles`` query tiles a head; the query heads of a group share keys and values."""
+    batch, heads = query.shape[:2]
+    _, key_heads, keys, size = key.shape
+    return section_of(tiles, batch * heads, heads // key_heads, 2 * keys * size * key.element_size(), causal)
+
+
+def key_section(tiles: int, members: int, query: torch.Tensor, columns: int, causal: bool) -> int:
+    """The section of a kernel over ``tiles`` key tiles: a column reads the queries and gradients of its members."""
+    _, _, queries, size = query.shape
+    return section_of(tiles, columns, 1, members * 2 * queries * size * query.element_size(), causal)

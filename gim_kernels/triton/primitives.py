@@ -12,8 +12,32 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def matrix_of(tensor, batch, head, stride_b, stride_h):
+    """The matrix ``[rows, D]`` of one head of a tensor ``[B, H, rows, D]``, as :func:`load_rows` takes it.
+
+    A tensor is a pointer and strides, or a descriptor and None for each stride.
+    """
+    if stride_h is None:
+        matrix = (tensor, batch.to(tl.int32), head.to(tl.int32))
+    else:
+        matrix = tensor + batch * stride_b + head * stride_h
+    return matrix
+
+
+@triton.jit
+def matrix_after(matrix, heads, stride_h):
+    """The matrix that lies ``heads`` heads further on."""
+    if stride_h is None:
+        descriptor, batch, head = matrix
+        found = (descriptor, batch, head + heads)
+    else:
+        found = matrix + heads * stride_h
+    return found
+
+
+@triton.jit
 def load_rows(
-    matrix_ptr,
+    matrix,
     start,
     stride,
     first,
@@ -25,23 +49,30 @@ def load_rows(
 ):
     """Rows ``start : start + ROWS`` of a matrix with ``HEAD_SIZE`` columns, ``[ROWS, BLOCK_D]``.
 
-    0 past the last column and, with ``CHECK_ROWS``, outside the rows ``first : end``.
+    0 past the last column and, with ``CHECK_ROWS``, outside the rows ``first : end``; ``first`` None is the first of
+    all. A descriptor, which has no ``stride``, knows its rows itself: ``first : end`` must be all of them.
     """
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    # [ROWS, BLOCK_D]
-    tile_ptr = matrix_ptr + start.to(tl.int64) * stride + (row[:, None] * stride.to(tl.int32) + column[None, :])
-    if CHECK_ROWS:
-        seen = (start + row >= first) & (start + row < end)
-        if HEAD_SIZE == BLOCK_D:
-            tile = tl.load(tile_ptr, mask=seen[:, None], other=0.0)
-        else:
-            tile = tl.load(tile_ptr, mask=seen[:, None] & (column[None, :] < HEAD_SIZE), other=0.0)
+    if stride is None:
+        descriptor, batch, head = matrix
+        tile = tl.reshape(descriptor.load([batch, head, start, 0]), [ROWS, BLOCK_D])
     else:
-        if HEAD_SIZE == BLOCK_D:
-            tile = tl.load(tile_ptr)
+        row = tl.arange(0, ROWS)
+        column = tl.arange(0, BLOCK_D)
+        # [ROWS, BLOCK_D]
+        tile_ptr = matrix + start.to(tl.int64) * stride + (row[:, None] * stride.to(tl.int32) + column[None, :])
+        if CHECK_ROWS:
+            seen = start + row < end
+            if first is not None:
+                seen = seen & (start + row >= first)
+            if HEAD_SIZE == BLOCK_D:
+                tile = tl.load(tile_ptr, mask=seen[:, None], other=0.0)
+            else:
+                tile = tl.load(tile_ptr, mask=seen[:, None] & (column[None, :] < HEAD_SIZE), other=0.0)
         else:
-            tile = tl.load(tile_ptr, mask=column[None, :] < HEAD_SIZE, other=0.0)
+            if HEAD_SIZE == BLOCK_D:
+                tile = tl.load(tile_ptr)
+            else:
+                tile = tl.load(tile_ptr, mask=column[None, :] < HEAD_SIZE, other=0.0)
     return tile
 
 
@@ -201,10 +232,18 @@ def tile_start(i, span, MASKED: tl.constexpr, LEFT: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def sees(position, key, first, end, window, CAUSAL: tl.constexpr):
-    """Whether the queries at key positions ``position`` see the keys ``key``; the two broadcast to a tile."""
-    mask = (key >= first) & (key < end)
+    """Whether the queries at key positions ``position`` see the keys ``key``; the two broadcast to a tile.
+
+    With ``first`` None all keys up to ``end`` count, and causality hides those past it: a query stands on a key.
+    """
     if CAUSAL:
-        mask = mask & (key <= position)
+        mask = key <= position
+        if first is not None:
+            mask = mask & (key >= first) & (key < end)
+    else:
+        mask = key < end
+        if first is not None:
+            mask = mask & (key >= first)
     if window is not None:
         mask = mask & (key > position - window)
     return mask

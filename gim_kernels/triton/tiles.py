@@ -128,7 +128,10 @@ def _family(architecture: str) -> str:
 
 
 #: What every row of the table rests on until a GPU has timed it.
-COMPILED = "no variant of it spills where compiled (benchmarks/results/compile_report.md); never timed on a GPU"
+COMPILED = (
+    "no loop over whole tiles writes to local memory where compiled (benchmarks/results/compile_report.md); "
+    "never timed on a GPU"
+)
 
 
 def _rows(**tiles: tuple[int, int, int, int] | None) -> dict[Work, Tile]:
@@ -233,7 +236,31 @@ _WITH_SOFTCAP: dict[tuple[str, int, int], dict[Work, Tile]] = {
 }
 
 
-def attention_tile(work: Work, architecture: str, head_size: int, dtype: torch.dtype, softcap: bool = False) -> Tile:
+#: Where matrices of two bytes are read through tensor descriptors (TMA), and the interpreter, which knows them too.
+DESCRIBED = ("cuda:90", "interpreter")
+#: The tiles of kernels that do. A tile of 64 keys or queries on the inner side keeps the products of two matrices in
+#: shared memory below what that can deliver; the addresses of plain pointers take the registers that this needs.
+_WITH_DESCRIPTORS: dict[tuple[str, int, int], dict[Work, Tile]] = {
+    ("cuda:90", 2, 64): _rows(
+        forward=(128, 128, 8, 2),
+        grad_key_value=(64, 128, 8, 3),
+    ),
+    ("cuda:90", 2, 128): _rows(
+        forward=(128, 128, 8, 2),
+        grad_query=(128, 64, 8, 2),
+        grad_key_value=(64, 128, 8, 2),
+    ),
+    ("cuda:90", 2, 256): _rows(
+        forward=(128, 64, 8, 2),
+        grad_key=(32, 128, 8, 2),
+        grad_value=(64, 128, 8, 2),
+    ),
+}
+
+
+def attention_tile(
+    work: Work, architecture: str, head_size: int, dtype: torch.dtype, softcap: bool = False, described: bool = False
+) -> Tile:
     """The tile of a kernel: a pure function of what is known before a launch.
 
     Args:
@@ -242,6 +269,7 @@ def attention_tile(work: Work, architecture: str, head_size: int, dtype: torch.d
         head_size: D.
         dtype: of the matrices.
         softcap: whether the scores are capped, which needs more registers.
+        described: whether matrices are read through tensor descriptors.
     """
     if architecture == "interpreter":
         split = head_size > 128 and work in ("grad_query", "grad_key_value")
@@ -252,6 +280,8 @@ def attention_tile(work: Work, architecture: str, head_size: int, dtype: torch.d
     tile = _TABLE[rows][work]
     if shared_memory(architecture) > 160 * 1024:
         tile = _WITH_ROOM.get(rows, {}).get(work, tile)
+    if described:
+        tile = _WITH_DESCRIPTORS.get(rows, {}).get(work, tile)
     if softcap:
         tile = _WITH_SOFTCAP.get(rows, {}).get(work, tile)
     if architecture.startswith("hip"):  # 64 KiB of local memory
@@ -264,7 +294,8 @@ def padded_head(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-_TRITON_TYPES = {
+#: Triton's names of dtypes.
+TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -273,9 +304,11 @@ _TRITON_TYPES = {
 #: Pointers whose elements are not of the kernel's dtype.
 _POINTERS = {
     "key_range_ptr": "*i32",
-    **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "shift_ptr", "norm_ptr", "delta_ptr", "grad_sink_ptr", "partial_ptr"), "*fp32"),
 }
-_INTEGERS = ("heads", "group", "queries", "keys", "window")
+#: Matrices that a descriptor can stand for, and whether their rows are queries or keys.
+_READ = {"grad_out": "t", "query": "t", "key": "s", "value": "s"}
+_INTEGERS = ("heads", "group", "members", "section", "queries", "keys", "window")
 
 
 def attention_variant(
@@ -286,6 +319,7 @@ def attention_variant(
     switches: Mapping[str, Any],
     present: Mapping[str, bool],
     sinks: torch.dtype | None = None,
+    described: bool = False,
 ) -> Variant:
     """An attention kernel with its tile and its switches.
 
@@ -297,8 +331,9 @@ def attention_variant(
         switches: values of constexpr arguments besides the block sizes.
         present: of the arguments that may be None, which are given; those not named are.
         sinks: dtype of the sinks.
+        described: whether it reads matrices through tensor descriptors, which know their strides.
     """
-    short = _TRITON_TYPES[dtype]
+    short = TRITON_TYPES[dtype]
     constants: dict[str, Any] = {
         **switches,
         "HEAD_SIZE": head_size,
@@ -308,12 +343,18 @@ def attention_variant(
         "PRECISE": dtype == torch.float32,
         **{name: None for name, given in present.items() if not given},
     }
+    if described:
+        strides = [name for name in kernel.arg_names if name.startswith(tuple(f"{name}_stride" for name in _READ))]
+        constants |= dict.fromkeys(strides)
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif described and name.removesuffix("_ptr") in _READ:
+            rows = tile.block_t if _READ[name.removesuffix("_ptr")] == "t" else tile.block_s
+            signature[name] = f"tensordesc<{short}[1, 1, {rows}, {constants['BLOCK_D']}]>"
         elif name == "sinks_ptr":
-            signature[name] = "*" + _TRITON_TYPES[sinks or torch.float32]
+            signature[name] = "*" + TRITON_TYPES[sinks or torch.float32]
         elif name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, f"*{short}")
         elif "_stride_" in name:
@@ -332,5 +373,6 @@ def attention_variant(
         for name, value in switches.items()
         if value is not False
     ]
+    parts += ["described"] if described else []
     parts += [("" if given else "no_") + name.removesuffix("_ptr") for name, given in present.items()]
     return Variant("_".join(["gim", *parts]), kernel, signature, constants, divisible, tile.num_warps, tile.num_stages)

@@ -26,7 +26,7 @@ SELECTION = {
     "GIM_TARGETS": "cuda:90:32",
     "GIM_HEAD_SIZES": "16",
     "GIM_DTYPES": "fp16",
-    "GIM_ONLY": "attention_*/causal/general*;attention_*/full/plain*;fold;*layer_bias/128;*layer_bias;"
+    "GIM_ONLY": "attention_*/causal/general*;attention_*/full/plain*;*fold*;*layer_bias/128;*layer_bias;"
     "norm_backward/*/layer/live/128;norm_backward/*/layer/live;norm_backward_weight/*/layer;*/silu*",
 }
 #: What is compiled here and held against the committed report: what every user of GIM runs.
@@ -61,13 +61,25 @@ def scores_for_each_thread(row: dict[str, Any]) -> int:
     return row["block"][0] * row["block"][1] // (32 * row["warps"])
 
 
+def check_local_memory(row: dict[str, Any], what: str) -> None:
+    """No loop over whole tiles of attention writes to local memory; what else there is of it is done once a program."""
+    operator, *options = row["key"].split("/")
+    if not operator.startswith("attention") or operator == "attention_fold":
+        assert row["stack"] == 0 and row["spills"] == 0, f"{what}: {row['stack']} of stack, {row['spills']} spills"
+        return
+    # One loop without a mask and one with it for each pass; a temperature below 1 looks for the maximum first.
+    loops, passes = row["loop_stores"], row["passes"] + (options[-1] == "sharp")
+    assert len(loops) == 2 * passes, f"{what}: {len(loops)} loops for {passes} passes"
+    assert not any(loops[::2]), f"{what}: {loops} stores in the loops"
+
+
 def check_bounds(row: dict[str, Any]) -> None:
     """What must hold of a variant on an NVIDIA GPU."""
     what = f"{row['target']} {row['key']} {row['limit']}"
-    assert row["stack"] == 0 and row["spills"] == 0, f"{what}: {row['stack']} bytes of stack, {row['spills']} spills"
+    check_local_memory(row, what)
     assert row["shared"] + row["shared_static"] <= {"cuda:80:32": 163, "cuda:90:32": 227}[row["target"]] * 1024, what
     operator, *options = row["key"].split("/")
-    if not operator.startswith("attention"):
+    if not operator.startswith("attention") or operator == "attention_fold":
         assert row["matrix"] == {}, what
         return
     if options[0] == "fp32":  # products are IEEE's: no matrix instruction keeps 24 bits
@@ -94,7 +106,7 @@ def check_products(row: dict[str, Any]) -> None:
     An HMMA is a product of 16 x 8 x 16. Hopper's instructions have many sizes, which the code does not count out.
     """
     operator, *options = row["key"].split("/")
-    if row["target"] != "cuda:80:32" or not operator.startswith("attention") or options[0] == "fp32":
+    if row["target"] != "cuda:80:32" or not row["matrix"]:
         return
     products = {
         "attention_forward": 2,
@@ -127,23 +139,40 @@ def test_every_shipped_variant_is_in_the_committed_report() -> None:
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-def test_no_shipped_variant_spills_and_all_use_the_tensor_cores(target: str) -> None:
+def test_no_whole_tile_spills_and_all_use_the_tensor_cores(target: str) -> None:
     rows = rows_of(committed(), target)
-    for row in rows:
+    for row in rows + rows_of(committed()["beside"], target):
         check(row)
     assert any(row["key"].endswith("plain/square") for row in rows)
+
+
+def test_the_report_has_two_versions_of_triton_side_by_side() -> None:
+    """Of what models run on sm_90, whose code differs."""
+    report, beside = committed(), committed()["beside"]
+    assert (report["triton"], beside["triton"]) == ("3.7.1", "3.6.0")
+    here, there = ({row["key"]: row for row in rows_of(x, "cuda:90:32")} for x in (report, beside))
+    want = {key for key in here if re.fullmatch(r"attention_.*/bf16/(64|128|256)/causal/plain.*", key)}
+    assert len(want) == 18 and want <= set(there)
+    assert any(here[key]["registers"] != there[key]["registers"] for key in want)
+    assert all(here[key]["block"] == there[key]["block"] for key in there)
 
 
 def test_the_bounds_can_fail() -> None:
     hopper = {
         "key": "attention_grad_query/bf16/128/causal/plain/square", "limit": None, "target": "cuda:90:32",
         "block": [128, 32], "passes": 1, "warps": 8, "stack": 0, "spills": 0, "shared": 1, "shared_static": 0,
-        "matrix": {"HGMMA": 8}, "exponentials": 32,
+        "loop_stores": [0, 0], "matrix": {"HGMMA": 8}, "exponentials": 32,
     }  # fmt: skip
     ampere = {**hopper, "target": "cuda:80:32", "matrix": {"HMMA": 256}}
     check(hopper)
     check(ampere)
-    worse: list[dict[str, Any]] = [{"stack": 8}, {"spills": 1}, {"shared": 228 * 1024}, {"matrix": {}}]
+    check({**hopper, "stack": 8, "spills": 3, "loop_stores": [0, 2]})
+    worse: list[dict[str, Any]] = [
+        {"loop_stores": [1, 0]},
+        {"loop_stores": [0]},
+        {"shared": 228 * 1024},
+        {"matrix": {}},
+    ]
     for good in (hopper, ampere):
         for change in [*worse, {"exponentials": 64}, {"passes": 2}]:
             with pytest.raises(AssertionError):
@@ -154,11 +183,55 @@ def test_the_bounds_can_fail() -> None:
         check({**ampere, "matrix": {"HMMA": 384}})
     with pytest.raises(AssertionError):
         check({**hopper, "key": "norm_forward/bf16/rms"})
+    norm = {**hopper, "key": "norm_forward/bf16/rms", "matrix": {}}
+    check(norm)
+    with pytest.raises(AssertionError):
+        check({**norm, "spills": 1})
 
 
 def test_the_markdown_holds_every_row_of_the_json() -> None:
     text = REPORT.with_suffix(".md").read_text()
-    assert text == aot._markdown(committed()["variants"], committed()["triton"])
+    assert text == aot._markdown(committed())
+
+
+def test_a_report_shows_two_versions_of_triton_or_one() -> None:
+    row = {
+        "key": "attention_forward/bf16/128/causal/plain", "limit": None, "target": "cuda:90:32", "block": [128, 128],
+        "passes": 1, "warps": 8, "stages": 2, "registers": 245, "stack": 0, "shared": 1024, "shared_static": 0,
+        "spills": 0, "loop_stores": [0, 1], "matrix": {"HGMMA": 32}, "exponentials": 132, "bytes": 1,
+    }  # fmt: skip
+    alone: dict[str, Any] = {"triton": "3.7.1", "variants": [row, {**row, "key": "fold"}], "beside": {}}
+    want = "| attention_forward/bf16/128/causal/plain | 128x128 8w 2s | 245 | 0 | 0 | 0 1 | 1 | 32 HGMMA | 132 |"
+    assert want in aot._markdown(alone).splitlines()
+    both = {**alone, "beside": {"triton": "3.6.0", "variants": [{**row, "registers": 163}]}}
+    lines = aot._markdown(both).splitlines()
+    assert f"{want} 163 | 0 | 0 | 0 1 |" in lines and "| cuda:90:32 | 3.6.0 | 1 | 163 | 0 | 0 | 0 | 1 |" in lines
+    columns = {line.count("|") for line in lines[lines.index("## cuda:90:32") + 2 :] if line}
+    assert len(columns) == 1
+
+
+def test_stores_are_counted_in_the_loops_that_hold_them() -> None:
+    """A listing as nvdisasm writes it: a loop over whole tiles, one over masked ones, and what is in neither."""
+    lines = [
+        "        /*0010*/                   STL [R1], R2 ;",
+        ".L_x_0:",
+        "        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;",
+        ".L_x_1:",
+        "        /*0030*/                   LDL R2, [R1] ;",
+        "        /*0040*/              @!P0 BRA `(.L_x_2) ;",
+        "        /*0050*/               @P1 BRA `(.L_x_0) ;",
+        ".L_x_2:",
+        "        /*0060*/                   HMMA.16816.F32 R4, R8, R12, R4 ;",
+        "        /*0070*/                   STL [R1+0x4], R4 ;",
+        "        /*0080*/               @P2 BRA `(.L_x_2) ;",
+        ".L_x_3:",
+        "        /*0090*/                   STL [R1+0x8], R4 ;",
+        "        /*00a0*/               @P3 BRA `(.L_x_3) ;",
+        "        /*00b0*/                   EXIT ;",
+    ]
+    assert aot._loop_stores("\n".join(lines)) == [0, 1]
+    lines[4] = lines[4].replace("LDL R2, [R1]", "STL [R1], R2")
+    assert aot._loop_stores("\n".join(lines)) == [1, 1]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -176,6 +177,12 @@ def run(engine: str, tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[
     return differentiate(gim_kernels.attention, *tensors, engine=engine, **options)
 
 
+def in_parts(monkeypatch: pytest.MonkeyPatch, members: int) -> None:
+    """Programs of the key kernel each sum over ``members`` query heads of a group, as they do where few would run."""
+    module = importlib.import_module("gim_kernels.triton.attention_backward")
+    monkeypatch.setattr(module, "members_of", lambda *_: members)
+
+
 def hold(
     engine: str, tensors: tuple[torch.Tensor, ...], function: Any = reference.attention, **options: Any
 ) -> dict[str, torch.Tensor]:
@@ -199,21 +206,33 @@ def hold(
 
 def definitions() -> Iterator[Any]:
     """Every engine with every rule under every option, with and without sinks; the interpreter, for which each is a
-    matter of a second, with temperature 2 alone and one of the two."""
+    matter of a second, with temperature 2 alone and one of the two. In the kernels, the query heads of a group are
+    summed by one program under every other option, else by one each."""
     for engine, (option, (rule, temperature)) in itertools.product(DTYPES, itertools.product(OPTIONS, RULES)):
         if engine == "composed" and "softcap" in OPTIONS[option]:
             continue  # tests/gim_kernels/test_composed.py has what it refuses
         place = list(OPTIONS).index(option) + RULES.index((rule, temperature))
         for sinks in (False,) if engine == "composed" else (False, True):
-            case = f"{engine}-{option}{'-sinks' if sinks else ''}-{rule}-{temperature:g}"
+            parts = engine == "triton" and place // 2 % 2 == 0
+            case = f"{engine}-{option}{'-sinks' if sinks else ''}{'-parts' if parts else ''}-{rule}-{temperature:g}"
             often = engine != "triton" or (sinks == (place % 2 == 0) and temperature == 2.0)
             marks: Any = [] if often else pytest.mark.slow
-            yield pytest.param(engine, option, sinks, rule, temperature, id=case, marks=marks)
+            yield pytest.param(engine, option, sinks, parts, rule, temperature, id=case, marks=marks)
 
 
 @nan_filled
-@pytest.mark.parametrize(("engine", "option", "sinks", "rule", "temperature"), list(definitions()))
-def test_every_rule_is_its_definition(engine: str, option: str, sinks: bool, rule: str, temperature: float) -> None:
+@pytest.mark.parametrize(("engine", "option", "sinks", "parts", "rule", "temperature"), list(definitions()))
+def test_every_rule_is_its_definition(
+    engine: str,
+    option: str,
+    sinks: bool,
+    parts: bool,
+    rule: str,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if parts:
+        in_parts(monkeypatch, 1)
     options = dict(OPTIONS[option])
     if "key_range" in options:
         options["key_range"] = torch.tensor(options["key_range"], dtype=torch.int32)

@@ -20,7 +20,7 @@ import gim_kernels
 from gim_kernels import triton as kernels
 from gim_kernels.triton import device, pointwise_tiles, tiles
 from tests.gim_kernels.sanitizer import Sanitizer, SanitizerError, sanitize
-from tests.gim_kernels.test_attention import PAPERS_RULES, RULES, make
+from tests.gim_kernels.test_attention import PAPERS_RULES, RULES, in_parts, make
 from tests.gim_kernels.test_triton_pointwise import kernel_norm, normal, views
 
 pytestmark = [
@@ -351,6 +351,15 @@ def test_attention_under_every_rule_and_mask(mask: str, rule: str, temperature: 
     shape = (2 if mask == "everything" else 1, 2, 1, 66, 66, 24)
     seen = check_attention(shape, dtype, layout=layout, **options)
     assert set(seen.launches) == ATTENTION_KERNELS - ({"grad_query_kernel"} if rule == "constant" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["plain", "everything"])
+def test_attention_whose_groups_are_in_parts(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch, 2)
+    options: dict[str, Any] = {**MASKS[mask], "softmax_backward": "temperature"}
+    seen = check_attention((2, 8, 2, 66, 66, 24), torch.float16, **options)
+    assert seen.launches == dict.fromkeys(ATTENTION_KERNELS, 1) | {"fold_parts_kernel": 2}
 
 
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)

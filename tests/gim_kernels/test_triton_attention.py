@@ -18,9 +18,12 @@ from tests.oracle import assert_within_budget, relative_error
 
 pytest.importorskip("triton")
 
-from gim_kernels.triton import attention_backward, attention_forward, device, tiles
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gim_kernels.triton import attention_backward, attention_forward, device, launch, tiles
 from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
 from gim_kernels.triton.attention_forward import forward_variant
+from gim_kernels.triton.launch import described
 from gim_kernels.triton.tiles import Tile
 from gim_kernels.types import Options
 
@@ -155,6 +158,149 @@ def test_only_the_gradients_asked_for_are_computed(
         want_launches = ["grad_query_kernel"] * through_scores
         key_kernel = "value" in names or (rule != "constant" and "key" in names)
         assert launched == want_launches + ["grad_key_value_kernel"] * key_kernel, names
+
+
+# ---- parts of a group
+
+
+@nan_filled
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("members", [2, 1])
+@pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
+def test_the_query_heads_of_a_group_in_parts(
+    members: int, rule: str, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract.in_parts(monkeypatch, members)
+    contract.hold(
+        "triton",
+        inputs(2, 4, 1, 34, 40, 16, dtype=dtype),
+        causal=True,
+        window=30,
+        softcap=2.0,
+        sinks=torch.linspace(-1, 1, 4, device=DEVICE, dtype=dtype),
+        key_range=torch.tensor([[5, 36], [0, 40]], dtype=torch.int32, device=DEVICE),
+        grad_scale=(0.25, 0.3, 0.5),
+        softmax_backward=rule,
+        temperature=temperature,
+    )
+
+
+@nan_filled
+@pytest.mark.parametrize("size", [16, pytest.param(160, marks=pytest.mark.slow)])
+def test_parts_are_added_one_after_another(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of what each query head gives alone, to the last bit: whatever ran first, and wherever the sum lies."""
+    query, key, value, grad_out = inputs(1, 2, 1, 20, 36, size) if size == 16 else inputs(1, 6, 2, 20, 36, size)
+    group = query.shape[1] // key.shape[1]
+    contract.in_parts(monkeypatch, 1)
+    options: dict[str, Any] = {"causal": True, "softmax_backward": "temperature", "grad_scale": (0.25, 0.3, 0.7)}
+    got = run((query, key, value, grad_out), **options)
+    for kv_head in range(key.shape[1]):
+        shared = slice(kv_head, kv_head + 1)
+        for name in ("key", "value"):
+            want = torch.zeros_like(key[:, shared])
+            for head in range(group * kv_head, group * kv_head + group):
+                one = slice(head, head + 1)
+                want = want + run((query[:, one], key[:, shared], value[:, shared], grad_out[:, one]), **options)[name]
+            assert torch.equal(got[name][:, shared], want), name
+    packed = key.contiguous(), value.mT.contiguous().mT
+    for name, x in run((query, *packed, grad_out), **options).items():
+        assert torch.equal(x, got[name]), name
+
+
+def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help from the test: eight query heads for the only key tile."""
+    launched: list[dict[str, Any]] = []
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        launched.append({"kernel": self.kernel.__name__, "programs": programs, **arguments})
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    run(inputs(1, 8, 1, 70, 20, 16), softmax_backward="temperature")
+    fold = "fold_parts_kernel"
+    assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", fold, fold]
+    last, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
+    block_s = tiles.attention_tile("grad_key_value", architecture, 16, torch.float32).block_s
+    parts = 8 // last["members"]
+    assert parts > 1 and last["programs"] == -(-20 // block_s) * parts
+    assert last["partial_ptr"].dtype == torch.float32 and last["partial_ptr"].shape == (2, parts, 1, 1, 20, 16)
+
+
+# ---- descriptors and pointers
+
+
+@nan_filled
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (16, {"causal": True, "softmax_backward": "temperature"}),
+        pytest.param(24, {"causal": True, "window": 20, "softmax_backward": "exact"}, marks=pytest.mark.slow),
+        pytest.param(80, {"softmax_backward": "temperature", "temperature": 3.0}, marks=pytest.mark.slow),
+        pytest.param(160, {"softmax_backward": "temperature", "temperature": 0.5}, marks=pytest.mark.slow),
+        pytest.param(64, {"window": 20, "softmax_backward": "constant"}, marks=pytest.mark.slow),
+    ],
+    ids=["causal-square", "window-exact", "full-warm", "split-sharp", "constant"],
+)
+def test_descriptors_give_what_pointers_give(
+    size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = inputs(1, 2, 1, 40, 70, size, dtype=torch.float16)
+    read: set[type] = set()
+    original = tiles.Variant.launch
+
+    def spy(self: tiles.Variant, programs: int, **arguments: Any) -> None:
+        names = ("query_ptr", "key_ptr", "value_ptr", "grad_out_ptr")
+        read.update(type(arguments[name]) for name in names if name in arguments)
+        original(self, programs, **arguments)
+
+    monkeypatch.setattr(tiles.Variant, "launch", spy)
+    by_descriptor = run(tensors, **options)
+    if tiles.architecture_of(tensors[0]) in tiles.DESCRIBED:
+        assert read == {TensorDescriptor}
+    read.clear()
+    monkeypatch.setattr(tiles, "DESCRIBED", ())
+    for name, x in run(tensors, **options).items():
+        if ON_GPU:  # where the tiles are others
+            assert relative_error(x, by_descriptor[name]) < 1e-2, name
+        else:
+            assert torch.equal(x, by_descriptor[name]), name
+    assert read == {torch.Tensor}
+
+
+def test_what_is_read_through_descriptors() -> None:
+    x = torch.zeros(2, 3, 8, 32, dtype=torch.float16)
+    flat = torch.zeros(4096, dtype=torch.float16)
+    assert x.data_ptr() % 16 == flat.data_ptr() % 16 == 0
+    yes = {
+        "contiguous": x,
+        "heads after tokens": x.transpose(1, 2),
+        "a slice of each row": x[..., 8:24],
+        "bfloat16": x.bfloat16(),
+        "one row, whose stride is any": flat.as_strided((1, 3, 1, 32), (7, 64, 5, 1)),
+        "expanded to one": x[:1, :1].expand(1, 1, 8, 32),
+    }
+    no = {
+        "float32": x.float(),
+        "an address between": x[..., 1:17],
+        "rows of 20": torch.zeros(2, 3, 8, 20, dtype=torch.float16),
+        "a stride of 36": flat.as_strided((2, 3, 8, 32), (864, 288, 36, 1)),
+        "a stride of 0": x[:, :1].expand(2, 3, 8, 32),
+        "columns apart": x.mT,
+        "nothing": x[:, :, :0],
+    }
+    for name, tensor in yes.items():
+        assert described("cuda:90", None, None, x, tensor), name
+        descriptor = launch._descriptor(tensor, 64, 32)
+        assert all(stride > 0 and stride % 8 == 0 for stride in descriptor.strides[:-1]), name
+        assert descriptor.shape == list(tensor.shape) and descriptor.block_shape == [1, 1, 64, 32]
+    for name, tensor in no.items():
+        assert not described("cuda:90", None, None, x, tensor), name
+    for architecture in ("cuda:80", "cuda:89", "cuda:100", "hip:gfx942"):
+        assert not described(architecture, None, None, x)
+    assert not described("cuda:90", 30.0, None, x)
+    assert not described("cuda:90", None, torch.tensor([[0, 8]] * 2, dtype=torch.int32), x)
 
 
 # ---- memory
