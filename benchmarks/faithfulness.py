@@ -22,6 +22,7 @@ import torch
 from benchmarks import results
 from benchmarks.measure import commit, device_name
 from gim.evaluation import fingerprint, tasks
+from gim.evaluation.measures import MeasureName
 from gim.evaluation.result import Evaluation
 from gim.evaluation.run import evaluate
 from gim.loading import check_weights
@@ -39,7 +40,7 @@ GRADIENTS = ("GIM", "GIM_CONSTANT", "TRANSFORMER_LRP", "ATTNLRP", "GRADIENT", "g
 SHORT = ("indirect-objects", "agreement", "greater-than", "facts-in-context", "sentiment", "facts")
 #: Everything else is compared with this.
 REFERENCE = "GIM"
-MEASURES = ("logprob", "logit", "logodds", "contrast")
+MEASURES: tuple[MeasureName, ...] = ("logprob", "logit", "logodds", "contrast")
 SEED = 0
 
 

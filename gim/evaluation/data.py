@@ -15,9 +15,8 @@ from torch import nn
 from gim import prompts, targets
 from gim.evaluation import tasks
 from gim.evaluation.extras import need
-from gim.evaluation.perturbation import Forwards
-from gim.inputs import check_length, check_token_id
-from gim.parts import anatomy
+from gim.evaluation.perturbation import Forwards, Outcome, outcomes_of
+from gim.inputs import check_length
 from gim.targets import TokenLike
 
 #: Right examples of a task, where no limit is given.
@@ -56,12 +55,14 @@ class Kept:
         ids: of the prompt ``[T]``, on the model's device.
         target: the most likely of the right tokens, or the prediction.
         foil: the most likely of the wrong tokens.
+        whole: what the model says after the prompt.
     """
 
     example: Example
     ids: torch.Tensor
     target: int
     foil: int
+    whole: Outcome
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ def choose(
 def _right(model: nn.Module, tokenizer: Any, forwards: Forwards, example: Example) -> Kept | None:
     """The example where the model has it right."""
     try:
-        ids = torch.tensor(prompts.encode(example.text, tokenizer).ids, device=anatomy.of(model).device)
+        ids = torch.tensor(prompts.encode(example.text, tokenizer).ids, device=forwards.device)
         check_length(model, ids[None], None, False)
-        right = _ids(model, tokenizer, example.targets, "target")
-        wrong = _ids(model, tokenizer, example.foils, "foil")
+        right = [targets.token_id(one, tokenizer, "target") for one in example.targets]
+        wrong = [targets.token_id(one, tokenizer, "foil") for one in example.foils]
     except (ValueError, TypeError) as error:
         raise type(error)(f"{example.where}: {error}") from error
     if len(ids) < 3:
@@ -228,22 +229,21 @@ def _right(model: nn.Module, tokenizer: Any, forwards: Forwards, example: Exampl
     if set(right) & set(wrong):
         raise ValueError(f"{example.where}: a token is both target and foil")
     with torch.no_grad():
-        logits = forwards.logits(ids[None])[0].double()
-    if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError(f"{example.where}: the logits hold NaN or infinity")
-    order = torch.argsort(logits, descending=True, stable=True)[: len(right) + 1].tolist()
-    target = max(right, key=lambda one: logits[one].item()) if right else order[0]
-    if wrong:
-        foil = max(wrong, key=lambda one: logits[one].item())
-    else:
-        foil = next(one for one in order if one not in right and one != target)
-    is_right = not right or bool(logits[target] > logits[foil])
-    return Kept(example, ids, int(target), int(foil)) if is_right else None
-
-
-def _ids(model: nn.Module, tokenizer: Any, tokens: Sequence[TokenLike], what: str) -> list[int]:
-    """Token ids that the model has logits for."""
-    found = [targets.token_id(one, tokenizer, what) for one in tokens]
-    for one in found:
-        check_token_id(model, what, one)
-    return found
+        logits = forwards.logits(ids[None])
+    for one in (*right, *wrong):
+        if not 0 <= one < logits.shape[1]:
+            raise ValueError(f"{example.where}: the model has {logits.shape[1]} logits, and none for token {one}")
+    said = logits[0].double().cpu()
+    order = torch.argsort(said, descending=True, stable=True)[: len(right) + 1].tolist()
+    target = max(right, key=lambda one: said[one].item()) if right else order[0]
+    foil = (
+        max(wrong, key=lambda one: said[one].item())
+        if wrong
+        else next(one for one in order if one not in right and one != target)
+    )
+    try:
+        whole = outcomes_of(logits, target, foil)[0]
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{example.where}: {error}") from error
+    is_right = not right or bool(said[target] > said[foil])
+    return Kept(example, ids, int(target), int(foil), whole) if is_right else None

@@ -36,7 +36,7 @@ def of_model(model: nn.Module) -> str:
     order. So a change of any one number is seen.
     """
     digest = hashlib.sha256(type(model).__qualname__.encode())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())

@@ -5,8 +5,9 @@ f(x) is the explained number on the whole prompt x, f(x without S) with the toke
 - comprehensiveness: the mean over k of ``f(x) - f(x without the k highest)``; higher is better.
 - sufficiency: the mean over shares r of ``f(x) - f(x without the int(r n) lowest)``, n tokens that may be replaced;
   lower is better.
-- loo_correlation: Spearman's correlation of the scores with ``f(x) - f(x without token i)`` over those n tokens;
-  higher is better. 0 where either is the same for all tokens, so that there is no order.
+- loo_correlation: Pearson's correlation of the scores with ``f(x) - f(x without token i)`` over those n tokens;
+  higher is better. 0 where either is the same for all tokens. Not of ranks: those of tokens that hardly matter hang on
+  the last bits.
 
 Under the measure ``logit`` the first two are ratios to f(x), as in the GIM paper; under the others, differences.
 
@@ -67,10 +68,10 @@ def sufficiency(dropped: Sequence[float]) -> float:
 
 
 def loo_correlation(scores: Sequence[float], dropped: Sequence[float]) -> float:
-    """Spearman's correlation of scores with what leaving each token out does; 0 where either has no order."""
+    """Pearson's correlation of scores with what leaving each token out does; 0 where either is constant."""
     if len(set(scores)) < 2 or len(set(dropped)) < 2:
         return 0.0
-    return float(need("scipy.stats").spearmanr(scores, dropped).statistic)
+    return float(need("scipy.stats").pearsonr(scores, dropped).statistic)
 
 
 def outcomes(rows: Sequence[Sequence[float]]) -> list[Outcome]:

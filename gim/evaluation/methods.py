@@ -85,7 +85,7 @@ class eager_attention:  # noqa: N801 - used as a function is
         self._model: Any = model
 
     def __enter__(self) -> Any:
-        config = getattr(self._model, "config", None)
+        config: Any = getattr(self._model, "config", None)
         self._before = getattr(config, "_attn_implementation", None)
         if self._before is None or not hasattr(self._model, "set_attn_implementation"):
             raise ValueError(

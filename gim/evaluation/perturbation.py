@@ -102,6 +102,14 @@ class Outcome:
         return [self.logit, self.foil, self.log_total, self.log_rest]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where ids must be: with the embedding, or with a model's first weight where it does not say what embeds."""
+    try:
+        return anatomy.of(model).device
+    except TypeError:
+        return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
 class Forwards:
     """A model's logits at the last position of rows of one length; no gradient.
 
@@ -113,13 +121,11 @@ class Forwards:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, batch_tokens: int | None = None) -> None:
-        parts = anatomy.of(model)
-        if dtype is not None and dtype != parts.dtype:
+        if dtype is not None and dtype != anatomy.of(model).dtype:
             model = copy.deepcopy(model).to(dtype)
         self.model = model
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
-        #: Rows that have gone through the model.
-        self.rows = 0
+        self.device = device_of(model)
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_GPU)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, V]`` after rows ``[B, T]``, which follow autograd's mode."""
@@ -137,7 +143,6 @@ class Forwards:
                 f"model must put out logits [B, T, V], by themselves or under the name logits; "
                 f"{type(self.model).__name__} put out {type(output).__name__}"
             )
-        self.rows += ids.shape[0]
         return found[:, -1]
 
     @torch.no_grad()
@@ -147,11 +152,11 @@ class Forwards:
         for batch in ids.split(max(1, self.batch_tokens // ids.shape[1])):
             logits = self.logits(batch)
             for part in logits.split(max(1, LOGIT_TILE // logits.shape[1])):
-                found += _outcomes(part, target, foil)
+                found += outcomes_of(part, target, foil)
         return found
 
 
-def _outcomes(logits: torch.Tensor, target: int, foil: int) -> list[Outcome]:
+def outcomes_of(logits: torch.Tensor, target: int, foil: int) -> list[Outcome]:
     """Of logits ``[B, V]``."""
     wide = logits.to(torch.float64, copy=True)
     if not bool(torch.isfinite(wide).all()):
@@ -171,15 +176,18 @@ class Masked:
         ids: the prompt ``[T]``.
         target, foil: ids whose logits count.
         baseline_id: what a token is replaced by.
+        whole: what the model says after the prompt itself.
     """
 
-    def __init__(self, forwards: Forwards, ids: torch.Tensor, target: int, foil: int, baseline_id: int) -> None:
+    def __init__(
+        self, forwards: Forwards, ids: torch.Tensor, target: int, foil: int, baseline_id: int, whole: Outcome
+    ) -> None:
         self.ids = ids
         self.baseline_id = baseline_id
         self.target = target
         self._forwards = forwards
         self._foil = foil
-        self._known: dict[tuple[int, ...], Outcome] = {}
+        self._known: dict[tuple[int, ...], Outcome] = {tuple(ids.tolist()): whole}
 
     @property
     def rows_at_once(self) -> int:

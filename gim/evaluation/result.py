@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gim.evaluation import measures
 from gim.evaluation.extras import need
-from gim.evaluation.measures import HIGHER_IS_BETTER, METRICS, MeasureName, Outcome, Record
+from gim.evaluation.measures import HIGHER_IS_BETTER, METRICS, MeasureName, Record
+from gim.evaluation.perturbation import Outcome
 from gim.evaluation.statistics import Estimate, difference, estimate
 from gim.files import check_writable, write_atomically
 
@@ -70,7 +71,7 @@ class Evaluation:
         return need("pandas").DataFrame(rows, columns=["example", "method", "measure", "metric", "value"])
 
     def examples(self) -> pd.DataFrame:
-        """The examples: ``example``, ``id``, ``tokens``, ids of ``target`` and ``foil``, and f(x) under each measure."""
+        """Columns ``example``, ``id``, ``tokens``, ids of ``target`` and ``foil``, and f(x) under each measure."""
         rows = []
         for record in self.records:
             whole = Outcome(*record["whole"])
@@ -111,8 +112,8 @@ class Evaluation:
         """Method a minus method b, example by example.
 
         Returns:
-            Columns ``measure``, ``metric``, ``n``, ``mean`` (of a - b), ``low``, ``high`` and ``better``: the method that
-            the whole interval speaks for, empty where it holds 0 or cannot be told.
+            Columns ``measure``, ``metric``, ``n``, ``mean`` (of a - b), ``low``, ``high`` and ``better``: the method
+            that the whole interval speaks for, empty where it holds 0 or cannot be told.
 
         Raises:
             ValueError: a name that is no method.

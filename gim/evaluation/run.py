@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,12 +14,12 @@ from torch import nn
 
 from gim import targets
 from gim.evaluation import data as examples
-from gim.evaluation import fingerprint, methods
+from gim.evaluation import fingerprint
 from gim.evaluation.case import Case
 from gim.evaluation.data import Kept
 from gim.evaluation.extras import need
 from gim.evaluation.measures import MEASURES, MeasureName, Record
-from gim.evaluation.methods import Method, MethodLike
+from gim.evaluation.methods import Method, MethodLike, parse
 from gim.evaluation.perturbation import (
     GRIDS,
     PROTOCOLS,
@@ -33,6 +34,7 @@ from gim.evaluation.perturbation import (
 )
 from gim.evaluation.result import Evaluation
 from gim.evaluation.store import Store
+from gim.evaluation.tasks import TASKS
 from gim.inputs import check_token_id, infer_baseline
 from gim.parts import anatomy
 from gim.targets import TokenLike
@@ -103,9 +105,9 @@ def evaluate(
             ``DeepLIFT`` (all captum's), ``attention``, ``random``; or functions from ids ``[T]`` to scores ``[T]``.
         measures: f, the number that is compared: ``logprob``, ``logit``, ``logodds``, ``contrast`` (logit of the target
             minus that of the foil, which is the most likely other token where none is given).
-        protocol: ``"aopc"``: the means over k = 1..min(50, T - 2) and over the shares .5, .8, .9, .95, .99. ``"paper"``:
-            those of the GIM paper's code, whose mean over k is over 50 always, with zeros for what a shorter prompt has
-            not; its own measure is ``logit``.
+        protocol: ``"aopc"``: the means over k = 1..min(50, T - 2) and over the shares .5, .8, .9, .95, .99.
+            ``"paper"``: those of the GIM paper's code, whose mean over k is over 50 always, with zeros for what a
+            shorter prompt has not; its own measure is ``logit``.
         grid: ``"coarse"``: k = 1, 2, 4, 8 and the shares .5, .8, .9; cheap, without ``loo_correlation``.
         baseline: the token that stands for "nothing", as id or text; None as in :func:`gim.explain`.
         batch_tokens: tokens of one forward of masked inputs, at most. Results do not depend on it but for rounding.
@@ -144,13 +146,14 @@ def evaluate(
     wanted = _measures(measures)
     _check(protocol, grid, batch_tokens, seed, limit)
     _check_model(model)
-    chosen = methods_of(methods)
+    chosen = parse(methods)
     baseline_id = infer_baseline(tokenizer) if baseline is None else targets.token_id(baseline, tokenizer, "baseline")
-    check_token_id(model, "baseline", baseline_id)
+    with suppress(TypeError):  # a model that does not say what embeds says no size of its vocabulary
+        check_token_id(model, "baseline", baseline_id)
     forwards = Forwards(model, forward_dtype, batch_tokens)
     with anatomy.held(model):
         rows = examples.read(data, tokenizer, seed=seed, limit=limit)
-        if isinstance(data, str) and data in examples.tasks.TASKS and limit is None:
+        if isinstance(data, str) and data in TASKS and limit is None:
             limit = examples.TASK_EXAMPLES
         found = examples.choose(model, tokenizer, forwards, rows, limit)
         settings = {
@@ -166,7 +169,7 @@ def evaluate(
         digests = [fingerprint.of_example(kept) for kept in found.kept]
         store = None if resume is None else Store(resume, settings, digests)
         plan = _Plan(model, forwards, chosen, grid, baseline_id, seed)
-        about = {**settings, "protocol": protocol, "seen": found.seen, "dropped": found.dropped}
+        about = {**settings, "name": _name(model), "protocol": protocol, "seen": found.seen, "dropped": found.dropped}
         records: dict[int, Record] = {} if store is None else store.records
 
         def result() -> Evaluation:
@@ -179,7 +182,10 @@ def evaluate(
         return result()
 
 
-methods_of = methods.parse
+def _name(model: nn.Module) -> str:
+    """A model's class and the last part of where it came from: a path on somebody's disk is nobody's business."""
+    path = str(getattr(anatomy.of(model).config, "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    return type(model).__name__ + (f" ({path})" if path else "")
 
 
 def _run(
@@ -211,7 +217,7 @@ def _run(
 def _record(plan: _Plan, kept: Kept, index: int, digest: str) -> Record:
     """Everything that is measured on one example: what the model says, not yet what that is worth."""
     ids, what = kept.ids, f"example {index} ({kept.example.where})"
-    masked = Masked(plan.forwards, ids, kept.target, kept.foil, plan.baseline_id)
+    masked = Masked(plan.forwards, ids, kept.target, kept.foil, plan.baseline_id, kept.whole)
     case = Case(plan.model, ids, kept.target, plan.baseline_id, masked, plan.seed, what, digest)
     grid = Grid.of(plan.grid, len(ids) - 2)
     scores: dict[str, torch.Tensor] = {}
@@ -268,7 +274,7 @@ def _measures(measures: Iterable[MeasureName] | MeasureName) -> list[MeasureName
             raise ValueError(f"measures must be of {', '.join(get_args(MeasureName))}, got {one!r:.80}")
     if not found or len(set(found)) < len(found):
         raise ValueError(f"measures must hold at least one, and none twice, got {found!r}")
-    return found  # type: ignore[return-value] # checked above
+    return found
 
 
 def _check(protocol: str, grid: str, batch_tokens: int | None, seed: int, limit: int | None) -> None:

@@ -92,7 +92,7 @@ class Store:
         example = record.get("example")
         if not isinstance(example, int) or not 0 <= example < len(digests):
             raise ValueError(
-                f"resume: {self.path} was made with other data: it holds example {example}, and there are {len(digests)}"
+                f"resume: {self.path} was made with other data: it holds example {example} of {len(digests)}"
             )
         if record["digest"] != digests[example]:
             raise ValueError(f"resume: {self.path} was made with other data: example {example} is another one")
