@@ -130,12 +130,14 @@ def _file(path: Path) -> Iterator[Any]:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for index, line in enumerate(file):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {index} is not text in UTF-8: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{path}, row {index} is not JSON: {error}") from error
 
@@ -234,7 +236,7 @@ def _right(model: nn.Module, tokenizer: Any, forwards: Forwards, example: Exampl
         if not 0 <= one < logits.shape[1]:
             raise ValueError(f"{example.where}: the model has {logits.shape[1]} logits, and none for token {one}")
     said = logits[0].double().cpu()
-    order = torch.argsort(said, descending=True, stable=True)[: len(right) + 1].tolist()
+    order = torch.argsort(said, descending=True, stable=True)[: len(right) + 2].tolist()
     target = max(right, key=lambda one: said[one].item()) if right else order[0]
     foil = (
         max(wrong, key=lambda one: said[one].item())

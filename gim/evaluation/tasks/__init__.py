@@ -45,6 +45,8 @@ class Task:
 #: Written by hand or by a generator of this package.
 OWN = "MIT, as this package, for which its texts were written"
 
+PASSAGES = "MIT, as this package, for which most of its passages were written; the others are the text of CC0 1.0"
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -87,14 +89,14 @@ TASKS: dict[str, Task] = {
             "needle",
             "A fact among passages of 2,048 tokens at least that have nothing to do with it.",
             "after Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack",
-            OWN,
+            PASSAGES,
             needle.generate,
         ),
         Task(
             "needle-8k",
             "A fact among passages of 8,000 tokens at least that have nothing to do with it.",
             "after Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack",
-            OWN,
+            PASSAGES,
             needle.generate_long,
         ),
         Task(
