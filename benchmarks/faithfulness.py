@@ -117,6 +117,16 @@ def run(job: Job, models: Path, state: Path, loaded: dict[str, Any]) -> Evaluati
     )
 
 
+#: Added to all logits, to see what a ratio of them makes of it.
+CONSTANT = 10.0
+
+
+def order(found: Evaluation) -> list[str]:
+    """Methods by comprehensiveness as a ratio of logits, best first."""
+    table = found.table()
+    return list(table[(table["measure"] == "logit") & (table["metric"] == "comprehensiveness")]["method"])
+
+
 def rows(job: Job, found: Evaluation) -> Iterator[dict[str, Any]]:
     """A row for each method, measure and metric; differences to the reference where it was run on the same examples."""
     reference = REFERENCE if REFERENCE in found.methods else None
@@ -135,6 +145,27 @@ def rows(job: Job, found: Evaluation) -> Iterator[dict[str, Any]]:
         }
 
 
+def shifted(found: Evaluation, constant: float) -> Evaluation:
+    """The evaluation of the same model with a constant added to all of its logits, which no softmax sees."""
+
+    def moved(said: list[float]) -> list[float]:
+        return [number + constant for number in said]  # logits and logarithms of summed exponentials alike
+
+    records = [
+        {
+            **record,
+            "whole": moved(record["whole"]),
+            "single": record["single"] and [moved(one) for one in record["single"]],
+            "methods": {
+                name: {**one, **{end: [moved(said) for said in one[end]] for end in ("first", "last")}}
+                for name, one in record["methods"].items()
+            },
+        }
+        for record in found.records
+    ]
+    return Evaluation(records, found.measures, found.settings)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing; write what is whole."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__)
@@ -149,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     loaded: dict[str, Any] = {}
     collected: list[dict[str, Any]] = []
     done: list[Job] = []
+    orders: list[dict[str, Any]] = []
     for job in JOBS:
         if options.only not in job.state:
             continue
@@ -158,11 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         collected += rows(job, found)
         done.append(job)
-        write(options.json, collected, done)
+        if REFERENCE in job.methods:
+            moved = order(shifted(found, CONSTANT))
+            orders.append({"model": job.model, "task": job.task, "as_it_is": order(found), "shifted": moved})
+        write(options.json, collected, orders, done)
     return 0
 
 
-def write(folder: Path, collected: list[dict[str, Any]], done: list[Job]) -> Path:
+def write(folder: Path, collected: list[dict[str, Any]], orders: list[dict[str, Any]], done: list[Job]) -> Path:
     """The results of the jobs that are whole."""
     found: results.Results = {
         "schema": results.SCHEMA,
@@ -179,6 +214,8 @@ def write(folder: Path, collected: list[dict[str, Any]], done: list[Job]) -> Pat
         "models": {name: MODELS[name] for name in dict.fromkeys(job.model for job in done)},
         "tasks": {name: tasks.TASKS[name].source for name in dict.fromkeys(job.task for job in done)},
         "not_reached": [job.state.removesuffix(".jsonl") for job in JOBS if job not in done],
+        "constant": CONSTANT,
+        "orders": orders,
         "rows": collected,
     }
     path = folder / results.default_name(found)

@@ -1,0 +1,142 @@
+"""What the documents say of faithfulness, made of the committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.faithfulness import REFERENCE
+from benchmarks.results import Results
+from gim.evaluation.measures import HIGHER_IS_BETTER
+from gim.evaluation.tasks import TASKS
+
+#: What the summary compares by.
+MEASURE = "logprob"
+METRICS = ("comprehensiveness", "sufficiency")
+#: How the page calls the measures.
+NAMED = {
+    "logprob": "log-probability",
+    "logit": "ratio of raw logits",
+    "logodds": "log-odds",
+    "contrast": "contrast with the foil",
+}
+
+Row = Mapping[str, Any]
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, rule, *rows))
+
+
+def measured(results: Results) -> str:
+    """What was measured, of which models, and what is missing."""
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    said = f"\nMeasured on {results['date']}: {results['device']}; {versions}; commit {results['commit']}."
+    missing = results["not_reached"]
+    if missing:
+        said += f" Not yet measured: {', '.join(missing)}."
+    return said + "\n" + "".join(f"\n- {name}: {about}" for name, about in results["models"].items()) + "\n"
+
+
+def groups(results: Results) -> dict[tuple[str, str], list[Row]]:
+    """Rows by task and model, each with the reference among its methods."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["task"], row["model"]), []).append(row)
+    return found
+
+
+def verdicts(rows: Iterable[Row], metric: str) -> tuple[list[str], list[str], list[str]]:
+    """Methods that the reference is better than, not to be told from, and worse than, by the whole interval."""
+    better, even, worse = [], [], []
+    for row in rows:
+        if (
+            (row["measure"], row["metric"]) != (MEASURE, metric)
+            or row["method"] == REFERENCE
+            or "difference" not in row
+        ):
+            continue
+        above, below = row["difference_low"] > 0, row["difference_high"] < 0
+        if not above and not below:
+            even.append(row["method"])
+        elif above == HIGHER_IS_BETTER[metric]:  # type: ignore[index]
+            worse.append(row["method"])
+        else:
+            better.append(row["method"])
+    return better, even, worse
+
+
+def summary(results: Results | None) -> str:
+    """For each task and model what GIM is better than, not separable from, and worse than; empty without results."""
+    if results is None:
+        return ""
+    rows = []
+    for (task, model), own in groups(results).items():
+        count = next((row["n"] for row in own if "difference" in row), 0)
+        for metric in METRICS:
+            kinds = verdicts(own, metric)
+            rows.append([task, model, str(count), metric, *(", ".join(kind) or "none" for kind in kinds)])
+    header = [
+        "task",
+        "model",
+        "examples",
+        "in log-probability",
+        f"{REFERENCE} is better than",
+        "not separable from",
+        "worse than",
+    ]
+    return table(header, rows) + measured(results)
+
+
+def everything(results: Results | None) -> str:
+    """Every mean with its interval, a table for each task and model; and what a constant does to ratios of logits."""
+    if results is None:
+        return ""
+    parts = []
+    for (task, model), own in groups(results).items():
+        first = own[0]
+        lengths = f"{first['tokens_min']} to {first['tokens_max']} tokens"
+        parts.append(f"\n### {task}, {model}\n\n{lengths}; {first['dropped']} examples dropped as wrong.\n\n")
+        cells = {(row["method"], row["measure"], row["metric"]): row for row in own}
+        header = ["method", "n", *(f"{metric}, {NAMED[one]}" for one in ("logprob", "logit") for metric in METRICS)]
+        methods = dict.fromkeys(row["method"] for row in own)
+        parts.append(
+            table(
+                header,
+                (
+                    [
+                        name,
+                        str(cells[name, "logprob", "sufficiency"]["n"]),
+                        *(cell(cells[name, one, metric]) for one in ("logprob", "logit") for metric in METRICS),
+                    ]
+                    for name in methods
+                ),
+            )
+        )
+    return "".join(parts) + shifts(results) + measured(results)
+
+
+def cell(row: Row) -> str:
+    """A mean and its interval."""
+    return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def shifts(results: Results) -> str:
+    """What adding a constant to all logits does to the order by ratios."""
+    lines = [
+        f"\n### {results['constant']:g} added to all logits\n\nThe order by comprehensiveness as a ratio of logits:\n"
+    ]
+    for one in results["orders"]:
+        lines.append(f"\n- {one['task']}, {one['model']}, as it is: {', '.join(one['as_it_is'])}")
+        lines.append(f"\n- {one['task']}, {one['model']}, shifted: {', '.join(one['shifted'])}")
+    return "".join(lines) + "\n"
+
+
+def tasks_table() -> str:
+    """The tasks in the box."""
+    return table(
+        ["task", "what it asks", "source", "licence of its texts"],
+        ([task.name, task.asks, task.source, task.licence] for task in TASKS.values()),
+    )
