@@ -138,7 +138,7 @@ def test_results_do_not_depend_on_the_batch_or_on_the_other_methods(demo: Any) -
 def test_an_input_that_several_methods_ask_for_runs_once(demo: Any) -> None:
     model, tokenizer = demo
     prompts = [(f"The river. {text}", answer) for text, answer in pairs(4)]
-    masked = []
+    masked: list[tuple[int, ...]] = []
 
     def see(_: Any, __: Any, named: dict[str, Any], ___: Any) -> None:
         rows = named["input_ids"]

@@ -14,6 +14,7 @@ import gim.demo
 from gim.evaluation.case import Case
 from gim.evaluation.methods import parse
 from gim.evaluation.perturbation import Forwards, Masked, outcomes_of
+from gim.parts import anatomy
 from tests.oracle import assert_agree, largest_error
 
 PROMPT = "The password of Irene is lantern. The password of Irene is"
@@ -45,7 +46,9 @@ def case(demo: Any) -> Case:
 
 
 def embedded(case: Case, ids: torch.Tensor) -> torch.Tensor:
-    return case.model.get_input_embeddings()(ids).detach()
+    embedding: Any = anatomy.of(case.model).embedding
+    found: torch.Tensor = embedding(ids)
+    return found.detach()
 
 
 def gradient(case: Case, where: torch.Tensor) -> torch.Tensor:
@@ -92,7 +95,7 @@ def test_occlusion_leaves_out_one_token_after_another(case: Case) -> None:
             assert abs(found[place] - alone) < 1e-4 * full.abs()
 
 
-@pytest.mark.parametrize("name", ["KernelSHAP:40", "LIME:40", "random"])
+@pytest.mark.parametrize("name", [pytest.param("KernelSHAP:40", marks=pytest.mark.slow), "LIME:20", "random"])
 def test_what_is_drawn_depends_on_the_seed_and_the_example_alone(demo: Any, name: str) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -104,7 +107,7 @@ def test_what_is_drawn_depends_on_the_seed_and_the_example_alone(demo: Any, name
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["KernelSHAP:300", "LIME:300"])
+@pytest.mark.parametrize("name", ["KernelSHAP:100", "LIME:200"])
 def test_samples_find_the_weights_of_a_model_that_adds_them(name: str) -> None:
     weight = torch.tensor([0.0, 3.0, 0.5, -2.0, 1.0, 0.0])
 
@@ -123,14 +126,15 @@ def test_samples_find_the_weights_of_a_model_that_adds_them(name: str) -> None:
 
 
 def test_attention_is_what_the_last_token_looks_at(case: Case) -> None:
-    before = case.model.config._attn_implementation
+    model: Any = case.model
+    before = model.config._attn_implementation
     found = scores(case, "attention")
-    assert case.model.config._attn_implementation == before
+    assert model.config._attn_implementation == before
     assert abs(float(found.sum()) - 1) < 1e-5
-    case.model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = case.model(case.ids[None], output_attentions=True).attentions
-    case.model.set_attn_implementation(before)
+        weights = model(case.ids[None], output_attentions=True).attentions
+    model.set_attn_implementation(before)
     assert_agree(found, torch.stack(weights)[:, 0, :, -1].double().mean((0, 1)), "attention")
     with pytest.raises(ValueError, match="method attention: Sequential is no transformers model"):
         parse("attention")[0].scores(Case(torch.nn.Sequential(), case.ids, 0, 0, case.masked, 0, "", ""))

@@ -85,10 +85,6 @@ def test_going_on_with_something_else_is_refused_and_leaves_the_file_alone(
         asked["methods"] = ("random", "attention", gim.rules.GIM)
     elif what == "grid":
         asked["grid"] = "full"
-    elif what == "baseline":
-        asked["baseline"] = 7
-    elif what == "seed":
-        asked["seed"] = 1
     elif what == "versions":
         path.write_text(path.read_text().replace('"torch":"', '"torch":"9.'))
     elif what == "data":
@@ -132,6 +128,7 @@ def test_a_digest_of_a_model_sees_every_number(demo: Any) -> None:
     assert fingerprint.of_model(model) != before
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_one_sentence(demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wanted = r"gim.evaluate needs {0}: pip install 'gim-kernels\[evaluate\]'"
     for package, methods in (("scipy", "random"), ("pandas", "random"), ("captum", "occlusion"), ("sklearn", "LIME")):
@@ -163,6 +160,7 @@ def test_saved_rows_are_the_frame_and_the_settings(demo: Any, tmp_path: Path) ->
     assert list(found.seconds()["step"]) == ["random", "attention", "masked inputs"]
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_says_what_it_shows(demo: Any, tmp_path: Path) -> None:
     def mine(ids: torch.Tensor) -> torch.Tensor:
         return ids
@@ -188,6 +186,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_the_command_line_evaluates_a_file(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text, "target": target}) for text, target in DATA))
