@@ -260,6 +260,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "recall": recall_table,
     "faithfulness": lambda: faithfulness_tables.summary(latest("faithfulness")) or NOT_MEASURED,
     "faithfulness-all": lambda: faithfulness_tables.everything(latest("faithfulness")) or NOT_MEASURED,
+    "faithfulness-ranks": lambda: faithfulness_tables.ranks(latest("faithfulness")) or NOT_MEASURED,
     "tasks": faithfulness_tables.tasks_table,
 }
 

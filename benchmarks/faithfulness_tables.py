@@ -90,6 +90,24 @@ def summary(results: Results | None) -> str:
     return table(header, rows) + measured(results)
 
 
+def ranks(results: Results | None) -> str:
+    """The reference's place by comprehensiveness: in log-probability, by ratios of logits, and with a constant added."""
+    if results is None:
+        return ""
+    rows = []
+    for one in results["orders"]:
+        own = [
+            row
+            for row in groups(results)[one["task"], one["model"]]
+            if (row["measure"], row["metric"]) == (MEASURE, "comprehensiveness") and "difference" in row
+        ]
+        own.sort(key=lambda row: -float(row["mean"]))
+        orders = ([row["method"] for row in own], one["as_it_is"], one["shifted"])
+        rows.append([one["task"], one["model"], *(f"{names.index(REFERENCE) + 1} of {len(names)}" for names in orders)])
+    constant = f"{results['constant']:g} added to all logits"
+    return table(["task", "model", "in log-probability", "as a ratio of logits", f"as a ratio, {constant}"], rows)
+
+
 def everything(results: Results | None) -> str:
     """Every mean with its interval, a table for each task and model; and what a constant does to ratios of logits."""
     if results is None:

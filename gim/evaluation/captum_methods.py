@@ -119,7 +119,8 @@ def _logits_of(case: Case) -> Any:
     def logits(inner: torch.Tensor) -> torch.Tensor:
         count = inner.shape[0]
         rows = torch.cat([start.expand(count, 1), inner.to(case.ids.dtype), end.expand(count, 1)], dim=1)
-        return torch.tensor([one.logit for one in case.masked.of_rows(rows)], dtype=torch.float64)
+        said = [one.logit for one in case.masked.of_rows(rows)]
+        return torch.tensor(said, dtype=torch.float64, device=case.ids.device)
 
     return logits
 

@@ -45,16 +45,12 @@ def drops(whole: Outcome, masked: Sequence[Outcome], measure: MeasureName) -> li
     """``f(x) - f(masked)`` of each input; under ``logit`` over f(x).
 
     Raises:
-        ZeroDivisionError: the logit of the whole prompt is 0, which a ratio to it cannot be told from.
+        ZeroDivisionError: the logit of the whole prompt is 0, and there is no ratio to it.
     """
     value = MEASURES[measure]
     full = value(whole)
-    found = [full - value(one) for one in masked]
-    if measure != "logit":
-        return found
-    if full == 0:
-        raise ZeroDivisionError("the target's logit on the whole prompt is 0, and the measure logit is a ratio to it")
-    return [one / full for one in found]
+    over = full if measure == "logit" else 1.0
+    return [(full - value(one)) / over for one in masked]
 
 
 def comprehensiveness(dropped: Sequence[float], protocol: Protocol) -> float:
@@ -80,8 +76,17 @@ def outcomes(rows: Sequence[Sequence[float]]) -> list[Outcome]:
 
 
 def of_method(record: Record, method: str, measure: MeasureName, protocol: Protocol) -> dict[Metric, float]:
-    """Every metric of one method on one finished example."""
+    """Every metric of one method on one finished example.
+
+    Raises:
+        ZeroDivisionError: as :func:`drops`; names the example.
+    """
     whole, found = Outcome(*record["whole"]), record["methods"][method]
+    if measure == "logit" and whole.logit == 0:
+        raise ZeroDivisionError(
+            f"example {record['example']}: the target's logit on the whole prompt is 0, and the measure logit is a ratio "
+            "to it: ask for other measures"
+        )
     values: dict[Metric, float] = {
         "comprehensiveness": comprehensiveness(drops(whole, outcomes(found["first"]), measure), protocol),
         "sufficiency": sufficiency(drops(whole, outcomes(found["last"]), measure)),

@@ -79,14 +79,15 @@ def test_the_paper_s_vector_of_fifty_keeps_zeros_and_a_negative_logit_turns_no_c
     assert measures.comprehensiveness([1.0] * 10, "paper") == 10 / 50
     whole, masked = perturbation.Outcome(-2.0, 0, 0, 0), perturbation.Outcome(-4.0, 0, 0, 0)
     assert measures.drops(whole, [masked], "logit") == [-1.0]
-    record = {
+    record: dict[str, Any] = {
         "whole": whole.to_list(),
         "single": [[-4.0, 0, 0, 0], [-3.0, 0, 0, 0]],
         "methods": {"m": {"scores": [0, 2.0, 1.0, 0], "first": [masked.to_list()], "last": [masked.to_list()]}},
     }
     assert measures.of_method(record, "m", "logit", "aopc")["loo_correlation"] > 0.99
-    with pytest.raises(ZeroDivisionError, match="logit"):
-        measures.drops(perturbation.Outcome(0.0, 0, 0, 0), [masked], "logit")
+    record |= {"whole": [0.0] * 4, "example": 3}
+    with pytest.raises(ZeroDivisionError, match="example 3: the target's logit on the whole prompt is 0"):
+        measures.of_method(record, "m", "logit", "aopc")
 
 
 def test_a_planted_perfect_method_is_best_and_random_worst(demo: Any) -> None:
