@@ -91,7 +91,7 @@ def summary(results: Results | None) -> str:
 
 
 def ranks(results: Results | None) -> str:
-    """The reference's place by comprehensiveness: in log-probability, by ratios of logits, and with a constant added."""
+    """The reference's place by comprehensiveness: in log-probability, by ratios, by ratios with a constant added."""
     if results is None:
         return ""
     rows = []

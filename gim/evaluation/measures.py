@@ -84,8 +84,8 @@ def of_method(record: Record, method: str, measure: MeasureName, protocol: Proto
     whole, found = Outcome(*record["whole"]), record["methods"][method]
     if measure == "logit" and whole.logit == 0:
         raise ZeroDivisionError(
-            f"example {record['example']}: the target's logit on the whole prompt is 0, and the measure logit is a ratio "
-            "to it: ask for other measures"
+            f"example {record['example']}: the target's logit on the whole prompt is 0, and the measure logit is a "
+            "ratio to it: ask for other measures"
         )
     values: dict[Metric, float] = {
         "comprehensiveness": comprehensiveness(drops(whole, outcomes(found["first"]), measure), protocol),
