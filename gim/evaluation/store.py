@@ -83,9 +83,10 @@ class Store:
             raise ValueError(f"resume: {self.path} is no file of an evaluation")
         for name, value in wanted.items():
             if found.get(name) != value:
+                there, here = _apart(found.get(name), value)
                 raise ValueError(
-                    f"resume: {self.path} was made with another {name}: {_short(found.get(name))} there, "
-                    f"{_short(value)} here; give another file to start anew"
+                    f"resume: {self.path} was made with other {name}: {_short(there)} there, {_short(here)} here; give "
+                    "another file to start anew"
                 )
 
     def _check_record(self, record: Record, digests: Sequence[str]) -> None:
@@ -100,6 +101,17 @@ class Store:
 
 def _line(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, separators=(",", ":")) + "\n").encode("ascii")
+
+
+def _apart(there: Any, here: Any) -> tuple[Any, Any]:
+    """Two values, or of two lists or mappings what is not in the other."""
+    if isinstance(there, list) and isinstance(here, list):
+        apart = [one for one in there if one not in here], [one for one in here if one not in there]
+        return apart if any(apart) else (there, here)
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        return {name: there.get(name) for name in names}, {name: here.get(name) for name in names}
+    return there, here
 
 
 def _short(value: Any) -> str:
