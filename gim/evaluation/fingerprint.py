@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,12 +42,26 @@ def of_model(model: nn.Module) -> str:
         fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        content = weight.detach().contiguous().view(-1).view(torch.uint8) if weight.numel() else weight.new_empty(0)
-        step = max(1, len(content) // SAMPLED)
-        # A sum of whole numbers does not depend on the order in which they are added.
-        digest.update(f"{int(content.sum(dtype=torch.int64))} {content[::step].tolist()}".encode())
+        if not isinstance(weight, torch.Tensor):  # a module's own extra state
+            digest.update(f"{name} {weight!r} ".encode())
+            continue
+        for part in _held(weight.detach()):
+            digest.update(f"{name} {tuple(part.shape)} {part.dtype} ".encode())
+            content = part.contiguous().view(-1).view(torch.uint8) if part.numel() else part.new_empty(0)
+            step = max(1, len(content) // SAMPLED)
+            # A sum of whole numbers does not depend on the order in which they are added.
+            digest.update(f"{int(content.sum(dtype=torch.int64))} {content[::step].tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def _held(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a weight is made of: itself, or what a quantised one holds."""
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    if flatten is None:
+        yield weight
+        return
+    for name in flatten()[0]:
+        yield from _held(getattr(weight, name))
 
 
 def of_example(kept: Kept) -> str:

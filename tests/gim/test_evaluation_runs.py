@@ -129,6 +129,16 @@ def test_a_digest_of_a_model_sees_every_number(demo: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_quantised_model_is_evaluated_too(demo: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = copy.deepcopy(demo[0])
+    quantize_(model, Int8WeightOnlyConfig())
+    assert fingerprint.of_model(model) == fingerprint.of_model(model) != fingerprint.of_model(demo[0])
+    assert len(gim.evaluate(model, demo[1], DATA, **{**ASKED, "methods": ("GIM", "random")})) == 2
+
+
+@pytest.mark.slow
 def test_a_missing_package_is_one_sentence(demo: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wanted = r"gim.evaluate needs {0}: pip install 'gim-kernels\[evaluate\]'"
     for package, methods in (("scipy", "random"), ("pandas", "random"), ("captum", "occlusion"), ("sklearn", "LIME")):
