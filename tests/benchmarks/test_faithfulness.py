@@ -86,11 +86,11 @@ def test_the_command_resumes_and_what_it_writes_can_be_read(tmp_path: Path, monk
 
     # What a model has too few right examples of is left out.
     monkeypatch.setattr(faithfulness, "JOBS", (job, short))
-    monkeypatch.setattr(faithfulness, "run", lambda job, *_: found if job is not short else few)
     model, tokenizer = gim.demo.load()
     named: dict[str, Any] = {"methods": job.methods, "grid": "coarse", "measures": faithfulness.MEASURES}
     found = gim.evaluate(model, tokenizer, job.task, limit=2, **named)
     few = gim.evaluate(model, tokenizer, job.task, limit=1, **named)
+    monkeypatch.setattr(faithfulness, "run", lambda one, *_: few if one is short else found)
     assert faithfulness.main(command) == 0
     assert results.load(written)["not_reached"] == [short.state.removesuffix(".jsonl")]
     assert results.load(written)["complete"] is False
