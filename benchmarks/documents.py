@@ -259,6 +259,9 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "statements": statements_table,
     "recall": recall_table,
     "faithfulness": lambda: faithfulness_tables.summary(latest("faithfulness")) or NOT_MEASURED,
+    "faithfulness-summary": lambda: (
+        faithfulness_tables.summary(latest("faithfulness"), ("logprob", "contrast")) or NOT_MEASURED
+    ),
     "faithfulness-all": lambda: faithfulness_tables.everything(latest("faithfulness")) or NOT_MEASURED,
     "faithfulness-ranks": lambda: faithfulness_tables.ranks(latest("faithfulness")) or NOT_MEASURED,
     "tasks": faithfulness_tables.tasks_table,

@@ -118,7 +118,7 @@ def run(job: Job, models: Path, state: Path, loaded: dict[str, Any]) -> Evaluati
 
 
 #: Added to all logits, to see what a ratio of them makes of it.
-CONSTANT = 10.0
+CONSTANTS = (0.0, 10.0, -10.0)
 
 
 def order(found: Evaluation) -> list[str]:
@@ -191,8 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         collected += rows(job, found)
         done.append(job)
         if REFERENCE in job.methods:
-            moved = order(shifted(found, CONSTANT))
-            orders.append({"model": job.model, "task": job.task, "as_it_is": order(found), "shifted": moved})
+            moved = {f"{constant:g}": order(shifted(found, constant)) for constant in CONSTANTS}
+            orders.append({"model": job.model, "task": job.task, "by_constant": moved})
         write(options.json, collected, orders, done)
     return 0
 
@@ -214,7 +214,6 @@ def write(folder: Path, collected: list[dict[str, Any]], orders: list[dict[str, 
         "models": {name: MODELS[name] for name in dict.fromkeys(job.model for job in done)},
         "tasks": {name: tasks.TASKS[name].source for name in dict.fromkeys(job.task for job in done)},
         "not_reached": [job.state.removesuffix(".jsonl") for job in JOBS if job not in done],
-        "constant": CONSTANT,
         "orders": orders,
         "rows": collected,
     }

@@ -34,9 +34,9 @@ def measured(results: Results) -> str:
     """What was measured, of which models, and what is missing."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     said = f"\nMeasured on {results['date']}: {results['device']}; {versions}; commit {results['commit']}."
-    missing = results["not_reached"]
+    missing = dict.fromkeys(" ".join(name.split(".")[-2:]) for name in results["not_reached"])
     if missing:
-        said += f" Not yet measured: {', '.join(missing)}."
+        said += f" Not yet measured, on one model or both: {', '.join(missing)}."
     return said + "\n" + "".join(f"\n- {name}: {about}" for name, about in results["models"].items()) + "\n"
 
 
@@ -48,12 +48,12 @@ def groups(results: Results) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def verdicts(rows: Iterable[Row], metric: str) -> tuple[list[str], list[str], list[str]]:
+def verdicts(rows: Iterable[Row], metric: str, measure: str = MEASURE) -> tuple[list[str], list[str], list[str]]:
     """Methods that the reference is better than, not to be told from, and worse than, by the whole interval."""
     better, even, worse = [], [], []
     for row in rows:
         if (
-            (row["measure"], row["metric"]) != (MEASURE, metric)
+            (row["measure"], row["metric"]) != (measure, metric)
             or row["method"] == REFERENCE
             or "difference" not in row
         ):
@@ -68,31 +68,24 @@ def verdicts(rows: Iterable[Row], metric: str) -> tuple[list[str], list[str], li
     return better, even, worse
 
 
-def summary(results: Results | None) -> str:
+def summary(results: Results | None, measures: tuple[str, ...] = (MEASURE,)) -> str:
     """For each task and model what GIM is better than, not separable from, and worse than; empty without results."""
     if results is None:
         return ""
     rows = []
     for (task, model), own in groups(results).items():
         count = next((row["n"] for row in own if "difference" in row), 0)
-        for metric in METRICS:
-            kinds = verdicts(own, metric)
-            rows.append([task, model, str(count), metric, *(", ".join(kind) or "none" for kind in kinds)])
-    header = [
-        "task",
-        "model",
-        "examples",
-        "in log-probability",
-        f"{REFERENCE} is better than",
-        "not separable from",
-        "worse than",
-    ]
+        for measure in measures:
+            for metric in METRICS:
+                words = (", ".join(kind) or "none" for kind in verdicts(own, metric, measure))
+                rows.append([task, model, str(count), f"{metric}, {NAMED[measure]}", *words])
+    header = ["task", "model", "examples", "by", f"{REFERENCE} is better than", "not separable from", "worse than"]
     return table(header, rows) + measured(results)
 
 
 def ranks(results: Results | None) -> str:
-    """The reference's place by comprehensiveness: in log-probability, by ratios, by ratios with a constant added."""
-    if results is None:
+    """The reference's place by comprehensiveness: in log-probability, and by ratios of logits plus a constant."""
+    if results is None or not results["orders"]:
         return ""
     rows = []
     for one in results["orders"]:
@@ -102,10 +95,10 @@ def ranks(results: Results | None) -> str:
             if (row["measure"], row["metric"]) == (MEASURE, "comprehensiveness") and "difference" in row
         ]
         own.sort(key=lambda row: -float(row["mean"]))
-        orders = ([row["method"] for row in own], one["as_it_is"], one["shifted"])
+        orders = ([row["method"] for row in own], *one["by_constant"].values())
         rows.append([one["task"], one["model"], *(f"{names.index(REFERENCE) + 1} of {len(names)}" for names in orders)])
-    constant = f"{results['constant']:g} added to all logits"
-    return table(["task", "model", "in log-probability", "as a ratio of logits", f"as a ratio, {constant}"], rows)
+    constants = [f"as a ratio, {constant} added to all logits" for constant in results["orders"][0]["by_constant"]]
+    return table(["task", "model", "in log-probability", *constants], rows)
 
 
 def everything(results: Results | None) -> str:
@@ -118,21 +111,15 @@ def everything(results: Results | None) -> str:
         lengths = f"{first['tokens_min']} to {first['tokens_max']} tokens"
         parts.append(f"\n### {task}, {model}\n\n{lengths}; {first['dropped']} examples dropped as wrong.\n\n")
         cells = {(row["method"], row["measure"], row["metric"]): row for row in own}
-        header = ["method", "n", *(f"{metric}, {NAMED[one]}" for one in ("logprob", "logit") for metric in METRICS)]
         methods = dict.fromkeys(row["method"] for row in own)
-        parts.append(
-            table(
-                header,
-                (
-                    [
-                        name,
-                        str(cells[name, "logprob", "sufficiency"]["n"]),
-                        *(cell(cells[name, one, metric]) for one in ("logprob", "logit") for metric in METRICS),
-                    ]
-                    for name in methods
-                ),
-            )
-        )
+        for measures in (("logprob", "logit"), ("logodds", "contrast")):
+            columns = [(measure, metric) for measure in measures for metric in METRICS]
+            header = ["method", "n", *(f"{metric}, {NAMED[measure]}" for measure, metric in columns)]
+            lines = [
+                [name, str(cells[name, *columns[0]]["n"]), *(cell(cells[name, *column]) for column in columns)]
+                for name in methods
+            ]
+            parts.append(table(header, lines) + "\n")
     return "".join(parts) + shifts(results) + measured(results)
 
 
@@ -143,12 +130,10 @@ def cell(row: Row) -> str:
 
 def shifts(results: Results) -> str:
     """What adding a constant to all logits does to the order by ratios."""
-    lines = [
-        f"\n### {results['constant']:g} added to all logits\n\nThe order by comprehensiveness as a ratio of logits:\n"
-    ]
+    lines = ["\n### A constant added to all logits\n\nThe order by comprehensiveness as a ratio of logits:\n"]
     for one in results["orders"]:
-        lines.append(f"\n- {one['task']}, {one['model']}, as it is: {', '.join(one['as_it_is'])}")
-        lines.append(f"\n- {one['task']}, {one['model']}, shifted: {', '.join(one['shifted'])}")
+        for constant, names in one["by_constant"].items():
+            lines.append(f"\n- {one['task']}, {one['model']}, {constant} added: {', '.join(names)}")
     return "".join(lines) + "\n"
 
 

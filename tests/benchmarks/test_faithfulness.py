@@ -80,9 +80,10 @@ def test_the_command_resumes_and_what_it_writes_can_be_read(tmp_path: Path, monk
     assert (tmp_path / "state" / job.state).read_bytes() == state
     assert results.load(written)["rows"] == first["rows"]
     assert len(first["rows"]) == 3 * 4 * 2
-    assert faithfulness_tables.ranks(first).count(" of 3") == 3
+    assert faithfulness_tables.ranks(first).count(" of 3") == 4
     text = faithfulness_tables.summary(first) + faithfulness_tables.everything(first)
-    assert "the demo model, MIT" in text and "10 added to all logits" in text and "facts-in-context" in text
+    assert text.count("| random | 2 | ") == 2 and text.count("comprehensiveness, log-probability") == 2
+    assert "the demo model, MIT" in text and "-10 added: " in text and "facts-in-context" in text
 
     # What a model has too few right examples of is left out.
     monkeypatch.setattr(faithfulness, "JOBS", (job, short))
