@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import coverage
+from benchmarks import coverage, faithfulness_tables
 from benchmarks.report import milliseconds, roofline_line, spread
 from benchmarks.results import Results, Row, default_name, growth, load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "faithfulness.md")
 BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -258,6 +258,13 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "explain": explain_table,
     "statements": statements_table,
     "recall": recall_table,
+    "faithfulness": lambda: faithfulness_tables.summary(latest("faithfulness")) or NOT_MEASURED,
+    "faithfulness-summary": lambda: (
+        faithfulness_tables.summary(latest("faithfulness"), ("logprob", "contrast")) or NOT_MEASURED
+    ),
+    "faithfulness-all": lambda: faithfulness_tables.everything(latest("faithfulness")) or NOT_MEASURED,
+    "faithfulness-ranks": lambda: faithfulness_tables.ranks(latest("faithfulness")) or NOT_MEASURED,
+    "tasks": faithfulness_tables.tasks_table,
 }
 
 

@@ -4,6 +4,8 @@ from gim import rules, targets
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.attribution import Attribution
 from gim.context import GIM
+from gim.evaluation.result import Evaluation
+from gim.evaluation.run import EvaluationInterrupted, evaluate
 from gim.explain import attribute, explain
 from gim.intercept.interface import set_attention_rules
 from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
@@ -13,12 +15,15 @@ __all__ = [
     "AppliedReport",
     "Attribution",
     "EstimateError",
+    "Evaluation",
+    "EvaluationInterrupted",
     "MemoryEstimate",
     "MemoryPlan",
     "OutOfMemoryError",
     "UnsupportedModelError",
     "attribute",
     "estimate_memory",
+    "evaluate",
     "explain",
     "rules",
     "set_attention_rules",

@@ -1,4 +1,4 @@
-"""The command line: `gim explain`, `gim check`, `gim plan`, `gim demo`, `gim bench`.
+"""The command line: `gim explain`, `gim evaluate`, `gim tasks`, `gim check`, `gim plan`, `gim demo`, `gim bench`.
 
 Nothing heavy is imported before a command runs, so that `gim --help` answers at once.
 """
@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from gim import cli_evaluate
 
 if TYPE_CHECKING:
     from gim.applied import AppliedReport
@@ -879,3 +881,15 @@ def _show_demo(attribution: Attribution, prompt: Any) -> None:
             f"{of_sentences:,} of {len(sentences):,}",
         )
     console.print(table)
+
+
+cli_evaluate.add_to(
+    app,
+    cli_evaluate.Tools(
+        load=lambda name, device, dtype, trust: _load(name, device, Dtype(dtype), trust),
+        handled=_handled,
+        refused=_refused,
+        check_outputs=_check_outputs,
+        error=UserError,
+    ),
+)

@@ -25,6 +25,8 @@ FLOAT64_MODEL_RELATIVE = 1e-9
 FLOAT64_PLAN_RELATIVE = 1e-10
 #: By how much a predicted peak of memory may miss the measured one.
 MEMORY_RELATIVE = 0.10
+#: By how much comprehensiveness or sufficiency of a float32 model may miss those of float64, in their own units.
+EVALUATION_ABSOLUTE = 1e-4
 
 #: Relative difference allowed between one model in two libraries, each with float32 steps of its own.
 LIBRARIES_RELATIVE = 1e-5
@@ -138,3 +140,8 @@ def assert_within_terms(
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
     return x.abs().max() if x.numel() else x.new_zeros(())
+
+
+def assert_evaluation_close(actual: float, truth: float, what: str) -> None:
+    """A value of an evaluation in float32 is that of float64, within :data:`EVALUATION_ABSOLUTE`."""
+    assert abs(actual - truth) <= EVALUATION_ABSOLUTE, f"{what}: {actual!r}, want {truth!r}"

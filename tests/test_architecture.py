@@ -42,7 +42,7 @@ IMPORTS = {module_name(path): imports(path) for path in FILES}
 #: What attributes and explains, and how memory is spent: nothing that finds parts or applies rules knows of it.
 ABOVE = (
     "gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.memory", "gim.estimate", "gim.checkpoint",
-    "gim.inputs", "gim.tokenwise",
+    "gim.inputs", "gim.tokenwise", "gim.evaluation",
 )  # fmt: skip
 ENGINES = ("triton", "composed", "blockwise", "pointwise", "reference_engine")
 #: Who, by the start of its name, may not import whom.
@@ -74,6 +74,22 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gim_kernels.types", ("gim_kernels",)),
     ("gim_kernels.told", ("gim_kernels",)),
     *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "explain", "render", "context")),
+    # An evaluation asks for attributions and for forwards; how rules get in is none of its business, nor who shows it.
+    ("gim.evaluation", (
+        "gim.cli", "gim.cli_evaluate", "gim.render", "gim.attribution", "gim.intercept", "gim.context", "gim.memory",
+        "gim.scoring", "gim_kernels", "typer", "rich",
+    )),
+    ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("explain", "parts", "rules", "inputs"))),
+    *((f"gim.evaluation.{one}", ("gim.evaluation.run", "gim.evaluation.result", "gim.explain")) for one in (
+        "perturbation", "measures", "statistics", "store", "extras", "case", "captum_methods", "data",
+    )),
+    *((f"gim.{one}", ("gim.evaluation",)) for one in (
+        "applied", "attribution", "checkpoint", "context", "demo", "estimate", "explain", "files", "inputs", "ledger",
+        "loading", "memory", "nonfinite", "offload", "plan", "prompts", "render", "rules", "saved", "scoring",
+        "segments", "targets", "tokenwise",
+    )),
+    # The command line hands over what its parts share, and they do not reach back.
+    ("gim.cli_evaluate", ("gim.cli",)),
 )  # fmt: skip
 
 
@@ -114,6 +130,9 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim.scoring", "import gim.cli"),
         ("gim.context", "__import__('tests.eager')"),
         ("gim.attribution", "from gim import explain"),
+        ("gim.explain", "def late():\n    from gim.evaluation import measures"),
+        ("gim.evaluation.measures", "from gim.intercept.session import Session"),
+        ("gim.cli_evaluate", "from gim.cli import UserError"),
     ],
 )
 def test_a_planted_arrow_is_seen(tmp_path: Path, who: str, code: str) -> None:
@@ -223,10 +242,9 @@ def test_no_file_reads_the_environment_or_prints() -> None:
 
 
 def test_importing_gim_loads_no_optional_package() -> None:
-    code = (
-        "import sys, gim; print([m for m in ('matplotlib', 'jinja2', 'typer', 'pytest', 'triton') if m in sys.modules])"
-    )
+    names = ("matplotlib", "typer", "pytest", "captum")
+    code = f"import sys, gim; print([m for m in {names} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = out.stdout.strip()
     # torch itself may load jinja2 and triton; what matters is that gim's own imports do not.
-    assert "matplotlib" not in loaded and "typer" not in loaded and "pytest" not in loaded
+    assert loaded == "[]"

@@ -33,7 +33,7 @@ def test_the_readmes_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -59,6 +59,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
         "gim.attribution",
         "gim.estimate",
         "gim.plan",
+        "gim.evaluation.run",
         "gim_kernels.attention",
         "gim_kernels.norm",
     ],
@@ -66,7 +67,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
 def test_docstring_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert outcome.failed == 0
-    if name in ("gim.context", "gim.explain", "gim.estimate", "gim.plan"):
+    if name in ("gim.context", "gim.explain", "gim.estimate", "gim.plan", "gim.evaluation.run"):
         assert outcome.attempted > 0
 
 

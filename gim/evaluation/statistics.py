@@ -1,0 +1,76 @@
+"""How sure a mean over examples is: bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gim.evaluation.extras import need
+
+#: Probability that an interval covers the mean of the examples' population.
+LEVEL = 0.95
+#: Resamples of a bootstrap.
+RESAMPLES = 9999
+#: Numbers of resamples that are held at once.
+HELD = 2**24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over examples.
+
+    Args:
+        n: examples.
+        mean: of their values.
+        low, high: ends of the interval at :data:`LEVEL`; NaN for one example, which tells nothing of others.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+def estimate(values: Sequence[float], seed: int) -> Estimate:
+    """The mean of values and its bootstrap interval, bias-corrected and accelerated, by ``scipy.stats.bootstrap``.
+
+    Args:
+        values: one for each example.
+        seed: of the resamples; the same for every call, so that the intervals of methods on the same examples are of
+            the same resamples.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if len(data) == 0:
+        raise ValueError("there are no examples to average over")
+    mean = float(data.mean())
+    if len(data) == 1:
+        return Estimate(1, mean, math.nan, math.nan)
+    if bool((data == data[0]).all()):
+        return Estimate(len(data), mean, mean, mean)  # every resample is the same, and scipy has no interval for that
+    found = (
+        need("scipy.stats")
+        .bootstrap(
+            (data,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=max(1, min(RESAMPLES, HELD // len(data))),
+            confidence_level=LEVEL,
+            rng=np.random.default_rng(seed),
+        )
+        .confidence_interval
+    )
+    return Estimate(len(data), mean, float(found.low), float(found.high))
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Estimate:
+    """The mean of ``ours - theirs``, pair by pair: examples are resampled with both of their values.
+
+    Raises:
+        ValueError: not the same examples.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"a paired difference needs the same examples, got {len(ours)} and {len(theirs)}")
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)], seed)
