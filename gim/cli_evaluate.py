@@ -75,7 +75,11 @@ class Tools:
 
 def add_to(app: typer.Typer, tools: Tools) -> None:
     """Add the commands to the command line."""
+    _add_evaluate(app, tools)
+    _add_tasks(app, tools)
 
+
+def _add_evaluate(app: typer.Typer, tools: Tools) -> None:
     @app.command()
     def evaluate(
         model: Annotated[str, typer.Option("--model", "-m", help="Hub id or folder of a causal language model.")],
@@ -139,19 +143,12 @@ def add_to(app: typer.Typer, tools: Tools) -> None:
             )
             against = reference or names[0]
             _show(found, against)
-            writers: dict[str, Callable[[Path], object]] = {
-                "--save": found.save,
-                "--html": lambda path: found.to_html(path, reference=against),
-            }
-            for name, path in outputs.items():
-                try:
-                    writers[name](path)
-                except (OSError, ImportError) as error:
-                    raise tools.error(f"{name}: {error}") from error
-                Console().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+            _write(tools, found, outputs, against)
         if not finished:
             raise typer.Exit(130)
 
+
+def _add_tasks(app: typer.Typer, tools: Tools) -> None:
     @app.command()
     def tasks(
         name: Annotated[str | None, typer.Argument(help="A task, for its page; none to list them.")] = None,
@@ -188,6 +185,20 @@ def _evaluated(
             return error.evaluation, False
         except (OSError, ImportError, TypeError) as error:
             raise tools.error(str(error)) from error
+
+
+def _write(tools: Tools, found: Evaluation, outputs: dict[str, Path], reference: str) -> None:
+    """Write every file that was asked for, and say so."""
+    writers: dict[str, Callable[[Path], object]] = {
+        "--save": found.save,
+        "--html": lambda path: found.to_html(path, reference=reference),
+    }
+    for name, path in outputs.items():
+        try:
+            writers[name](path)
+        except (OSError, ImportError) as error:
+            raise tools.error(f"{name}: {error}") from error
+        Console().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,8 +195,3 @@ def _function_key(function: Any) -> str:
         return where
     content = repr((code.co_code, [one for one in code.co_consts if not hasattr(one, "co_code")], code.co_names))
     return f"{where} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def names_of(methods: Sequence[Method]) -> list[str]:
-    """The names, in order."""
-    return [method.name for method in methods]
