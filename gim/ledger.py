@@ -112,7 +112,7 @@ class Ledger(TorchDispatchMode):
             elif self.engine == "composed":
                 self._grow(0, composed.forward_workspace(query, key, value, options))
             elif self.engine == "reference":
-                self._grow(0, reference_engine.workspace(query, key))
+                self._grow(0, reference_engine.forward_workspace(query, key))
         elif func is _OPS.attention_backward.default:
             query, key, value, _, _, scale, causal, window, softcap, softmax_backward, temperature = args[1:12]
             self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
@@ -125,7 +125,7 @@ class Ledger(TorchDispatchMode):
             elif self.engine == "composed":
                 self._grow(0, composed.backward_workspace(query, key, value, Options(scale, causal, window, softcap)))
             elif self.engine == "reference":
-                self._grow(0, reference_engine.workspace(query, key))
+                self._grow(0, reference_engine.backward_workspace(query, key))
             else:
                 # Two or three numbers for each row, handed from one kernel to the next.
                 self._grow(0, 3 * 4 * query.shape[:3].numel())

@@ -17,7 +17,6 @@ Its errors are those of torch's attention; under a temperature far below 1, to s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -245,25 +244,37 @@ def attention_backward(
     return given[0], given[1], given[2], None
 
 
-def backward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> int:
-    """Bytes that :func:`attention_backward` holds besides its arguments and results, at most.
+def _largest_call(query: torch.Tensor, key: torch.Tensor, options: Options) -> tuple[int, int, int]:
+    """Numbers of queries and of keys in the largest call, and bytes of its mask."""
+    queries, keys = query.shape[2], key.shape[2]
+    size = query.shape[0] * query.shape[3]
+    found = [(one.stop - one.start, one.end - one.first, one.mask) for one in pieces(queries, keys, options, 0, keys)]
+    rows, columns, mask = max(found, key=lambda one: one[0] + one[1], default=(0, 0, None))
+    # torch adds a mask of numbers in the scores' place.
+    masked = rows * columns * (1 + query.itemsize) if mask == "band" else 0
+    return size * query.shape[1] * rows, size * key.shape[1] * columns, masked
+
+
+def _copied(*tensors: torch.Tensor) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors if _walkable(x) is not x)
+
+
+def forward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> int:
+    """Bytes that :func:`attention_forward` holds besides its arguments and results, but for what torch's kernels do:
+    copies of what torch cannot walk, one call's output and mask.
 
     Args:
         query: ``[B, HQ, T, D]``; only shape, strides and dtype count, as of ``key`` and ``value`` ``[B, HK, S, D]``.
         options: scale and mask.
     """
-    return forward_workspace(query, key, value, options) + sum(
-        x.numel() * (x.itemsize + wide)
-        for x in (query, key, value, query)
-        if (wide := torch.promote_types(x.dtype, torch.float32).itemsize)
-    )
+    numbers, _, mask = _largest_call(query, key, options)
+    return _copied(query, key, value) + numbers * query.itemsize + mask
 
 
-def forward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> int:
-    """The same of :func:`attention_forward`: copies of what torch cannot walk, one call's output, one block's mask."""
-    copies = sum(x.numel() * x.itemsize for x in (query, key, value) if _walkable(x) is not x)
-    whole = dataclasses.replace(options, window=None) == options and not (
-        options.causal and 1 < query.shape[2] < key.shape[2]
-    )
-    mask = 0 if whole else min(BLOCK, query.shape[2]) * key.shape[2] * (1 + query.itemsize)
-    return copies + query.numel() * query.itemsize + mask
+def backward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> int:
+    """The same of :func:`attention_backward`: besides, sums in float32, and what one call and its gradients are, at
+    most four times as large as its queries and three times as its keys (measured)."""
+    of_queries, of_keys, mask = _largest_call(query, key, options)
+    wide = torch.promote_types(query.dtype, torch.float32).itemsize
+    sums = 0 if wide == query.itemsize else wide * (query.numel() + key.numel() + value.numel())
+    return _copied(query, key, value) + sums + (4 * of_queries + 3 * of_keys) * query.itemsize + mask

@@ -70,12 +70,15 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_sinks
 
 
-def workspace(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Bytes that attention holds in either pass besides its arguments and results, roughly: matrices of all scores.
+def forward_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Bytes that the forward holds besides its arguments and results: three matrices of all scores, and who sees whom
+    (measured)."""
+    return query.shape[2] * key.shape[2] * (3 * query.shape[0] * query.shape[1] * _wide(query.dtype).itemsize + 2)
 
-    Under a temperature, autograd keeps masked scores, both softmaxes, and two matrices on their way; measured.
-    """
-    return 8 * query.shape[:3].numel() * key.shape[2] * _wide(query.dtype).itemsize
+
+def backward_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+    """The same of the backward: five such matrices, which a temperature takes; the other rules take three or four."""
+    return query.shape[2] * key.shape[2] * (5 * query.shape[0] * query.shape[1] * _wide(query.dtype).itemsize + 2)
 
 
 def rms_norm_forward(

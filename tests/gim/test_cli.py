@@ -361,7 +361,7 @@ def test_check_fails_where_a_part_is_not_covered(folder: Path, monkeypatch: pyte
     from gim.applied import AppliedReport
 
     monkeypatch.setattr(
-        context, "inspect", lambda *_: AppliedReport("GIM", [], [("layers.0.norm", "odd")], ["no gates"])
+        context, "inspect", lambda *_, engine: AppliedReport("GIM", [], [("layers.0.norm", "odd")], ["no gates"])
     )
     result = run("check", folder)
     assert result.code == 1

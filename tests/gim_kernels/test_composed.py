@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gim_kernels
-from gim_kernels import composed, reference, told
+from gim_kernels import composed, reference, reference_engine, told
 from gim_kernels.types import Options
 from tests.gim_kernels.test_attention import make
 from tests.gim_kernels.test_blockwise import Largest
+from tests.live import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -70,6 +71,27 @@ def test_memory_is_linear_in_length(queries: int, window: int | None) -> None:
         )
         torch.autograd.grad(out, leaves, grad_out)
     assert largest.elements <= composed.BLOCK * keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("engine", [composed, reference_engine], ids=["composed", "reference"])
+def test_what_a_backward_holds_is_what_is_said(engine: Any, key_heads: int, window: int | None) -> None:
+    options = Options(0.1, True, window)
+    query, key, value, grad_out = (x.detach() for x in make(1, 4, key_heads, 2048, 2048, 64, torch.float32))
+    saved = engine.attention_forward(query, key, value, None, None, options)
+    results: list[Any] = []
+
+    def run() -> None:
+        results[:] = engine.attention_backward(
+            grad_out, query, key, value, None, None, *saved, options, softmax_backward="temperature", temperature=2.0,
+            grad_scale=(1.0, 1.0, 1.0), needs=(True, True, True, False),
+        )  # fmt: skip
+
+    measured, kept = peak_bytes(run)
+    shapes = (query, key, value, options) if engine is composed else (query, key)
+    assert measured - kept == pytest.approx(engine.backward_workspace(*shapes), rel=0.1)
 
 
 @pytest.mark.parametrize(
