@@ -206,7 +206,7 @@ def test_int8_weights_are_right_under_every_plan(held: str) -> None:
         assert_within_budget(got, want, yardstick, f"{held}, {memory}")
 
 
-@pytest.mark.parametrize("held", ["buffers", "parameters"])
+@pytest.mark.parametrize("held", [pytest.param("buffers", marks=pytest.mark.slow), "parameters"])
 def test_int8_layers_take_the_hidden_states_dtype_and_not_their_scales(held: str) -> None:
     model, plain = with_int8(make("llama", torch.bfloat16), held, takes=torch.bfloat16)
     tokens = ids(64)

@@ -68,8 +68,8 @@ def test_head_sizes(size: int, dtype: torch.dtype) -> None:
     ("tile", "temperature"),
     [
         (Tile(16, 64, 4, 2), 2.0),
-        (Tile(64, 16, 4, 2), 3.0),
-        (Tile(32, 32, 4, 2), 1.0),
+        pytest.param(Tile(64, 16, 4, 2), 3.0, marks=pytest.mark.slow),
+        pytest.param(Tile(32, 32, 4, 2), 1.0, marks=pytest.mark.slow),
         (Tile(32, 32, 4, 2, split=True), 2.0),
         (Tile(128, 64, 4, 1, split=True), 0.4),
     ],
