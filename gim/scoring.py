@@ -141,8 +141,8 @@ def passes(
         found = _passes(model, request, baseline_id, plan, check, seed)
         if found is not None:
             return found
-    found = _passes(model, request, baseline_id, plan, check, last, says=True)
-    assert found is not None, "it says what is wrong"
+    found = _passes(model, request, baseline_id, plan, check, last, names=True)
+    assert found is not None, "with names=True it raises instead"
     return found
 
 
@@ -161,9 +161,10 @@ def _passes(
     plan: MemoryPlan,
     check: bool,
     seed: float,
-    says: bool = False,
+    names: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """One of :func:`passes`; where the gradient is not finite None, or what ``says`` by whom."""
+    """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
+    module it comes from, for which the model runs once more."""
     parts, mask = anatomy.of(model), request.rows.mask
     with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
@@ -192,7 +193,7 @@ def _passes(
         (grad,) = torch.autograd.grad(total, leaves[0], torch.full_like(total, seed))
         del total
         scores, finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
-        if not finite and not says:
+        if not finite and not names:
             return None
         if not finite:
             module = first_nonfinite_gradient(parts, prepared.logits, wanted, request.where)

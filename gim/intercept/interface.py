@@ -84,7 +84,7 @@ def prepare(modules: Mapping[str, nn.Module], stack: Stack) -> None:
     configs = {
         id(config): config
         for module in modules.values()
-        if hasattr(config := module.__dict__.get("config"), "_attn_implementation_internal")
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
     }
 
     def enter(token: object) -> None:
