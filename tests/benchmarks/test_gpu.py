@@ -156,7 +156,7 @@ def test_gim_bench_hands_its_options_on(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_gim_bench_without_a_source_tree_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "gim" / "cli.py"))
+    monkeypatch.setattr(cli.bench, "__file__", str(tmp_path / "site-packages" / "gim" / "cli" / "bench.py"))
     monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(cli.app, ["bench", "quick"])
     assert shown.exit_code == 2 and "go to a checkout's folder and run gim bench there" in " ".join(

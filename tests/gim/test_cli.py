@@ -250,7 +250,7 @@ def test_outputs_are_checked_before_the_model_is_loaded(monkeypatch: pytest.Monk
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded too early")
 
-    monkeypatch.setattr(cli, "_load", refuse)
+    monkeypatch.setattr(cli.explain, "load", refuse)
     assert run("explain", "-m", "x", "-p", "a", "--html", tmp_path / "no" / "a").code == 2
     assert run("explain", "-m", "x", "-f", tmp_path / "none").code == 2
     with pytest.raises(AssertionError, match="loaded too early"):
@@ -382,7 +382,7 @@ def test_check_fails_where_a_part_is_not_covered(folder: Path, monkeypatch: pyte
     ],
 )
 def test_names_in_one(modules: list[str], name: str) -> None:
-    assert cli._numbered(modules) == name
+    assert cli.check.numbered(modules) == name
 
 
 # --------------------------------------------------- demo

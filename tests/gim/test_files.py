@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gim import cli, files, rules
+from gim import files, rules
 from gim.applied import Application, AppliedReport
 from gim.attribution import Attribution
+from gim.cli import errors, models, options
 from gim.files import write_atomically
 from gim.loading import INDEX, check_weights
 from gim.targets import Explained
@@ -245,7 +246,7 @@ class Marks:
 
 def test_shards_load_and_each_must_be_there(sharded: Path) -> None:
     check(sharded)
-    loaded, _ = cli._load(str(sharded), "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+    loaded, _ = models.load(str(sharded), "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
     want = make("llama", torch.float32).parameters()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want, strict=True))
     (sharded / shards(sharded)[-1]).unlink()
@@ -286,8 +287,8 @@ def test_an_index_names_safetensors_files_inside_its_folder_only(sharded: Path, 
     name_in_index(sharded, old, new)
     with pytest.raises(ValueError, match=message):
         check(sharded)
-    with pytest.raises(cli.UserError, match=message):
-        cli._load(str(sharded), "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+    with pytest.raises(errors.UserError, match=message):
+        models.load(str(sharded), "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
     assert not marked.exists()
 
 
@@ -297,10 +298,10 @@ def test_nothing_is_loaded_before_every_shard_is_known(sharded: Path, monkeypatc
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(AssertionError, match="loaded too early"):
-        cli._load(str(sharded), "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+        models.load(str(sharded), "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
     name_in_index(sharded, shards(sharded)[-1], "../x.safetensors")
-    with pytest.raises(cli.UserError, match="not inside the model's folder"):
-        cli._load(str(sharded), "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+    with pytest.raises(errors.UserError, match="not inside the model's folder"):
+        models.load(str(sharded), "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
 
 
 def test_links_inside_the_folder_and_a_folder_that_is_a_link_load(sharded: Path, tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_links_inside_the_folder_and_a_folder_that_is_a_link_load(sharded: Path,
     check(tmp_path / "link")
     name_in_index(sharded, shards(sharded)[0], f"data/{shards(sharded)[0]}")
     check(sharded)
-    cli._load(str(sharded), "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+    models.load(str(sharded), "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs of the repository", "blobs of the cache"])
@@ -341,14 +342,14 @@ def test_a_snapshot_in_the_hubs_cache_loads(
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     for name in (str(snapshot), "somebody/tiny"):
-        loaded, _ = cli._load(name, "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+        loaded, _ = models.load(name, "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
         assert torch.equal(loaded.lm_head.weight, make("llama", torch.float32).lm_head.weight)
     first = snapshot / shards(snapshot)[0]
     first.unlink()
     first.symlink_to(sharded / first.name)
     for name in (str(snapshot), "somebody/tiny"):
-        with pytest.raises(cli.UserError, match="is a link out of the model's folder"):
-            cli._load(name, "cpu", cli.Dtype.AUTO, False, with_tokenizer=False)
+        with pytest.raises(errors.UserError, match="is a link out of the model's folder"):
+            models.load(name, "cpu", options.Dtype.AUTO, False, with_tokenizer=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""An attribution on the command line: progress while it runs, what is shown of it, and the files it goes to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from gim.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from gim.attribution import Attribution
+
+
+@contextmanager
+def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each stage on standard error, with its tokens per second; nothing where that is not a terminal."""
+    err = Console(stderr=True)
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+        started: dict[str, float] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+                started[stage] = time.perf_counter()
+            seconds = time.perf_counter() - started[stage]
+            rate = f"{tokens * done / total / seconds:,.0f} tokens/s" if done and total and seconds > 0 else ""
+            bars.update(tasks[stage], completed=done, total=total, rate=rate)
+
+        yield report
+
+
+def show(attribution: Attribution, top: int) -> None:
+    from gim import render
+
+    Console().print(render.terminal(attribution, top=top))
+
+
+def write(attribution: Attribution, outputs: dict[str, Path], top: int) -> None:
+    """Write every file that was asked for, and say so."""
+    writers: dict[str, Callable[[Path], object]] = {
+        "--html": lambda path: attribution.to_html(path, top=max(top, 20)),
+        "--json": attribution.to_json,
+        "--png": lambda path: attribution.to_png(path, top=max(top, 15)),
+    }
+    console = Console()
+    for name, path in outputs.items():
+        try:
+            writers[name](path)
+        except OSError as error:
+            raise UserError(f"{name}: cannot write {path}: {error.strerror or error}") from error
+        console.print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)

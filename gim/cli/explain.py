@@ -1,0 +1,163 @@
+"""`gim explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gim.cli.attributions import progress_bar, show, write
+from gim.cli.errors import UserError, check_outputs, check_texts, handled, refused
+from gim.cli.models import load, refuse_engine, rules_named, token_count
+from gim.cli.options import (
+    Debug,
+    DeviceName,
+    Dtype,
+    DtypeOption,
+    EngineName,
+    EngineOption,
+    Extrapolate,
+    HtmlFile,
+    JsonFile,
+    Measure,
+    MemoryOption,
+    ModelName,
+    PngFile,
+    RulesName,
+    Top,
+    Trust,
+)
+
+if TYPE_CHECKING:
+    from gim.targets import Target
+
+
+def command(
+    model: ModelName,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[-]", help="A single dash reads the prompt from standard input.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", "-f", help="A UTF-8 file with the prompt; its last line end is dropped."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Explain this token, continuation or class, not the model's prediction."),
+    ] = None,
+    contrast: Annotated[
+        str | None, typer.Option("--contrast", "-c", help="Explain the target minus this next token.")
+    ] = None,
+    measure: Annotated[
+        Measure | None,
+        typer.Option(help="Score to explain; by default the logit, of a continuation the log-probability."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The token that stands for nothing; by default a space, padding or unknown.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says: put it into the model's chat template.")
+    ] = False,
+    rules: RulesName = "GIM",
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the softmax backward, in place of the preset's.")
+    ] = None,
+    html: HtmlFile = None,
+    json: JsonFile = None,
+    png: PngFile = None,
+    top: Top = 10,
+    device: DeviceName = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+    memory: MemoryOption = "auto",
+    allow_extrapolation: Extrapolate = False,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+    engine: EngineOption = EngineName.AUTO,
+) -> None:
+    """Attribute what a model says next to the tokens of its prompt.
+
+    The prompt comes from --prompt, from --prompt-file, or, given a single dash, from standard input.
+    """
+    with handled(debug):
+        chosen = rules_named(rules, temperature)
+        text = _read_prompt(source, prompt, prompt_file)
+        check_texts({"--target": target, "--contrast": contrast, "--baseline": baseline})
+        outputs = check_outputs({"--html": html, "--json": json, "--png": png})
+        loaded, tokenizer = load(model, device, dtype, trust_remote_code)
+        refuse_engine(engine, loaded)
+        with refused():
+            wanted = _target(target, contrast, measure, tokenizer, loaded)
+            import gim
+
+            asked = [{"role": "user", "content": text}] if chat else text
+            with progress_bar(token_count(tokenizer, asked)) as progress:
+                attribution = gim.attribute(
+                    loaded,
+                    tokenizer,
+                    asked,
+                    target=wanted,
+                    baseline=baseline,
+                    rules=chosen,
+                    memory=memory,
+                    progress=progress,
+                    allow_extrapolation=allow_extrapolation,
+                    engine=engine.value,
+                )
+        show(attribution, top)
+        write(attribution, outputs, top)
+
+
+def _read_prompt(source: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from the one place that was named."""
+    if source not in (None, "-"):
+        raise UserError(f"the only argument there can be is -, for standard input; got {source!r} (use --prompt)")
+    given = {"--prompt": prompt is not None, "--prompt-file": prompt_file is not None, "-": source == "-"}
+    named = [name for name, is_given in given.items() if is_given]
+    if len(named) != 1:
+        got = " and ".join(named) or "none of them"
+        raise UserError(f"the prompt must come from one of --prompt, --prompt-file and -; got {got}")
+    if prompt is not None:
+        name, text = "--prompt", prompt
+    elif prompt_file is None or str(prompt_file) == "-":
+        name, text = "standard input", _decode("standard input", typer.get_binary_stream("stdin").read())
+    else:
+        name = f"--prompt-file {prompt_file}"
+        try:
+            content = prompt_file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{name}: {error.strerror or error}") from error
+        text = _decode(name, content)
+    if not text:
+        raise UserError(f"{name}: the prompt must not be empty")
+    return text
+
+
+def _decode(name: str, content: bytes) -> str:
+    """Text from UTF-8, without a byte order mark and without the line end that editors put at the end."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise UserError(f"{name}: not text in UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
+    if text.endswith("\r\n"):
+        return text[:-2]
+    return text.removesuffix("\n")
+
+
+def _target(target: str | None, contrast: str | None, measure: Measure | None, tokenizer: Any, model: Any) -> Target:
+    """The target that --target, --contrast and --measure mean together."""
+    from gim import targets
+    from gim.parts import anatomy
+
+    wanted: Target
+    if contrast:
+        wanted = targets.Contrast(target, contrast)
+        if anatomy.of(model).head != "class":
+            targets.contrast_ids(wanted, tokenizer, ("--target", "--contrast"))
+    else:
+        # The name of a class is no text of the tokenizer's.
+        wanted = targets.Token(target) if anatomy.of(model).head == "class" else targets.parse(target, tokenizer)
+    return wanted if measure is None else dataclasses.replace(wanted, measure=measure.value)
