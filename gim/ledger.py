@@ -118,12 +118,11 @@ class Ledger(TorchDispatchMode):
             self.flops[self.where] += (2 if softmax_backward == "constant" else 5) * _product(
                 query, key, causal, window
             )
-            if self.engine == "blockwise":
+            if self.engine in ("blockwise", "composed"):
+                engine = blockwise if self.engine == "blockwise" else composed
                 options = Options(scale, causal, window, softcap)
                 rule = (softmax_backward, temperature)
-                self._grow(0, blockwise.backward_workspace(query, key, value, options, *rule))
-            elif self.engine == "composed":
-                self._grow(0, composed.backward_workspace(query, key, value, Options(scale, causal, window, softcap)))
+                self._grow(0, engine.backward_workspace(query, key, value, options, *rule))
             elif self.engine == "reference":
                 self._grow(0, reference_engine.backward_workspace(query, key))
             else:

@@ -12,7 +12,7 @@ bottom-right over more keys than queries, by blocks of queries with a mask of BL
 
 The backward runs the exact attention again, since torch's function keeps its log-sum-exp to itself: 2 matrix products
 forward and 14 backward under a temperature, where an engine of ours needs 2 and 5 to 8. It runs where it is asked for.
-Its errors are those of torch's attention; under a temperature far below 1, to scores that are as much larger.
+Where ``scale / T`` or the factor T would cost digits, the second call is in the next wider type (:func:`_type`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from gim_kernels.types import Gradient, Options
 
 #: Queries that share one mask of BLOCK x S.
 BLOCK = 128
+#: A float16 that is multiplied by more than this may be too large for one.
+LARGEST_FACTOR_OF_FLOAT16 = 16.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,17 @@ def _exact(
     return out, chosen.name
 
 
+def _type(dtype: torch.dtype, temperature: float) -> torch.dtype:
+    """What the call through the scores runs in.
+
+    Below 1, scores are larger by 1 / T, and so is what torch's attention rounds off them; the gradient is multiplied by
+    T, which takes a float16 to where it has few digits or, above 1, to infinity.
+    """
+    if temperature >= 1.0 and (dtype != torch.float16 or temperature <= LARGEST_FACTOR_OF_FLOAT16):
+        return dtype
+    return torch.float64 if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
+
+
 def _check(sinks: torch.Tensor | None, options: Options) -> None:
     """Refuse what torch's exact attention does not have."""
     for name, given in (("softcap", options.softcap), ("sinks", sinks)):
@@ -224,16 +237,16 @@ def attention_backward(
         places = [(row, slice(None), slice(a, b)) for a, b in ((piece.start, piece.stop), (piece.first, piece.end))]
         grad = _walkable(grad_out[row, :, piece.start : piece.stop])
         together = temperature == 1.0
-        for asked, scale, factor in (
-            ((*(scores if together else (False, False)), values), options.scale, 1.0),
-            ((*(scores if not together else (False, False)), False), options.scale / temperature, temperature),
+        for asked, dtype, factor in (
+            ((*(scores if together else (False, False)), values), query.dtype, 1.0),
+            ((*(scores if not together else (False, False)), False), _type(query.dtype, temperature), temperature),
         ):
             if not any(asked):
                 continue
-            leaves = [leaf(x, need) for x, need in zip((q, k, v), asked, strict=True)]
+            leaves = [leaf(x.to(dtype), need) for x, need in zip((q, k, v), asked, strict=True)]
             with recording():
-                again, _ = _exact(leaves[0], leaves[1], leaves[2], mask, piece.mask == "causal", scale)
-            found = gradients(again, grad * factor if factor != 1.0 else grad, leaves)
+                again, _ = _exact(leaves[0], leaves[1], leaves[2], mask, piece.mask == "causal", options.scale / factor)
+            found = gradients(again, grad.to(dtype) * factor if factor != 1.0 else grad, leaves)
             for total, part, place in zip(sums, found, (places[0], places[1], places[1]), strict=True):
                 if total is not None and part is not None:
                     total[place] += part
@@ -271,10 +284,22 @@ def forward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return _copied(query, key, value) + numbers * query.itemsize + mask
 
 
-def backward_workspace(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> int:
+def backward_workspace(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Options,
+    softmax_backward: str,
+    temperature: float,
+) -> int:
     """The same of :func:`attention_backward`: besides, sums in float32, and what one call and its gradients are, at
-    most four times as large as its queries and three times as its keys (measured)."""
+    most four times as large as its queries and three times as its keys (measured), and three times either where the
+    second is in a wider type."""
     of_queries, of_keys, mask = _largest_call(query, key, options)
     wide = torch.promote_types(query.dtype, torch.float32).itemsize
     sums = 0 if wide == query.itemsize else wide * (query.numel() + key.numel() + value.numel())
-    return _copied(query, key, value) + sums + (4 * of_queries + 3 * of_keys) * query.itemsize + mask
+    call = (4 * of_queries + 3 * of_keys) * query.itemsize
+    dtype = _type(query.dtype, temperature) if softmax_backward == "temperature" else query.dtype
+    if dtype != query.dtype:
+        call += (3 * of_queries + 3 * of_keys) * dtype.itemsize
+    return _copied(query, key, value) + sums + call + mask

@@ -76,8 +76,14 @@ def test_memory_is_linear_in_length(queries: int, window: int | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("engine", [composed, reference_engine], ids=["composed", "reference"])
-def test_what_a_backward_holds_is_what_is_said(engine: Any, key_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("engine", "temperature"),
+    [(composed, 2.0), (composed, 0.5), (reference_engine, 2.0)],
+    ids=["composed", "composed-wider", "reference"],
+)
+def test_what_a_backward_holds_is_what_is_said(
+    engine: Any, temperature: float, key_heads: int, window: int | None
+) -> None:
     options = Options(0.1, True, window)
     query, key, value, grad_out = (x.detach() for x in make(1, 4, key_heads, 2048, 2048, 64, torch.float32))
     saved = engine.attention_forward(query, key, value, None, None, options)
@@ -85,13 +91,13 @@ def test_what_a_backward_holds_is_what_is_said(engine: Any, key_heads: int, wind
 
     def run() -> None:
         results[:] = engine.attention_backward(
-            grad_out, query, key, value, None, None, *saved, options, softmax_backward="temperature", temperature=2.0,
-            grad_scale=(1.0, 1.0, 1.0), needs=(True, True, True, False),
+            grad_out, query, key, value, None, None, *saved, options, softmax_backward="temperature",
+            temperature=temperature, grad_scale=(1.0, 1.0, 1.0), needs=(True, True, True, False),
         )  # fmt: skip
 
     measured, kept = peak_bytes(run)
-    shapes = (query, key, value, options) if engine is composed else (query, key)
-    assert measured - kept == pytest.approx(engine.backward_workspace(*shapes), rel=0.1)
+    asked = (query, key, value, options, "temperature", temperature) if engine is composed else (query, key)
+    assert measured - kept == pytest.approx(engine.backward_workspace(*asked), rel=0.1)
 
 
 @pytest.mark.parametrize(
