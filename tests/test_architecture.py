@@ -41,7 +41,7 @@ IMPORTS = {module_name(path): imports(path) for path in FILES}
 
 #: What attributes and explains, and how memory is spent: nothing that finds parts or applies rules knows of it.
 ABOVE = (
-    "gim.context", "gim.explain", "gim.scoring", "gim.cli", "gim.memory", "gim.estimate", "gim.checkpoint",
+    "gim.context", "gim.request", "gim.scoring", "gim.cli", "gim.memory", "gim.estimate", "gim.checkpoint",
     "gim.inputs", "gim.tokenwise", "gim.evaluation",
 )  # fmt: skip
 ENGINES = ("triton", "composed", "blockwise", "pointwise", "reference_engine")
@@ -73,20 +73,20 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("gim_kernels.types", ("gim_kernels",)),
     ("gim_kernels.told", ("gim_kernels",)),
-    *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "explain", "render", "context")),
+    *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "request", "render", "context")),
     # An evaluation asks for attributions and for forwards; how rules get in is none of its business, nor who shows it.
     ("gim.evaluation", (
         "gim.cli", "gim.render", "gim.attribution", "gim.intercept", "gim.context", "gim.memory",
         "gim.scoring", "gim_kernels", "typer", "rich",
     )),
-    ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("explain", "parts", "rules", "inputs"))),
-    *((f"gim.evaluation.{one}", ("gim.evaluation.run", "gim.evaluation.result", "gim.explain")) for one in (
+    ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("request", "parts", "rules", "inputs"))),
+    *((f"gim.evaluation.{one}", ("gim.evaluation.run", "gim.evaluation.result", "gim.request")) for one in (
         "perturbation", "measures", "statistics", "store", "extras", "case", "captum_methods", "data",
     )),
     *((f"gim.{one}", ("gim.evaluation",)) for one in (
-        "applied", "attribution", "checkpoint", "context", "demo", "estimate", "explain", "files", "inputs", "ledger",
-        "loading", "memory", "nonfinite", "offload", "plan", "prompts", "render", "rules", "saved", "scoring",
-        "segments", "targets", "tokenwise",
+        "applied", "attribution", "checkpoint", "context", "demo", "estimate", "files", "inputs", "ledger",
+        "loading", "memory", "nonfinite", "offload", "plan", "prompts", "render", "request", "rules", "saved",
+        "scoring", "segments", "targets", "tokenwise",
     )),
     # Commands share what stands beside them, which knows none of them.
     *((f"gim.cli.{one}", tuple(f"gim.cli.{other}" for other in (
@@ -131,8 +131,8 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim.intercept.products", "from importlib import import_module\nimport_module('gim.scoring')"),
         ("gim.scoring", "import gim.cli"),
         ("gim.context", "__import__('tests.eager')"),
-        ("gim.attribution", "from gim import explain"),
-        ("gim.explain", "def late():\n    from gim.evaluation import measures"),
+        ("gim.attribution", "from gim import request"),
+        ("gim.request", "def late():\n    from gim.evaluation import measures"),
         ("gim.evaluation.measures", "from gim.intercept.session import Session"),
         ("gim.cli.models", "from gim.cli.explain import command"),
     ],

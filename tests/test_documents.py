@@ -55,7 +55,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
     "name",
     [
         "gim.context",
-        "gim.explain",
+        "gim.request",
         "gim.attribution",
         "gim.estimate",
         "gim.plan",
@@ -67,7 +67,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
 def test_docstring_examples_run(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert outcome.failed == 0
-    if name in ("gim.context", "gim.explain", "gim.estimate", "gim.plan", "gim.evaluation.run"):
+    if name in ("gim.context", "gim.request", "gim.estimate", "gim.plan", "gim.evaluation.run"):
         assert outcome.attempted > 0
 
 

@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Gradient attribution of large language models with the GIM rules.",
     no_args_is_help=True,
     add_completion=False,
+    # Boxes around help take as long to load as all else that help needs.
+    rich_markup_mode=None,
     # A traceback of an unexpected error is for whoever mends it: Python's own, without the values in it.
     pretty_exceptions_enable=False,
 )
@@ -42,14 +44,14 @@ def _main(
     pass
 
 
-app.command("explain")(explain.command)
-app.command("check")(check.command)
-app.command("plan")(plan.command)
-app.command("demo")(demo.command)
+app.command("explain", short_help="Attribute what a model says next to the tokens of its prompt.")(explain.command)
+app.command("check", short_help="Show what each rule is applied to, operator by operator.")(check.command)
+app.command("plan", short_help="Predict the memory of an attribution under every plan.")(plan.command)
+app.command("demo", short_help="Ask a small model that comes along, and see where it looked.")(demo.command)
 app.command(
     "bench",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    short_help="Measure throughput and memory against rivals; needs a source tree.",
+    short_help="Measure throughput and memory against rivals (source tree).",
 )(bench.command)
-app.command("evaluate")(evaluate.command)
-app.command("tasks")(tasks.command)
+app.command("evaluate", short_help="Measure how faithful attributions are, with intervals.")(evaluate.command)
+app.command("tasks", short_help="List the tasks that gim evaluate has in the box, or show one.")(tasks.command)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gim.cli.attributions import progress_bar, show, write
 from gim.cli.errors import UserError, check_outputs, handled, refused
-from gim.cli.models import quieten, rules_named, token_count
+from gim.cli.models import loading, quieten, rules_named, token_count
 from gim.cli.options import Debug, HtmlFile, JsonFile, PngFile, RulesName, Top
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def command(
         import gim
         import gim.demo
 
-        quieten()
         try:
-            model, tokenizer = gim.demo.load()
-            prompt = gim.demo.prompt()
+            with loading("the demo model"):
+                quieten()
+                model, tokenizer = gim.demo.load()
+                prompt = gim.demo.prompt()
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
         with refused(), progress_bar(token_count(tokenizer, prompt.text)) as progress:

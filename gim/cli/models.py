@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from gim.cli.errors import UserError
 from gim.cli.options import Dtype, EngineName
@@ -36,11 +39,24 @@ def _check_folder(name: str) -> None:
         raise UserError(f"model: there is no folder {name!r}")
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Inside, a terminal says that something is loaded, which takes seconds before anything else shows."""
+    err = Console(stderr=True)
+    with err.status(Text(f"loading {what}")) if err.is_terminal else nullcontext():
+        yield
+
+
 def load(
     name: str, device: str, dtype: Dtype, trust_remote_code: bool, *, with_tokenizer: bool = True
 ) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and its tokenizer."""
     _check_folder(name)
+    with loading(name):
+        return _load(name, device, dtype, trust_remote_code, with_tokenizer)
+
+
+def _load(name: str, device: str, dtype: Dtype, trust_remote_code: bool, with_tokenizer: bool) -> tuple[Any, Any]:
     import torch
     import transformers
     from safetensors import SafetensorError

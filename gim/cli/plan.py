@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gim.cli.errors import UserError, handled
-from gim.cli.models import quieten, rules_named, twin_of
+from gim.cli.models import loading, quieten, rules_named, twin_of
 from gim.cli.options import Debug, Dtype, DtypeOption, RulesName, Trust
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def command(
         if explained > tokens:
             raise UserError(f"--explained must be at most the {tokens} tokens, got {explained}")
         memory = None if gpu_memory is None else _bytes(gpu_memory)
-        import torch
+        with loading(f"the config of {model}"):
+            import torch
 
-        from gim.memory import free_bytes, plan_rows
+            from gim.memory import free_bytes, plan_rows
 
-        quieten()
-        device = torch.device("cuda" if memory is not None or torch.cuda.is_available() else "cpu")
-        twin = twin_of(model, chosen, device, dtype, trust_remote_code)
+            quieten()
+            device = torch.device("cuda" if memory is not None or torch.cuda.is_available() else "cpu")
+            twin = twin_of(model, chosen, device, dtype, trust_remote_code)
         total = free_bytes(device) if memory is None else memory
         rows = plan_rows(twin, tokens, total, explained=explained)
         _show_plans(type(twin.model).__name__, twin, tokens, total, gpu_memory is not None, rows)

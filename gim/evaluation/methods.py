@@ -14,7 +14,7 @@ from torch import nn
 from gim.evaluation import captum_methods
 from gim.evaluation.case import Case
 from gim.evaluation.extras import need
-from gim.explain import explain
+from gim.request import explain
 from gim.rules import PRESETS, Rules
 
 #: Token ids ``[T]`` to scores ``[T]``.

@@ -1,6 +1,6 @@
 """Attention: torch's functions, the interface of transformers, and scores that a model writes out itself.
 
-``import gim`` registers the implementation ``"gim"`` in transformers' attention and mask interfaces. Outside a context
+``interface`` registers the implementation ``"gim"`` in transformers' attention and mask interfaces. Outside a context
 it is ordinary attention in O(T) memory; inside one, the session that runs tells which rules to apply.
 """
 

@@ -134,10 +134,11 @@ def _as_sdpa(frame: Frame, inner: Callable[..., Any], inputs: tuple[Any, ...], n
 def set_attention_rules(model: PreTrainedModel, rules: Rules | str | None) -> None:
     """Give a model's attention rules of its own, outside any context: for code that does the rest itself.
 
-    The model must use the implementation ``"gim"``, which ``import gim`` registers::
+    The model must use the implementation ``"gim"``, which is registered once this function is imported::
 
+        from gim import set_attention_rules
         model.set_attn_implementation("gim")
-        gim.set_attention_rules(model, "GIM")
+        set_attention_rules(model, "GIM")
 
     What attention does of ``rules`` is then done in every forward pass: the softmax and the factors of q, k and v.
     Norms and gated MLPs are left to the caller; :func:`gim_kernels.rms_norm`, :func:`gim_kernels.layer_norm` and

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import resource
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -439,6 +443,50 @@ def test_version_and_help() -> None:
     assert helped.code == 0
     for command in ("explain", "check", "demo"):
         assert command in helped.out
+
+
+def process(*arguments: str) -> tuple[str, float]:
+    """What another Python prints, and its process time in seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return shown.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+HELP = "import sys; sys.argv = ['gim', '--help']; from gim.cli import app; app(standalone_mode=False)"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    shown, _ = process("-c", f"{HELP}; print(*sorted(sys.modules))")
+    modules = shown.splitlines()[-1].split()
+    assert "typer" in modules and "gim.cli.explain" in modules
+    assert not {"torch", "transformers", "numpy", "jinja2", "rich.markdown", "gim.context"} & set(modules)
+
+
+@pytest.mark.slow
+def test_help_costs_little_more_than_what_draws_it() -> None:
+    rounds = [(process("-c", HELP)[1], process("-c", "import typer, rich")[1]) for _ in range(9)]
+    ours, least = (min(one) for one in zip(*rounds, strict=True))
+    assert ours <= 2.5 * least, f"{ours:.3f} s against {least:.3f} s"
+
+
+def test_public_names_are_loaded_when_asked_for() -> None:
+    shown, _ = process("-c", "import sys, gim; print('torch' in sys.modules, gim.rules.GIM.name, *dir(gim))")
+    heavy, preset, *names = shown.split()
+    assert (heavy, preset) == ("False", "GIM") and set(gim.__all__) <= set(names)
+    assert all(getattr(gim, name).__name__.rpartition(".")[2] == name for name in gim.__all__)
+    with pytest.raises(AttributeError, match="module 'gim' has no attribute 'explane'"):
+        _ = gim.explane  # type: ignore[attr-defined]
+
+
+def test_a_terminal_says_that_something_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        cli.models, "Console", lambda **_: Console(file=screen, force_terminal=True, width=60, color_system=None)
+    )
+    with cli.models.loading("org/[bold]name"):
+        pass
+    assert "loading org/[bold]name" in screen.getvalue()
 
 
 # ---- gim plan
