@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +17,10 @@ from gim import saved, segments
 from gim.applied import AppliedReport
 from gim.files import check_writable, write_atomically
 from gim.rules import Rules
-from gim.targets import Explained
+from gim.targets import Explained, NextToken
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import RenderableType
 
 Order = Literal["abs", "positive", "negative"]
@@ -99,6 +101,10 @@ class Attribution:
         baseline: id and text of the token that every token is compared with.
         versions: version of each package that took part.
         memory: how memory was spent, in words.
+        template: whether each token is a chat template's own; empty where none is.
+        segments: parts of the text by name, each its first and one-past-last character: the messages of a chat by
+            role, or what was given.
+        next_tokens: the likeliest tokens, or classes, where the explained number is read, likeliest first.
 
     Raises:
         ValueError: sequences of different lengths, offsets outside the text, scores that are not a finite
@@ -120,6 +126,9 @@ class Attribution:
     baseline: tuple[int, str]
     versions: dict[str, str] = field(default_factory=dict)
     memory: str = ""
+    template: tuple[bool, ...] = ()
+    segments: dict[str, tuple[int, int]] = field(default_factory=dict)
+    next_tokens: tuple[NextToken, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.scores, torch.Tensor):
@@ -136,6 +145,13 @@ class Attribution:
                     f"{name} must have one entry for each of the {len(self.tokens)} tokens, "
                     f"got {len(getattr(self, name))}"
                 )
+        if self.template and len(self.template) != len(self.tokens):
+            raise ValueError(
+                f"template must have one entry for each of the {len(self.tokens)} tokens or none, got "
+                f"{len(self.template)}"
+            )
+        for name, (start, end) in self.segments.items():
+            self._check_range(f"segments[{name!r}]", start, end)
         finite = torch.isfinite(self.scores)
         if not bool(finite.all()):
             position = int(torch.nonzero(~finite)[0, 0])
@@ -165,6 +181,11 @@ class Attribution:
         """Every field except the scores."""
         return {name: value for name, value in vars(self).items() if name != "scores"}
 
+    @property
+    def aside(self) -> tuple[bool, ...]:
+        """Whether each token is a special one or a chat template's own: no word of the prompt, so not ranked."""
+        return tuple(map(operator.or_, self.special, self.template)) if self.template else self.special
+
     # -- single tokens
 
     def top(self, k: int = 10, *, by: Order = "abs", skip_special: bool = True) -> list[RankedToken]:
@@ -174,7 +195,7 @@ class Attribution:
             k: how many, at most.
             by: ``"abs"`` orders by absolute value; ``"positive"`` gives only scores above 0, largest first;
                 ``"negative"`` only scores below 0, smallest first.
-            skip_special: leave special tokens out, also out of the ranks.
+            skip_special: leave special tokens and a chat template's own out, also out of the ranks.
 
         Returns:
             At most `k` tokens.
@@ -220,7 +241,8 @@ class Attribution:
             raise ValueError(f"by must be one of {ORDERS}, got {by!r}")
         key = {"abs": self.scores.abs(), "positive": self.scores, "negative": -self.scores}[by]
         order: list[int] = torch.argsort(key, descending=True, stable=True).tolist()
-        return [position for position in order if not (skip_special and self.special[position])]
+        aside = self.aside
+        return [position for position in order if not (skip_special and aside[position])]
 
     def _ranked(self, rank: int, position: int) -> RankedToken:
         start, end = self.offsets[position]
@@ -232,11 +254,11 @@ class Attribution:
         """Scores summed over words, punctuation marks and symbols, as :func:`gim.segments.words` cuts them.
 
         Args:
-            skip_special: leave special tokens out; otherwise each is a span of its own.
+            skip_special: leave special tokens and a chat template's own out; otherwise each is a span of its own.
 
         Returns:
             One span for each, in the order of the text; together they have every character of the text that
-            is neither white space nor part of a special token.
+            is neither white space nor part of such a token.
         """
         return self._segmented(segments.words, skip_special)
 
@@ -244,11 +266,11 @@ class Attribution:
         """Scores summed over sentences, as :func:`gim.segments.sentences` cuts them.
 
         Args:
-            skip_special: leave special tokens out; otherwise each is a span of its own.
+            skip_special: leave special tokens and a chat template's own out; otherwise each is a span of its own.
 
         Returns:
             One span for each, in the order of the text; together they have every character of the text that
-            is neither white space nor part of a special token.
+            is neither white space nor part of such a token.
         """
         return self._segmented(segments.sentences, skip_special)
 
@@ -262,7 +284,7 @@ class Attribution:
 
         Args:
             spans: first and one-past-last character of each range, or such ranges by name.
-            skip_special: leave special tokens out of the sums.
+            skip_special: leave special tokens and a chat template's own out of the sums.
 
         Returns:
             One span for each range, in the order given.
@@ -283,6 +305,14 @@ class Attribution:
             for name, (start, end), (score, tokens) in zip(names, ranges, self._sums(ranges, skip_special), strict=True)
         ]
 
+    def to_segments(self) -> list[Span]:
+        """Scores summed over :attr:`segments`, such as the messages of a chat.
+
+        Returns:
+            One span for each, with its name, in the order of the text.
+        """
+        return self.spans(self.segments)
+
     def _check_range(self, name: str, start: int, end: int) -> None:
         if not 0 <= start < end <= len(self.text):
             raise ValueError(
@@ -291,7 +321,8 @@ class Attribution:
             )
 
     def _segmented(self, cut: Callable[[str], Sequence[tuple[int, int]]], skip_special: bool) -> list[Span]:
-        """One span for each range that `cut` finds between special tokens, and for each special token."""
+        """One span for each range that `cut` finds between tokens set aside, and for each of those."""
+        aside = self.aside
         specials = [
             Span(
                 self.text[start:end] if end > start else self.tokens[position],
@@ -301,14 +332,14 @@ class Attribution:
                 (position, position + 1),
             )
             for position, (start, end) in enumerate(self.offsets)
-            if self.special[position]
+            if aside[position]
         ]
         ranges: list[tuple[int, int]] = []
         start = 0
         for stop, after in [*((s.start, s.end) for s in specials if s.end > s.start), (len(self.text),) * 2]:
             ranges += [(start + a, start + b) for a, b in cut(self.text[start:stop])]
             start = max(start, after)
-        if not ranges and not all(self.special):
+        if not ranges and not all(aside):
             ranges = [(0, len(self.text))]
 
         # Each range also takes in what lies between it and the one before, and the last what follows it:
@@ -326,7 +357,8 @@ class Attribution:
         """For each range the sum of the tokens' shares, and first and one-past-last token with a share."""
         visible = [0, *accumulate(not character.isspace() for character in self.text)]
         scores: list[float] = self.scores.tolist()
-        positions = [p for p in range(len(self)) if not (skip_special and self.special[p])]
+        aside = self.aside
+        positions = [p for p in range(len(self)) if not (skip_special and aside[p])]
         positions.sort(key=lambda position: self.offsets[position])
         starts = [self.offsets[position][0] for position in positions]
         # The furthest end up to each token: where it is before a range, so is every token up to there.
@@ -350,6 +382,44 @@ class Attribution:
                 tokens = (before, before)
             sums.append((math.fsum(shares), tokens))
         return sums
+
+    # -- other forms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, as :meth:`to_json` writes it."""
+        return saved.to_fields(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each token, in order.
+
+        Returns:
+            Columns ``position``, ``token``, ``token_id``, ``start`` and ``end`` (characters of the text), ``score``,
+            ``special``, ``template``, and ``segment``: the name of the first part that has a character of the token.
+
+        Raises:
+            ImportError: pandas, which the extra ``evaluate`` installs, is missing.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("a data frame needs pandas: pip install gim-kernels[evaluate]") from error
+        starts, ends = ([offset[side] for offset in self.offsets] for side in (0, 1))
+        return pandas.DataFrame(
+            {
+                "position": range(len(self)),
+                "token": self.tokens,
+                "token_id": self.token_ids,
+                "start": starts,
+                "end": ends,
+                "score": self.scores.numpy(),
+                "special": self.special,
+                "template": self.template or (False,) * len(self),
+                "segment": [
+                    next((name for name, (a, b) in self.segments.items() if a < max(end, start + 1) and start < b), "")
+                    for start, end in self.offsets
+                ],
+            }
+        )
 
     # -- save, load
 

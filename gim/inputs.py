@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from gim.parts import anatomy
 from gim.parts.placement import refuse_unsupported_placement
+from gim.segments import Range
 from gim.targets import whole_number
 from gim_kernels.engines import key_range_of
 
@@ -75,6 +78,32 @@ def check_targets(model: nn.Module, argument: str, target: Any, rows: int) -> li
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_segments(segments: Any, length: int) -> dict[str, Range]:
+    """Named parts of a text of ``length`` characters, in the order of the text.
+
+    Raises:
+        TypeError: no mapping of texts to pairs of integers.
+        ValueError: a part that is empty, lies outside the text or overlaps another; names it.
+    """
+    if not isinstance(segments, Mapping):
+        raise TypeError(f"segments must be a mapping of names to (start, end), got {segments!r:.80}")
+    found: dict[str, Range] = {}
+    for name, given in segments.items():
+        ends = [whole_number(one) for one in given] if isinstance(given, Sequence) else []
+        if not isinstance(name, str) or len(ends) != 2 or not all(type(one) is int for one in ends):
+            raise TypeError(f"segments must be a mapping of names to (start, end), got {name!r:.80}: {given!r:.80}")
+        if not 0 <= ends[0] < ends[1] <= length:
+            raise ValueError(
+                f"segments[{name!r}] must satisfy 0 <= start < end <= {length} (the length of the text), got {given}"
+            )
+        found[name] = (ends[0], ends[1])
+    ordered = sorted(found.items(), key=lambda one: one[1])
+    for (one, (_, end)), (other, (start, _)) in pairwise(ordered):
+        if start < end:
+            raise ValueError(f"segments[{one!r}] and segments[{other!r}] overlap")
+    return dict(ordered)
 
 
 def check_token_id(model: nn.Module, argument: str, token_id: int) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 #: Steps of colour on each side of 0.
 LEVELS = 32
-#: Colours saturate at this quantile of |score| over the tokens that are not special ...
+#: Colours saturate at this quantile of |score| over the tokens that are not set aside ...
 SATURATION_QUANTILE = 0.99
 #: ... or at this part of the largest |score|, if that is more: where a few tokens of a long prompt have nearly
 #: all of the score, the quantile alone would paint the noise of all others in full colour.
@@ -125,7 +125,7 @@ class Scale:
     def of(cls, attribution: Attribution) -> Scale:
         """The scale of an attribution: see :data:`SATURATION_QUANTILE` and :data:`SATURATION_LEAST`."""
         scores: list[float] = attribution.scores.tolist()
-        ordered = sorted(abs(s) for s, special in zip(scores, attribution.special, strict=True) if not special)
+        ordered = sorted(abs(s) for s, special in zip(scores, attribution.aside, strict=True) if not special)
         if not ordered:
             return cls(0.0, 0.0, 0)
         largest = ordered[-1]
@@ -153,7 +153,7 @@ class Scale:
         beyond = f" {self.beyond} tokens lie beyond." if self.beyond > 1 else ""
         return (
             f"Linear around 0; full colour from ±{self.limit:.3g} on: the {100 * SATURATION_QUANTILE:.0f}th "
-            f"percentile of |score| without special tokens, at least {100 * SATURATION_LEAST:.0f} % of the "
+            f"percentile of |score| without tokens set aside, at least {100 * SATURATION_LEAST:.0f} % of the "
             f"largest, {self.largest:.3g}.{beyond}"
         )
 
@@ -299,10 +299,9 @@ class Bin:
 
 
 def bins(attribution: Attribution, count: int) -> list[Bin]:
-    """The tokens of a prompt in at most `count` columns of equal width; special tokens count as 0."""
+    """The tokens of a prompt in at most `count` columns of equal width; tokens set aside count as 0."""
     scores = [
-        0.0 if special else score
-        for score, special in zip(attribution.scores.tolist(), attribution.special, strict=True)
+        0.0 if special else score for score, special in zip(attribution.scores.tolist(), attribution.aside, strict=True)
     ]
     columns = min(count, len(scores))
     columns_of_scores = (
@@ -325,24 +324,52 @@ def heading(attribution: Attribution) -> str:
     return _KINDS.get(attribution.target.kind, "{}").format(attribution.target.label)
 
 
-def _facts(attribution: Attribution) -> list[tuple[str, str]]:
-    """What stands on top of every picture: name and value of each fact."""
+def _answer(attribution: Attribution) -> list[tuple[str, str]]:
+    """What stands on top of every picture: what is explained, what else may come next, what is not ranked."""
     target = attribution.target
-    special = sum(attribution.special)
+    facts = [("Target", f"{heading(attribution)}, {_MEASURES[target.measure]} {target.value:.4g}")]
+    if attribution.next_tokens:
+        facts.append(
+            ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
+        )
+    if any(attribution.aside):
+        facts.append(("Set aside", _set_aside(attribution)))
+    return facts
+
+
+def _facts(attribution: Attribution) -> list[tuple[str, str]]:
+    """How it was found: name and value of each fact."""
     facts = [
-        ("Target", f"{heading(attribution)}, {_MEASURES[target.measure]} {target.value:.4g}"),
         ("Model", attribution.model),
         ("Rules", attribution.rules.describe()),
         ("Engine", attribution.engine or "not recorded"),
         ("Applied to", attribution.report.summary()),
         ("Baseline", f"token {attribution.baseline[0]}, {attribution.baseline[1]!r}"),
-        ("Prompt", f"{len(attribution):,} tokens" + (f", {special:,} of them special" if special else "")),
+        ("Prompt", f"{len(attribution):,} tokens"),
     ]
     if attribution.memory:
         facts.append(("Memory", attribution.memory))
     if attribution.versions:
         facts.append(("Versions", ", ".join(f"{name} {v}" for name, v in attribution.versions.items())))
     return facts
+
+
+def _set_aside(attribution: Attribution) -> str:
+    """What the tokens that are not ranked add up to: a first special token, which attention rests on where it finds
+    nothing, other special tokens, and a chat template's own."""
+    scores = attribution.scores.tolist()
+    groups: dict[str, list[int]] = {}
+    for position, is_aside in enumerate(attribution.aside):
+        if is_aside and position == 0 and attribution.special[0]:
+            groups[f"the first token {attribution.tokens[0]!r} (attention sink)"] = [0]
+        elif is_aside:
+            groups.setdefault("special" if attribution.special[position] else "template", []).append(position)
+    names = {"special": "{} special token{}", "template": "{} token{} of the chat template"}
+    return ", ".join(
+        f"{names.get(name, name).format(f'{len(group):,}', 's' if len(group) > 1 else '')} "
+        f"{number(sum(scores[position] for position in group))}"
+        for name, group in groups.items()
+    )
 
 
 def _warnings(attribution: Attribution) -> list[str]:
@@ -394,6 +421,8 @@ def html(attribution: Attribution, *, top: int = 20) -> str:
     ranked = attribution.top(top)
     sentences = strongest_sentences(attribution, 10)
     largest_sentence = max((abs(span.score) for _, span in sentences), default=0.0)
+    segments = attribution.to_segments()
+    largest_segment = max((abs(span.score) for span in segments), default=0.0)
     style = _style()
     script = _template("report.js")
     return (
@@ -404,7 +433,9 @@ def html(attribution: Attribution, *, top: int = 20) -> str:
             script=Markup(script),
             style_hash=_hash(style),
             script_hash=_hash(script),
+            answer=_answer(attribution),
             facts=_facts(attribution),
+            segments=[(span, _fraction(span.score, largest_segment)) for span in segments],
             warnings=_warnings(attribution),
             notes=attribution.report.notes,
             label=heading(attribution),
@@ -455,7 +486,7 @@ def _style() -> str:
 
 def _lines(attribution: Attribution, scale: Scale) -> list[Markup]:
     """The running text in blocks, which end where a token ends a line, so that a browser lays out each alone."""
-    scores = attribution.scores.tolist()
+    scores, aside = attribution.scores.tolist(), attribution.aside
     lines: list[Markup] = []
     parts: list[str] = []
     for piece in pieces(attribution):
@@ -464,9 +495,9 @@ def _lines(attribution: Attribution, scale: Scale) -> list[Markup]:
             parts.append(shown)
         else:
             score = scores[piece.position]
-            special = attribution.special[piece.position]
-            name = "s" if special else _class(scale.level(score))
-            if not piece.in_text and not special:
+            is_aside = aside[piece.position]
+            name = "s" if is_aside else _class(scale.level(score))
+            if not piece.in_text and not is_aside:
                 name = f"{name} e".strip()
             parts.append(f"<span id=t{piece.position}{_attribute('class', name)} data-s={number(score)}>{shown}</span>")
         if piece.in_text and piece.text.endswith("\n"):
@@ -551,7 +582,7 @@ def notebook(attribution: Attribution) -> str:
         HTML without a script; of a long prompt it has the strongest sentences only.
     """
     scale = Scale.of(attribution)
-    scores = attribution.scores.tolist()
+    scores, aside = attribution.scores.tolist(), attribution.aside
 
     def marked(part: Sequence[Piece]) -> Markup:
         shown = []
@@ -560,8 +591,7 @@ def notebook(attribution: Attribution) -> str:
             if piece.position is None:
                 shown.append(text)
                 continue
-            special = attribution.special[piece.position]
-            name = "s" if special else _class(scale.level(scores[piece.position]))
+            name = "s" if aside[piece.position] else _class(scale.level(scores[piece.position]))
             title = f' title="{number(scores[piece.position])}"'
             shown.append(f"<span{_attribute('class', name)}{title}>{text}</span>")
         return Markup("".join(shown))
@@ -583,7 +613,8 @@ def notebook(attribution: Attribution) -> str:
         _environment()
         .get_template("notebook.html.j2")
         .render(
-            facts=_facts(attribution)[:4],
+            answer=_answer(attribution),
+            facts=_facts(attribution)[:3],
             warnings=_warnings(attribution),
             light=LIGHT,
             dark=DARK,
@@ -599,14 +630,14 @@ def notebook(attribution: Attribution) -> str:
 
 def _excerpts(attribution: Attribution, everything: Sequence[Piece], count: int, longest: int) -> list[list[Piece]]:
     """The pieces of the strongest sentences in the order of the text, cut to `longest` around the strongest."""
-    sizes = attribution.scores.abs().tolist()
+    sizes, aside = attribution.scores.abs().tolist(), attribution.aside
     at = {piece.position: index for index, piece in enumerate(everything) if piece.position is not None}
     excerpts = []
     for _, span in sorted(strongest_sentences(attribution, count), key=lambda pair: pair[1].start):
         first, last = span.tokens
         if last - first > longest:
-            # The special tokens that a sentence may enclose do not decide what is shown.
-            middle = max(range(first, last), key=lambda p: -1.0 if attribution.special[p] else sizes[p])
+            # Tokens set aside that a sentence may enclose do not decide what is shown.
+            middle = max(range(first, last), key=lambda p: -1.0 if aside[p] else sizes[p])
             first = max(first, min(middle - longest // 2, last - longest))
             last = first + longest
         if last > first:
@@ -647,8 +678,13 @@ class TerminalReport:
         attribution = self.attribution
         scale = Scale.of(attribution)
         colour = console.color_system is not None and not console.no_color
-        yield self._header()
+        yield self._grid(_answer(attribution))
         yield Text()
+        yield self._table(scale, colour, options.max_width, options.ascii_only)
+        yield Text()
+        if attribution.segments:
+            yield self._segments(scale, options.max_width)
+            yield Text()
         if len(attribution) <= _TERMINAL_TOKENS:
             yield self._running(list(pieces(attribution)), scale, colour)
         else:
@@ -666,14 +702,39 @@ class TerminalReport:
         yield Text()
         yield self._legend(scale, colour)
         yield Text()
-        yield self._table(scale, colour, options.max_width, options.ascii_only)
+        yield self._card()
 
-    def _header(self) -> Panel:
+    def _grid(self, facts: Sequence[tuple[str, str]]) -> Table:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
-        for name, value in _facts(self.attribution):
+        for name, value in facts:
             grid.add_row(name, Text(one_line(value), style="bold" if name == "Target" else ""))
+        return grid
+
+    def _segments(self, scale: Scale, width: int) -> Table:
+        """What each named part of the text adds up to."""
+        table = Table(
+            title="Parts of the prompt", title_justify="left", title_style="bold", box=None, pad_edge=False,
+            show_header=False,
+        )  # fmt: skip
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True, style="dim")
+        spans = self.attribution.to_segments()
+        names = [_fitting(one_line(span.name), width // 3) for span in spans]
+        scores = [scale.aligned(span.score) for span in spans]
+        room = width - max(map(cell_len, names)) - max(map(cell_len, scores)) - 3
+        for name, score, span in zip(names, scores, spans, strict=True):
+            style = _terminal_style(LEVELS // 4 if span.score > 0 else -LEVELS // 4)
+            text = one_line(span.text)
+            shown = _fitting(text, room)
+            shown = shown if shown == text else _fitting(text, room - 1) + "\u2026"
+            table.add_row(Text(name), Text(score, style=style), Text(shown))
+        return table
+
+    def _card(self) -> Panel:
+        grid = self._grid(_facts(self.attribution))
         for warning in _warnings(self.attribution):
             grid.add_row(Text("Not covered", style="bold red"), Text(one_line(warning), style="red"))
         for note in self.attribution.report.notes:
@@ -682,16 +743,16 @@ class TerminalReport:
 
     def _running(self, part: Sequence[Piece], scale: Scale, colour: bool, *, keep_lines: bool = True) -> Text:
         """Text with a style for each token; without colour, strong tokens stand in [+ +] or [- -]."""
-        scores = self.attribution.scores.tolist()
+        scores, aside = self.attribution.scores.tolist(), self.attribution.aside
         running = Text(overflow="fold")
         for piece in part:
             if piece.position is None:
                 shown, style = piece.text, ""
             else:
-                special = self.attribution.special[piece.position]
-                level = 0 if special else scale.level(scores[piece.position])
+                is_aside = aside[piece.position]
+                level = 0 if is_aside else scale.level(scores[piece.position])
                 shown = piece.text
-                style = "dim" if special or not piece.in_text else _terminal_style(level)
+                style = "dim" if is_aside or not piece.in_text else _terminal_style(level)
                 if not colour and abs(level) > LEVELS // 2:
                     shown = _bracketed(shown, "+" if level > 0 else "-")
             text = visible(shown).replace("\t", "    ")
@@ -847,7 +908,7 @@ def png(attribution: Attribution, *, top: int = 15) -> bytes:
 
     scale = Scale.of(attribution)
     ranked = attribution.top(top)
-    facts = [f"{name}: {one_line(value)}" for name, value in _facts(attribution)[:6]]
+    facts = [f"{name}: {one_line(value)}" for name, value in [*_answer(attribution), *_facts(attribution)[:5]]]
     facts += [f"Not covered: {one_line(warning)}" for warning in _warnings(attribution)]
     rows = _picture_rows(attribution, scale)
     # Heights of the four parts in inches; a row of text has a fifth of one.
@@ -895,14 +956,14 @@ def _picture_rows(attribution: Attribution, scale: Scale) -> list[list[_Cell]]:
     everything = list(pieces(attribution))
     is_whole = len(attribution.text) <= _PICTURE_CHARACTERS
     parts = [everything] if is_whole else _excerpts(attribution, everything, 6, 60)
-    scores = attribution.scores.tolist()
+    scores, aside = attribution.scores.tolist(), attribution.aside
     rows: list[list[_Cell]] = []
     for part in parts:
         row: list[_Cell] = []
         column = 0
         for piece in part:
             level = 0
-            if piece.position is not None and not attribution.special[piece.position]:
+            if piece.position is not None and not aside[piece.position]:
                 level = scale.level(scores[piece.position])
             for character in re.split("(\n)", visible(piece.text).replace("\t", "    ")):
                 if character == "\n":

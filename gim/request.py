@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import warnings
@@ -21,6 +22,7 @@ from gim.inputs import (
     check_ids,
     check_length,
     check_positions,
+    check_segments,
     check_target,
     check_targets,
     check_token_id,
@@ -33,7 +35,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.rules import get as get_rules
 from gim.scoring import PREDICTION, Progress, Terms
-from gim.targets import Continuation, Contrast, Explained, Target, TokenLike
+from gim.targets import Continuation, Contrast, Explained, Measure, NextToken, Target, TokenLike
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -178,6 +180,9 @@ def attribute(
     allow_extrapolation: bool = False,
     strict: bool = True,
     engine: Engine = "auto",
+    measure: Measure | None = None,
+    segments: Mapping[str, Sequence[int]] | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Attribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
@@ -201,14 +206,21 @@ def attribute(
         strict: whether a part that a rule should act on and cannot is an error; with False it is in the result's
             ``report.unsupported``.
         engine: as in :func:`explain`; what ran is in the result's ``engine``, and for each part in ``report.engines``.
+        measure: ``"logit"`` or ``"logprob"``, in place of the target's own.
+        segments: parts of the text by name, each its first and one-past-last character, that do not overlap; None for
+            the messages of a chat, by role.
+        template_arguments: what the chat template is given besides the messages, such as ``tools`` or
+            ``enable_thinking``.
 
     Returns:
-        The attribution. A continuation's own tokens but the last are inputs too, and are part of it.
+        The attribution. A continuation's own tokens but the last are inputs too, and are part of it. Tokens that are
+        the chat template's own have scores and are left out of ranks.
 
     Raises:
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an empty prompt, a chat that is not all text or that the template refuses or changes, a token that
-            is not one, an id out of range, a slow tokenizer.
+            is not one, an id out of range, a slow tokenizer, segments that are empty, overlap or lie outside the text,
+            template arguments for a text or of names that are not the template's.
         TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
             what the model needs.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
@@ -225,10 +237,13 @@ def attribute(
     """
     engines.check_name(engine)
     chosen = get_rules(rules)
-    encoded = prompts.encode(prompt, tokenizer)
+    encoded = prompts.encode(prompt, tokenizer, template_arguments)
     text, token_ids, offsets = encoded.text, list(encoded.ids), list(encoded.offsets)
+    named = encoded.segments if segments is None else check_segments(segments, len(text))
     head = anatomy.of(model).head
     wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
+    if measure is not None:
+        wanted = dataclasses.replace(wanted, measure=measure)
     baseline_id = (
         infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
     )
@@ -267,7 +282,11 @@ def attribute(
     )
     result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress, strict=strict, engine=engine)
     found = [int(one) for one in result.token_ids[0]]
-    words = _class_labels(model, found) if head == "class" else tuple(tokenizer.decode([one]) for one in found)
+
+    def words_of(ids: Sequence[int]) -> tuple[str, ...]:
+        return _class_labels(model, ids) if head == "class" else tuple(tokenizer.decode([one]) for one in ids)
+
+    words, likeliest = words_of(found), result.likeliest[0].tolist()
     explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, words)
     special = set(tokenizer.all_special_ids)
     return Attribution(
@@ -288,6 +307,12 @@ def attribute(
         baseline=(baseline_id, tokenizer.decode([baseline_id])),
         versions=_versions(),
         memory=result.memory,
+        # A continuation's own tokens are nobody's template.
+        template=tuple(encoded.template) + (False,) * (len(token_ids) - len(encoded.template)),
+        segments=named,
+        next_tokens=tuple(
+            map(NextToken, likeliest, words_of(likeliest), [float(one) for one in result.probabilities[0]])
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from gim.applied import PARTS, Application, AppliedReport
 from gim.files import parse_json, read_json
 from gim.rules import Rules
-from gim.targets import MEASURES, Explained
+from gim.targets import MEASURES, Explained, NextToken
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -30,9 +30,9 @@ MAX_BYTES = 256 * 2**20
 Check = Callable[[Any], str | None]
 
 
-def to_document(attribution: Attribution) -> str:
-    """The JSON text of an attribution, of ASCII characters."""
-    fields = {
+def to_fields(attribution: Attribution) -> dict[str, Any]:
+    """The fields of an attribution's JSON form."""
+    return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "model": attribution.model,
@@ -48,9 +48,17 @@ def to_document(attribution: Attribution) -> str:
         "token_ids": list(attribution.token_ids),
         "offsets": [list(offset) for offset in attribution.offsets],
         "special": list(attribution.special),
+        "template": list(attribution.template),
+        "segments": {name: list(ends) for name, ends in attribution.segments.items()},
+        "next_tokens": [dataclasses.asdict(one) for one in attribution.next_tokens],
         "scores": attribution.scores.tolist(),
         "report": attribution.report.to_dict(),
     }
+
+
+def to_document(attribution: Attribution) -> str:
+    """The JSON text of an attribution, of ASCII characters."""
+    fields = to_fields(attribution)
     # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
     lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -78,6 +86,7 @@ def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
             f"{name} has schema version {fields.get('schema_version')!r:.40}; this version of gim-kernels "
             f"reads version {SCHEMA_VERSION}"
         )
+    fields = {**{name: kind() for name, kind in _LATER.items()}, **fields}
     missing = [field for field in _FIELDS if field not in fields]
     if missing:
         raise ValueError(f"{name} is not a complete attribution: field {missing[0]!r} is missing")
@@ -88,7 +97,9 @@ def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
     try:
         return {
             **{field: fields[field] for field in ("text", "engine", "model", "memory")},
-            **{field: tuple(fields[field]) for field in ("tokens", "token_ids", "special", "baseline")},
+            **{field: tuple(fields[field]) for field in ("tokens", "token_ids", "special", "template", "baseline")},
+            "segments": {name: (start, end) for name, (start, end) in fields["segments"].items()},
+            "next_tokens": tuple(NextToken(**one) for one in fields["next_tokens"]),
             "offsets": tuple((start, end) for start, end in fields["offsets"]),
             "scores": torch.tensor([float(score) for score in fields["scores"]], dtype=torch.float32),
             "target": Explained.from_dict(fields["target"]),
@@ -181,10 +192,13 @@ def _fields_of(kind: type) -> Check:
     return wrong
 
 
-def _texts_by_name(value: Any) -> str | None:
-    if type(value) is not dict or not all(type(one) is str for one in value.values()):
-        return f"must be an object of texts, got {value!r:.40}"
-    return None
+def _object_of(check: Check, words: str) -> Check:
+    def wrong(value: Any) -> str | None:
+        if type(value) is not dict or any(check(one) for one in value.values()):
+            return f"must be an object of {words}, got {value!r:.40}"
+        return None
+
+    return wrong
 
 
 def _target(value: Any) -> str | None:
@@ -225,6 +239,11 @@ _FIELDS: dict[str, Check] = {
     "report": _fields_of(AppliedReport),
     "model": _text,
     "baseline": _pair_of(_count, _text),
-    "versions": _texts_by_name,
+    "versions": _object_of(_text, "texts"),
     "memory": _text,
+    "template": _list_of(_truth),
+    "segments": _object_of(_pair_of(_count, _count), "pairs of numbers"),
+    "next_tokens": _list_of(_fields_of(NextToken)),
 }
+#: Fields that earlier documents of this version lack, and what they then are.
+_LATER: dict[str, Callable[[], Any]] = {"template": list, "segments": dict, "next_tokens": list}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ SCORE_TILE = 4096
 #: all others are multiples, is scaled by these powers of two, one after another. Attributions are divided by it.
 HALF_SEEDS = (2.0**8, 1.0, 2.0**-8)
 
+#: How many of the likeliest tokens a result tells.
+LIKELIEST = 5
+
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
 PREDICTION = -1
 
@@ -51,11 +54,33 @@ class Terms:
     measure: Measure
 
 
+class Numbers(NamedTuple):
+    """What one forward and backward tell.
+
+    Args:
+        scores: ``[B, L]``, float32 or float64.
+        token_ids: ``[B, P]``, predictions filled in.
+        values: ``[B]``, the explained numbers.
+        likeliest: ``[B, N]``, the ids of largest logits at each row's first position, largest first.
+        probabilities: ``[B, N]``, theirs.
+    """
+
+    scores: torch.Tensor
+    token_ids: torch.Tensor
+    values: torch.Tensor
+    likeliest: torch.Tensor
+    probabilities: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Result:
-    scores: torch.Tensor  # [B, T], float32 or float64
-    token_ids: torch.Tensor  # [B, P], predictions filled in
-    values: torch.Tensor  # [B]
+    """:class:`Numbers` in the columns of the batch as it was given, what was applied, and under which plan."""
+
+    scores: torch.Tensor
+    token_ids: torch.Tensor
+    values: torch.Tensor
+    likeliest: torch.Tensor
+    probabilities: torch.Tensor
     report: AppliedReport
     plan: MemoryPlan
     memory: str = ""  # the plan in words
@@ -125,16 +150,14 @@ def run(
         stack.enter_context(checkpoint.applied(plan, model, request.kept, request.rows.ids.device))
         if progress is not None:
             stack.enter_context(_reporting(parts, progress))
-        scores, wanted, values = passes(model, request, baseline_id, plan)
-    return Result(request.rows.as_given(scores), wanted, values, report, plan)
+        numbers = passes(model, request, baseline_id, plan)
+    return Result(*numbers._replace(scores=request.rows.as_given(numbers.scores)), report, plan)
 
 
-def passes(
-    model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def passes(model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True) -> Numbers:
     """Forward and backward inside a GIM context with its plan applied.
 
-    Scores ``[B, L]``, ids ``[B, P]`` and values ``[B]``. ``check=False`` looks at no number, for tensors without any.
+    ``check=False`` looks at no number, for tensors without any.
     """
     *others, last = _seeds(model)
     for seed in others:
@@ -162,7 +185,7 @@ def _passes(
     check: bool,
     seed: float,
     names: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
     module it comes from, for which the model runs once more."""
     parts, mask = anatomy.of(model), request.rows.mask
@@ -178,7 +201,7 @@ def _passes(
             leaves=leaves,
             replace_forward=changes.replace_forward,
         )
-        total, values, wanted = _explained(parts, request, prepared, check)
+        total, wanted, values, *likeliest = _explained(parts, request, prepared, check)
         if len(leaves) != 1:
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
@@ -204,7 +227,7 @@ def _passes(
         if mask is not None:
             _refuse_padding_that_is_read(model, mask, grad)
             scores = scores.masked_fill(~mask, 0.0)
-    return scores / seed, wanted, values
+    return Numbers(scores / seed, wanted, values, *likeliest)
 
 
 def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:
@@ -219,10 +242,8 @@ def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: tor
         )
 
 
-def _explained(
-    parts: Anatomy, request: Request, prepared: Prepared, check: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the explained numbers, those of each row ``[B]``, and the ids ``[B, P]``.
+def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool) -> tuple[torch.Tensor, ...]:
+    """The sum of the explained numbers, then all of :class:`Numbers` but the scores.
 
     Logits go out of scope here, so that the backward does not run beside them.
     """
@@ -242,11 +263,13 @@ def _explained(
         raise ValueError(
             f"target must be in 0..{chosen.shape[-1] - 1}, as many as there are logits, got {wanted.max()}"
         )
+    with torch.no_grad():
+        probabilities, likeliest = chosen[:, 0].softmax(-1).topk(min(LIKELIEST, chosen.shape[-1]))
     if request.scored.measure == "logprob":
         chosen = torch.log_softmax(chosen, dim=-1)
     terms = chosen.gather(-1, wanted[..., None])[..., 0] * request.scored.signs.to(device)
     values = terms.sum(-1)
-    return values.sum(), values.detach(), wanted.detach()
+    return values.sum(), wanted.detach(), values.detach(), likeliest, probabilities
 
 
 @torch.no_grad()

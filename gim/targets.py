@@ -113,6 +113,21 @@ class Explained:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class NextToken:
+    """A token, or a class, that the model thinks likely where the explained number is read.
+
+    Args:
+        token_id: its id, or the number of the class.
+        token: decoded, or the label of the class.
+        probability: of the softmax over all logits, from 0 to 1.
+    """
+
+    token_id: int
+    token: str
+    probability: float
+
+
 def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> Target:
     """The target that an argument of :func:`gim.attribute` or of the command line means.
 

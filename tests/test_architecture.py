@@ -90,7 +90,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     )),
     # Commands share what stands beside them, which knows none of them.
     *((f"gim.cli.{one}", tuple(f"gim.cli.{other}" for other in (
-        "bench", "check", "demo", "evaluate", "explain", "plan", "tasks",
+        "bench", "check", "demo", "evaluate", "explain", "plan", "show", "tasks",
     ))) for one in ("options", "errors", "models", "attributions")),
 )  # fmt: skip
 

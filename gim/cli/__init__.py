@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gim.cli import bench, check, demo, evaluate, explain, plan, tasks
+from gim.cli import bench, check, demo, evaluate, explain, plan, show, tasks
 
 app = typer.Typer(
     name="gim",
@@ -45,6 +45,7 @@ def _main(
 
 
 app.command("explain", short_help="Attribute what a model says next to the tokens of its prompt.")(explain.command)
+app.command("show", short_help="Show attributions that were written as JSON.")(show.command)
 app.command("check", short_help="Show what each rule is applied to, operator by operator.")(check.command)
 app.command("plan", short_help="Predict the memory of an attribution under every plan.")(plan.command)
 app.command("demo", short_help="Ask a small model that comes along, and see where it looked.")(demo.command)

@@ -78,7 +78,7 @@ def _show_demo(attribution: Attribution, prompt: Any) -> None:
     table.add_column("score", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("sentence rank", justify="right")
-    tokens = sum(not special for special in attribution.special)
+    tokens = sum(not one for one in attribution.aside)
     for statement in prompt.statements:
         start, end = statement.sentence
         best = attribution.best_in(start, end, by="abs")

@@ -26,7 +26,7 @@
     for (const end of copy.querySelectorAll("b")) end.replaceWith("\u21b5");
     word.textContent = token.dataset.s;
     tip.replaceChildren(word, ` \u00b7 token ${position(token)} \u00b7 \u201c${copy.textContent.replaceAll("\n", "")}\u201d`);
-    if (token.classList.contains("s")) tip.append(" \u00b7 special, not on the scale");
+    if (token.classList.contains("s")) tip.append(" \u00b7 set aside, not on the scale");
     const at = token.getClientRects()[0] || token.getBoundingClientRect();
     const size = tip.getBoundingClientRect();
     const above = at.top - size.height - 6;

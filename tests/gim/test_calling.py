@@ -665,7 +665,7 @@ def blind(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: str
     chosen = MemoryPlan.parse(plan)
     request = scoring.Request.of(tokens, mask, terms, pad_token_id=anatomy.of(model).pad_token_id)
     with gim.GIM(model, strict=False), checkpoint.applied(chosen, model, request.kept, tokens.device):
-        scores, _, _ = scoring.passes(model, request, BASELINE, chosen)
+        scores = scoring.passes(model, request, BASELINE, chosen).scores
     return request.rows.as_given(scores)
 
 

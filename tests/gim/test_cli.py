@@ -434,6 +434,28 @@ def test_demo_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.code, result.err) == (2, "error: no demo model in x\n")
 
 
+# --------------------------------------------------- show
+
+
+def test_show_draws_what_explain_wrote(folder: Path, tmp_path: Path) -> None:
+    written, page = tmp_path / "a.json", tmp_path / "a.html"
+    explained = run("explain", "--model", folder, "--prompt", PROMPT, "--json", written, "--html", page)
+    again = tmp_path / "b.html"
+    shown = run("show", written, "--html", again)
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.replace(f"wrote {again}\n", "") in explained.out
+    assert again.read_bytes() == page.read_bytes()
+    twice = run("show", written, written)
+    assert twice.out == 2 * run("show", written).out
+    for arguments, message in (
+        ((written, written, "--html", page), "error: --html is for one result, got 2 of them\n"),
+        ((tmp_path / "none.json",), f"error: {tmp_path / 'none.json'}: No such file or directory\n"),
+        ((page,), f"error: {page} "),
+    ):
+        refused = run("show", *arguments)
+        assert refused.code == 2 and refused.err.startswith(message), refused.err
+
+
 # --------------------------------------------------- version
 
 
