@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +32,7 @@ ATTENTION: dict[str, str] = {
 POINTWISE: dict[str, str] = {"triton": _TRITON, "blockwise": "gim_kernels.pointwise", "reference": _REFERENCE}
 
 
+@functools.cache
 def _module(name: str) -> Any:
     if name == _TRITON and importlib.util.find_spec("triton") is None:
         raise RuntimeError(
@@ -112,7 +114,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     That casts what is floating point and not float64 to its lower type, one tensor at a time.
     """
-    if not any(isinstance(x, torch.Tensor) and autocasts(x.device.type) for x in tensors):
+    if not torch._C._is_any_autocast_enabled():
         return tensors
     return tuple(
         x.to(torch.get_autocast_dtype(x.device.type))
@@ -124,6 +126,8 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
+    if not torch._C._is_any_autocast_enabled():
+        return contextlib.nullcontext()
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
@@ -144,8 +148,11 @@ def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+    inside = forward_ad._current_level >= 0  # of a level of forward-mode derivatives, without which there is no tangent
     found = None
-    if "Jvp" in kinds or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if "Jvp" in kinds or (
+        inside and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    ):
         found = "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)"
     elif "Grad" in kinds:
         found = "torch.func.grad, vjp and the like"

@@ -60,10 +60,14 @@ class Variant:
         """Compile for a ``GPUTarget``, with or without a GPU here; ``.asm["cubin"]`` and the like hold the result."""
         return triton.compile(self.source(), target=target, options=self.options())
 
-    def launch(self, programs: int, **arguments: Any) -> None:
-        """Run ``programs`` programs with the kernel's arguments that are not upper case, absent pointers as None."""
+    def launch(self, programs: int, **arguments: Any) -> Any:
+        """Run ``programs`` programs with the kernel's arguments that are not upper case, absent pointers as None.
+
+        Returns:
+            What triton compiled; None from the interpreter.
+        """
         switches = {name: value for name, value in self.constants.items() if name.isupper()}
-        self.kernel[(programs,)](**arguments, **switches, **self.options())
+        return self.kernel[(programs,)](**arguments, **switches, **self.options())
 
 
 @dataclass(frozen=True)
