@@ -16,7 +16,7 @@ from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environm
 from benchmarks.outside import Outside, OutsideRun
 from benchmarks.results import SCHEMA, Results, Row
 from benchmarks.systems import Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
-from tests.oracle import relative_error
+from gim_kernels.budget import relative_error
 
 #: Share of the free memory that the least a system needs may be. A GPU that runs out raises, which becomes a row; a
 #: CPU that runs out kills the process.

@@ -28,9 +28,9 @@ import gim_kernels
 from benchmarks.cases import AttentionCase, Part, Rule
 from benchmarks.measure import DTYPES, Stopwatch, environment, interleaved
 from benchmarks.results import SCHEMA, save
+from gim_kernels.budget import relative_error
 from gim_kernels.triton import tiles
 from gim_kernels.triton.tiles import Tile, Work
-from tests.oracle import relative_error
 
 #: For each kind of work, the rule and the pass that run it.
 WORKS: dict[Work, tuple[Rule, Part]] = {

@@ -276,8 +276,9 @@ def attention(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
             wanted and what came.
         NotImplementedError: the engine has no softcap or sinks, or no code in O(T) memory for these tensors.
-        RuntimeError: the engine cannot run here, or a derivative is asked for in forward mode or by
-            ``torch.func.grad``, which only :func:`gim_kernels.reference.attention` has.
+        RuntimeError: the engine cannot run here; a Triton kernel gives other numbers than the reference when this
+            process first uses it on a device; or a derivative is asked for in forward mode or by ``torch.func.grad``,
+            which only :func:`gim_kernels.reference.attention` has.
 
     Numerics: scores, sums and accumulators are float32 (float64 for float64); deterministic, bit for bit, on one
     device. Errors are within twice those of eager PyTorch in the same dtype.

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -102,6 +103,23 @@ def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
         return
     _module(_TRITON)
     importlib.import_module("gim_kernels.triton.device").check(model=torch.empty(0, device=device, dtype=dtype))
+
+
+def checked_kernels(device: torch.device) -> str | None:
+    """What is known of the Triton kernels on a device, in words; None where they do not run as compiled code.
+
+    A variant is verified where it has been held against the reference on such a device before, or else at its first use
+    in a process.
+    """
+    if device.type != "cuda" or _TRITON not in sys.modules:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    verified = importlib.import_module("gim_kernels.triton.verified")
+    found = importlib.import_module("gim_kernels.triton.selfcheck").found_right(index)
+    return (
+        f"on {verified.device_name(index)} {len(verified.on_device(index))} kernels have been verified before, and "
+        f"{len(found)} were held against the reference in this process"
+    )
 
 
 def autocasts(device_type: str) -> bool:

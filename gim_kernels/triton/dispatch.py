@@ -8,7 +8,9 @@ interpreter, triton launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -80,6 +82,24 @@ class Box:
         return TensorDescriptor(x, list(self.shape), list(self.strides), list(self.block))
 
 
+class _Notes(threading.local):
+    names: list[str] | None = None
+
+
+_notes = _Notes()
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Inside, the names of the variants that this thread launches; none of them is checked."""
+    names: list[str] = []
+    _notes.names = names
+    try:
+        yield names
+    finally:
+        _notes.names = None
+
+
 def _listens(hook: Any) -> bool:
     """Whether a hook of triton's is a function, or a chain of some."""
     return bool(getattr(hook, "calls", hook))
@@ -139,7 +159,8 @@ class Launch:
     def _triton_must(self) -> bool:
         runtime = knobs.runtime
         return (
-            bool(self.variant.kernel.pre_run_hooks)
+            _notes.names is not None
+            or bool(self.variant.kernel.pre_run_hooks)
             or _listens(runtime.launch_enter_hook)
             or _listens(runtime.launch_exit_hook)
             or _listens(runtime.add_stages_inspection_hook)
@@ -150,6 +171,12 @@ class Launch:
         given: dict[str, Any] = dict(zip(self._pointers, tensors, strict=True))
         for name, box in self._boxes.items():
             given[name] = box.around(given[name])
+        if _notes.names is not None:
+            _notes.names.append(self.variant.name)
+        else:
+            from gim_kernels.triton import selfcheck  # which runs the operators, and so this
+
+            selfcheck.first_use(self.variant, next(x for x in tensors if x is not None))
         compiled = self.variant.launch(self.programs, **given, **self._arguments)
         if compiled is None or interpreted() or torch.version.hip is not None:
             return

@@ -24,7 +24,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import gim_kernels
-from gim_kernels.triton import dispatch, tiles
+from gim_kernels import aot
+from gim_kernels.triton import dispatch, selfcheck, tiles
 from gim_kernels.types import Options
 
 #: Rounds of a measurement, of which the fastest counts, and calls in each.
@@ -88,6 +89,7 @@ def on_an_h100() -> Iterator[None]:
             (JITFunction, "run", counted),
             (tiles, "architecture_of", lambda _: "cuda:90"),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (selfcheck, "first_use", lambda *_: None),
             *((importlib.import_module(f"gim_kernels.triton.{one}"), "check", lambda **_: None) for one in CHECKING),
         ):
             patches.enter_context(mock.patch.object(target, name, value))
@@ -156,7 +158,7 @@ def times() -> dict[str, list[float]]:
 
 def compilations_by_length() -> dict[str, int]:
     """How many kernels are compiled for eight lengths of one width, one of them 1."""
-    found = {}
+    found: dict[str, int] = {}
     for name, call in (
         ("norm", lambda t: gim_kernels.rms_norm(numbers(t, 4096), numbers(4096), 1e-5, engine="triton")),
         ("layer norm", lambda t: gim_kernels.layer_norm(numbers(2, t, 768), None, None, 1e-5, engine="triton")),
@@ -190,7 +192,7 @@ def as_handed(given: tuple[Any, ...]) -> list[Any]:
     return [plain(x) for x in given[9:]]
 
 
-def arguments() -> dict[str, bool]:
+def handed_over() -> dict[str, bool]:
     """Whether a kernel gets directly what triton gives it, for aligned tensors and for others."""
     found = {}
     memory = [torch.zeros(5000, dtype=torch.bfloat16) for _ in range(3)]
@@ -216,12 +218,30 @@ def arguments() -> dict[str, bool]:
     return found
 
 
-def main() -> None:
+def checks() -> dict[str, Any]:
+    """Which variants of the library are not among what their own check launches."""
+    missed = []
+    entries = aot.shipped("cuda:90:32", (64, 256))
+    variants = {entry.variant.name: entry.variant for entry in entries}
+    for variant in variants.values():
+        with selfcheck._undisturbed(), dispatch.noted() as names:
+            problem = selfcheck._PROBLEMS[variant.kernel.__name__](variant, torch.device("cpu"))
+            problem.kernels(*problem.inputs)
+        if variant.name not in names:
+            missed.append(variant.name)
+    return {"checked": len(variants), "missed": missed}
+
+
+def main(arguments: list[str]) -> None:
+    """What is asked for: ``checks``, or without arguments the rest."""
     torch.set_num_threads(1)
     with on_an_h100():
-        seen = {"times": times(), "compilations": compilations_by_length(), "arguments": arguments()}
+        if arguments == ["checks"]:
+            json.dump(checks(), sys.stdout)
+            return
+        seen = {"times": times(), "compilations": compilations_by_length(), "arguments": handed_over()}
     json.dump(seen, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

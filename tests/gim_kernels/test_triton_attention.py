@@ -12,9 +12,10 @@ import torch
 
 import gim_kernels
 from gim_kernels import reference
+from gim_kernels.budget import relative_error
 from tests.gim_kernels import test_attention as contract
 from tests.gim_kernels.test_attention import AT_ONCE, LATER, ON_GPU, PAPERS_RULES, differentiate
-from tests.oracle import assert_within_budget, relative_error
+from tests.oracle import assert_within_budget
 
 pytest.importorskip("triton")
 
