@@ -132,7 +132,8 @@ def _compile(numbers: Sequence[int], folder: str) -> list[str]:
         try:
             triton.compile(source, target=Driver().get_current_target(), options=options.__dict__)
         except Exception as failure:  # the compiler's exceptions share no base class
-            problems.append(f"{source.fn.__name__}: {type(failure).__name__}: {failure}"[:200])
+            last = (str(failure).strip().splitlines() or [""])[-1]
+            problems.append(f"{source.fn.__name__}: {type(failure).__name__}: {last.strip()}"[:200])
     return problems
 
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
         shares = [range(first, len(found), count) for first in range(count)]
         problems = sum(pool.map(_compile, shares, [str(folder)] * count), start=list[str]())
     size = prune(folder)
-    built = sum((folder / key_of(*one)).is_dir() for one in found)
+    built = sum(any((folder / key_of(*one)).glob("*.cubin")) for one in found)
     sys.stdout.write(
         f"triton {triton.__version__}: {built} of {len(found)} kernels, {size / 2**20:.1f} MiB, "
         f"{time.monotonic() - begin:.0f} s\n" + "".join(f"  not built: {problem}\n" for problem in problems)
@@ -186,7 +187,8 @@ def main(arguments: Sequence[str]) -> int:
     if size > MOST_BYTES:
         sys.stderr.write(f"error: {folder} holds {size / 2**20:.1f} MiB, more than {MOST_BYTES / 2**20:.0f}\n")
         return 1
-    return 0 if built else 1
+    # A tile that is only tried may not fit.
+    return 0 if built > len(found) // 2 else 1
 
 
 if __name__ == "__main__":

@@ -256,6 +256,8 @@ def main(
     begin = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     found: dict[str, Any] = {"schema": SCHEMA, "suite": "tiles", **environment(device), "complete": False, "rows": []}
+    if tiny:
+        tokens, dtype = 80, "float16"
     architecture = "cuda:90" if tiny else tiles.architecture_of(torch.empty(0, device=device))
     todo = jobs(architecture, [int(one) for one in head_size.split(",")], dtype)
     if tiny:

@@ -61,6 +61,9 @@ class Compiled:
 
 
 launched: list[tuple[Compiled, tuple[Any, ...]]] = []
+#: What triton was asked to compile otherwise than a variant says: arguments that are absent, or that are not.
+otherwise: list[str] = []
+_variants: list[tiles.Variant] = []
 compilations: list[str] = []
 jit_runs: list[str] = []
 
@@ -68,6 +71,11 @@ jit_runs: list[str] = []
 def compile_nothing(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *rest: Any) -> Any:
     """In place of ``JITFunction._do_compile``."""
     compilations.append(self.__name__)
+    absent = {name for name, kind in signature.items() if kind == "constexpr"}
+    # A stride or a size of 1 is a constant of triton's own.
+    ones = {self.arg_names[place[0]] for place, value in constants.items() if value == 1 and len(place) == 1}
+    wrong = (absent - ones) ^ (set(_variants[-1].constants) - ones)
+    otherwise.extend(f"{_variants[-1].name}: {name}" for name in sorted(wrong))
     kernel = Compiled(rest[0])
     self.device_caches[device][0][key] = kernel
     return kernel
@@ -76,7 +84,11 @@ def compile_nothing(self: Any, key: str, signature: Any, device: int, constants:
 @contextlib.contextmanager
 def on_an_h100() -> Iterator[None]:
     """Inside, tensors of the CPU are taken for tensors of a GPU that runs nothing."""
-    run = JITFunction.run
+    run, launch = JITFunction.run, tiles.Variant.launch
+
+    def noted(self: tiles.Variant, programs: int, **arguments: Any) -> Any:
+        _variants.append(self)
+        return launch(self, programs, **arguments)
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         jit_runs.append(self.__name__)
@@ -87,6 +99,7 @@ def on_an_h100() -> Iterator[None]:
         for target, name, value in (
             (JITFunction, "_do_compile", compile_nothing),
             (JITFunction, "run", counted),
+            (tiles.Variant, "launch", noted),
             (tiles, "architecture_of", lambda _: "cuda:90"),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (selfcheck, "first_use", lambda *_: None),
@@ -229,7 +242,7 @@ def checks() -> dict[str, Any]:
             problem.kernels(*problem.inputs)
         if variant.name not in names:
             missed.append(variant.name)
-    return {"checked": len(variants), "missed": missed}
+    return {"checked": len(variants), "missed": missed, "otherwise": otherwise}
 
 
 def main(arguments: list[str]) -> None:
@@ -240,7 +253,7 @@ def main(arguments: list[str]) -> None:
             json.dump(checks(), sys.stdout)
             return
         seen = {"times": times(), "compilations": compilations_by_length(), "arguments": handed_over()}
-    json.dump(seen, sys.stdout)
+    json.dump({**seen, "otherwise": otherwise}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ def test_a_kernel_gets_what_triton_would_give_it(seen: dict[str, Any]) -> None:
     assert all(seen["arguments"].values()), seen["arguments"]
 
 
+def test_triton_compiles_what_the_variant_says(seen: dict[str, Any]) -> None:
+    """None is None for triton too: a stride that a descriptor does not have, say."""
+    assert not seen["otherwise"], seen["otherwise"]
+
+
 @pytest.mark.usefixtures("fresh_memory_is_nan")
 def test_what_is_kept_fits_other_numbers_and_other_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter with everything kept that is kept on a GPU: layouts, alignments and options come back in turn."""
