@@ -121,7 +121,8 @@ def test_every_step_runs_at_the_smallest_sizes_in_the_interpreter(tmp_path: Path
     assert len(verified["variants"]) == 2
     assert "Attend" in logs["sanitizer"] and "Attend" in logs["ncu"]
     (row,) = json.loads((out / "tiles.json").read_text())["rows"]
-    assert row["difference"] == 0.0 and row["programs"] > 0
+    # Another tile than the interpreter's own rounds in other places.
+    assert row["difference"] < torch.finfo(torch.float16).eps and row["programs"] > 0
     assert {row["system"] for row in json.loads((out / "headline.json").read_text())["rows"]} >= {
         OURS, OURS_COMPOSED, COMPOSED,
     }  # fmt: skip
