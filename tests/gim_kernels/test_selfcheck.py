@@ -148,7 +148,9 @@ def test_what_is_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_variant_passes_its_check(dtype: str) -> None:
     entries = [*aot._norms(dtype), *aot._gated(dtype), *aot._attention("interpreter", 16, dtype)]
     for variant in {entry.variant.name: entry.variant for entry in entries}.values():
-        selfcheck.check(variant, CPU)
+        # float32 has no exact rule of its own but in the C library: see rule_of.
+        if dtype != "fp32" or variant.constants.get("RULE") != "exact":
+            selfcheck.check(variant, CPU)
 
 
 @pytest.mark.slow
