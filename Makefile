@@ -8,7 +8,7 @@ LIGHT := .venv/.demo
 CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)
 PACKAGES := gim gim_kernels tests benchmarks examples
 
-.PHONY: demo test test-all real faithfulness lint format bench gpu clean
+.PHONY: demo test test-all real faithfulness lint format bench gpu gpu-cache clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -69,5 +69,9 @@ OUT ?= gpu-results
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(OUT)
 
+# What make gpu would compile, built without a GPU by the triton of $(PYTHON): that of the machine with the GPU.
+gpu-cache:
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) -m benchmarks.gpu_cache gpu-cache
+
 clean:
-	rm -rf .venv build dist *.egg-info demo.html demo.json
+	rm -rf .venv gpu-cache build dist *.egg-info demo.html demo.json

@@ -141,7 +141,9 @@ def run_suite(suite: Suite, json: Path | None, plot: Path | None, console: Conso
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Argument(help="quick, attention, pointwise, explain or memory.")],
+    suite: Annotated[
+        str, typer.Argument(help="quick, attention, pointwise, explain, memory, headline, explain-8b or long.")
+    ],
     json: _Json = None,
     plot: _Plot = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",

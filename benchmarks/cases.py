@@ -441,4 +441,25 @@ SUITES: dict[str, dict[str, tuple[Case, ...]]] = {
         "cpu": _unique([ExplainCase("llama-4x256", tokens, "float32") for tokens in (*_SMALL, 16 * _K)]),
         "cuda": _unique([ExplainCase("Llama-3.1-8B", tokens, "bfloat16") for tokens in _ALL]),
     },
+    # What `make gpu` is for: the rest of it is in "attention".
+    "headline": {
+        "cpu": _unique(_attention([(8, 8)], [64], [128], ["float32"], [True])),
+        "cuda": _unique(
+            _attention([(32, 32)], [128], [8 * _K], ["bfloat16"], [True]),
+            _attention([(32, 8)], [128], [8 * _K], ["bfloat16"], [True]),
+            _attention([(32, 32)], [64], [8 * _K], ["bfloat16"], [True]),
+            _attention([(32, 8)], [64], [8 * _K], ["bfloat16"], [True]),
+            _attention([(32, 8)], [128], [4 * _K, 2 * _K], ["bfloat16"], [True]),
+            _attention([(32, 32)], [128, 64], [16 * _K], ["bfloat16"], [True]),
+            _attention([(32, 8)], [64], [4 * _K, 2 * _K], ["bfloat16"], [True]),
+        ),
+    },
+    "explain-8b": {
+        "cpu": _unique([ExplainCase("llama-4x256", 64, "float32")]),
+        "cuda": _unique([ExplainCase("Llama-3.1-8B", tokens, "bfloat16") for tokens in (4 * _K, 16 * _K, 32 * _K)]),
+    },
+    "long": {
+        "cpu": _unique([ExplainCase("llama-4x256", 128, "float32")]),
+        "cuda": _unique([ExplainCase("Llama-3.1-8B", 128 * _K, "bfloat16")]),
+    },
 }

@@ -24,8 +24,9 @@ import torch
 from benchmarks import decoder
 from benchmarks.cases import ExplainCase
 from benchmarks.systems import BASELINE, TARGET, Run, System, UnavailableError
+from gim_kernels.budget import relative_error
 from tests.eager import EagerRules
-from tests.oracle import assert_within_budget, relative_error
+from tests.oracle import assert_within_budget
 
 WORKER = Path(__file__).with_name("outside_worker.py")
 #: Name in results, and what the worker calls it.

@@ -16,7 +16,7 @@ from benchmarks.measure import MIB, Stopwatch, available_bytes, clocks, environm
 from benchmarks.outside import Outside, OutsideRun
 from benchmarks.results import SCHEMA, Results, Row
 from benchmarks.systems import Run, System, executed_flops, inputs_of, own_case, rule_of, systems_of
-from tests.oracle import relative_error
+from gim_kernels.budget import relative_error
 
 #: Share of the free memory that the least a system needs may be. A GPU that runs out raises, which becomes a row; a
 #: CPU that runs out kills the process.
@@ -108,10 +108,13 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass
 class _Prepared:
-    """The systems of a case that ran once, what they returned, and notes on the others."""
+    """The systems of a case that ran once, how far they are off the first, ours, and notes on those that did not.
+
+    ``differences`` holds those of the same rule alone.
+    """
 
     runs: dict[str, Run] = field(default_factory=dict)
-    results: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Row] = field(default_factory=dict)
 
 
@@ -119,6 +122,7 @@ def _prepare(
     case: Case, systems: tuple[System, ...], problems: dict[str, str], inputs: tuple[Any, ...], device: torch.device
 ) -> _Prepared:
     found = _Prepared()
+    ours: tuple[torch.Tensor, ...] | None = None
     for system in systems:
         if system.name in problems:
             found.notes[system.name] = {"note": problems[system.name]}
@@ -140,8 +144,13 @@ def _prepare(
             found.notes[system.name] = {"note": f"refused: {_first_line(error)}"}
         else:
             found.runs[system.name] = run
-            # On the host, so that it takes no memory from those that follow.
-            found.results[system.name] = tuple(one.detach().cpu() for one in result)
+            if system is systems[0]:
+                ours = tuple(one.detach() for one in result)
+            elif ours is not None and rule_of(system, case) == rule_of(systems[0], case):
+                # In float64, where the results are: a host would take seconds.
+                pairs = zip(ours, result, strict=True)
+                found.differences[system.name] = max(relative_error(a, b.to(a.device)) for a, b in pairs)
+            del result
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -185,7 +194,6 @@ def run_case(
     for run in prepared.runs.values():
         if isinstance(run, OutsideRun):
             run.close()
-    ours = chosen[0]
     rows: list[Row] = []
     for system in chosen:
         row: Row = {**base, "system": system.name}
@@ -207,9 +215,8 @@ def run_case(
         row["gb_per_s"] = round(own.bytes() / measured.median / 1e9, 2)
         row["roofline_ms"] = round(1000 * floor, 4)
         row["roofline_share"] = round(floor / measured.median, 4)
-        if system.name != ours.name and ours.name in prepared.results and rule_of(system, case) == rule_of(ours, case):
-            pairs = zip(prepared.results[ours.name], prepared.results[system.name], strict=True)
-            row["difference_to_ours"] = max(float(f"{relative_error(a, b):.2e}") for a, b in pairs)
+        if system.name in prepared.differences:
+            row["difference_to_ours"] = float(f"{prepared.differences[system.name]:.2e}")
         if device.type == "cuda":
             row["sm_mhz"] = [clock.get("clocks.sm", "unknown") for clock in (before, after)]
         rows.append(row)

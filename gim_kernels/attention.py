@@ -6,6 +6,7 @@ selective checkpointing can keep its outputs by name.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -27,6 +28,10 @@ _LIBRARY_ARGUMENTS = (
 )
 
 
+#: Made once for equal arguments: a model's layers share them.
+_options = functools.lru_cache(256)(Options)
+
+
 def _run_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,7 +47,7 @@ def _run_attention(
     grad_scale: Sequence[float],
     engine: Engine,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = Options(scale, causal, window, softcap)
+    options = _options(scale, causal, window, softcap)
     with engines.as_given(query):
         return engines.attention(engine).attention_forward(query, key, value, sinks, key_range, options)
 
@@ -85,7 +90,7 @@ def _run_attention_backward(
             key_range,
             out,
             lse,
-            Options(scale, causal, window, softcap),
+            _options(scale, causal, window, softcap),
             softmax_backward=softmax_backward,
             temperature=temperature,
             grad_scale=(grad_scale[0], grad_scale[1], grad_scale[2]),
@@ -122,14 +127,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (5 + len(ctx.options))
     if grad_out is None:
-        return nothing
+        return (None,) * 5
     query, key, value, sinks, key_range, out, lse = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     grads = _attention_backward(grad_out, query, key, value, sinks, key_range, *ctx.options, out, lse, needs)
-    given = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*given, *nothing[4:])
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None)
 
 
 _attention = operators.define(
@@ -273,8 +276,9 @@ def attention(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was
             wanted and what came.
         NotImplementedError: the engine has no softcap or sinks, or no code in O(T) memory for these tensors.
-        RuntimeError: the engine cannot run here, or a derivative is asked for in forward mode or by
-            ``torch.func.grad``, which only :func:`gim_kernels.reference.attention` has.
+        RuntimeError: the engine cannot run here; a Triton kernel gives other numbers than the reference when this
+            process first uses it on a device; or a derivative is asked for in forward mode or by ``torch.func.grad``,
+            which only :func:`gim_kernels.reference.attention` has.
 
     Numerics: scores, sums and accumulators are float32 (float64 for float64); deterministic, bit for bit, on one
     device. Errors are within twice those of eager PyTorch in the same dtype.

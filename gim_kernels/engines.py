@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +33,7 @@ ATTENTION: dict[str, str] = {
 POINTWISE: dict[str, str] = {"triton": _TRITON, "blockwise": "gim_kernels.pointwise", "reference": _REFERENCE}
 
 
+@functools.cache
 def _module(name: str) -> Any:
     if name == _TRITON and importlib.util.find_spec("triton") is None:
         raise RuntimeError(
@@ -102,6 +105,23 @@ def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
     importlib.import_module("gim_kernels.triton.device").check(model=torch.empty(0, device=device, dtype=dtype))
 
 
+def checked_kernels(device: torch.device) -> str | None:
+    """What is known of the Triton kernels on a device, in words; None where they do not run as compiled code.
+
+    A variant is verified where it has been held against the reference on such a device before, or else at its first use
+    in a process.
+    """
+    if device.type != "cuda" or _TRITON not in sys.modules:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    verified = importlib.import_module("gim_kernels.triton.verified")
+    found = importlib.import_module("gim_kernels.triton.selfcheck").found_right(index)
+    return (
+        f"on {verified.device_name(index)} {len(verified.on_device(index))} kernels have been verified before, and "
+        f"{len(found)} were held against the reference in this process"
+    )
+
+
 def autocasts(device_type: str) -> bool:
     """Whether ``torch.autocast`` is on for tensors on devices of a type."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
@@ -112,7 +132,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     That casts what is floating point and not float64 to its lower type, one tensor at a time.
     """
-    if not any(isinstance(x, torch.Tensor) and autocasts(x.device.type) for x in tensors):
+    if not torch._C._is_any_autocast_enabled():
         return tensors
     return tuple(
         x.to(torch.get_autocast_dtype(x.device.type))
@@ -124,6 +144,8 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
+    if not torch._C._is_any_autocast_enabled():
+        return contextlib.nullcontext()
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
 
@@ -144,8 +166,11 @@ def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+    inside = forward_ad._current_level >= 0  # of a level of forward-mode derivatives, without which there is no tangent
     found = None
-    if "Jvp" in kinds or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if "Jvp" in kinds or (
+        inside and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    ):
         found = "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)"
     elif "Grad" in kinds:
         found = "torch.func.grad, vjp and the like"

@@ -73,8 +73,7 @@ def _differentiate(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
     gate, up = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:2]]
     grads = _gated_backward(grad_y, gate, up, *ctx.settings, needs)
-    given = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*given, None, None, None, None)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 _gated = operators.define(

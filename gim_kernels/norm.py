@@ -116,9 +116,9 @@ def _save_rms(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
 
 def _differentiate_rms(ctx: Any, grad_y: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 6
+        return (None, None)
     needs = [bool(need) for need in ctx.needs_input_grad[:2]]
-    return (*_differentiate(ctx, grad_y, [*needs, False])[:2], None, None, None, None)
+    return _differentiate(ctx, grad_y, [*needs, False])[:2]
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -129,9 +129,8 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, .
 
 def _differentiate_layer(ctx: Any, grad_y: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 6
-    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-    return (*_differentiate(ctx, grad_y, needs), None, None, None)
+        return (None, None, None)
+    return _differentiate(ctx, grad_y, [bool(need) for need in ctx.needs_input_grad[:3]])
 
 
 _rms_norm = operators.define(

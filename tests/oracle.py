@@ -1,8 +1,7 @@
-"""The one place with a tolerance.
+"""The one place with a tolerance, but for the budget of a kernel: that is the package's own, gim_kernels/budget.py.
 
 The truth is an independent formula or the reference in float64; the yardstick is eager PyTorch in the dtype under
-test. What is tested may err twice as much as the yardstick, plus rounding of its own result. Errors are measured as a
-norm over the whole tensor and as the largest entry, so that neither a broad bias nor one wrong entry can hide.
+test. What is tested may err twice as much as the yardstick, plus rounding of its own result.
 
 One run of the yardstick says little where a result hangs on the last bits of what it is made of: its errors may happen
 to cancel. There the rounding is not that of the result but of its terms (:func:`assert_within_terms`), which whoever
@@ -13,10 +12,8 @@ from __future__ import annotations
 
 import torch
 
-#: Units in the last place granted to the rounding of a result, in each measure.
-ROUNDING_ULPS = 4
-#: How much worse than eager PyTorch in the same dtype a result may be.
-FACTOR = 2.0
+from gim_kernels.budget import FACTOR, ROUNDING_ULPS, excess, largest_error, relative_error
+
 #: Relative difference allowed between two float64 computations that sum in different orders.
 FLOAT64_RELATIVE = 1e-12
 #: The same for whole models, whose depth multiplies it.
@@ -30,22 +27,6 @@ EVALUATION_ABSOLUTE = 1e-4
 
 #: Relative difference allowed between one model in two libraries, each with float32 steps of its own.
 LIBRARIES_RELATIVE = 1e-5
-
-
-def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the truth; the norm of the difference where the truth is 0."""
-    actual, truth = actual.detach().double(), truth.detach().double()
-    difference, size = (actual - truth).norm().item(), truth.norm().item()
-    return difference / size if size else difference
-
-
-def largest_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest difference over the largest entry of the truth; the largest difference where the truth is 0."""
-    if truth.numel() == 0:
-        return 0.0
-    actual, truth = actual.detach().double(), truth.detach().double()
-    difference, size = (actual - truth).abs().max().item(), truth.abs().max().item()
-    return difference / size if size else difference
 
 
 def assert_close64(actual: torch.Tensor, truth: torch.Tensor, what: str, relative: float = FLOAT64_RELATIVE) -> None:
@@ -82,14 +63,8 @@ def assert_within_budget(actual: torch.Tensor, truth: torch.Tensor, yardstick: t
     """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(truth.shape)}"
     assert actual.dtype == yardstick.dtype, f"{what}: dtype {actual.dtype}, want {yardstick.dtype}"
-    rounding = ROUNDING_ULPS * torch.finfo(actual.dtype).eps
-    # Results below the smallest normal number are rounded to multiples of the smallest number of all.
-    multiple = torch.full_like(truth, torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps)
-    for measure in (relative_error, largest_error):
-        error = measure(actual, truth)
-        coarse = measure(truth.detach().double() + multiple.double(), truth)
-        allowed = FACTOR * measure(yardstick, truth) + rounding + coarse
-        assert error <= allowed, f"{what}: {measure.__name__} {error:.3g} > {allowed:.3g}"
+    found = excess(actual, truth, yardstick)
+    assert found is None, f"{what}: {found}"
 
 
 def assert_agree(actual: torch.Tensor, other: torch.Tensor, what: str) -> None:

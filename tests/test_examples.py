@@ -15,9 +15,10 @@ import torch
 
 import gim
 import gim.demo
+from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import ids, make
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

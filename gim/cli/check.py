@@ -58,6 +58,7 @@ def command(
             compared = [] if engine is EngineName.AUTO else _compare(loaded, ids, chosen, engine)
         _show_report(type(loaded).__name__, chosen, report, prompt)
         _show_compared(compared)
+        _show_kernels(loaded.device)
     if not report.complete:
         raise typer.Exit(1)
 
@@ -125,6 +126,15 @@ def _show_compared(rows: list[_Compared]) -> None:
     console = Console()
     console.print(table)
     console.print(Text("difference: of the scores to auto's, norm over norm", "dim"))
+
+
+def _show_kernels(device: Any) -> None:
+    """What is known of the kernels on the device."""
+    from gim_kernels.engines import checked_kernels
+
+    known = checked_kernels(device)
+    if known is not None:
+        Console().print(Text.assemble(("kernels: ", "dim"), known))
 
 
 def _show_report(model: str, rules: Rules, report: AppliedReport, prompt: str) -> None:

@@ -12,7 +12,7 @@ plain pointers elsewhere: strided views of any alignment work.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,9 @@ import triton.language as tl
 from gim_kernels.triton import tiles
 from gim_kernels.triton.attention_fold import fold_parts
 from gim_kernels.triton.device import guard
+from gim_kernels.triton.dispatch import Launch, Plans
 from gim_kernels.triton.launch import (
+    as_walked,
     check_attention,
     described,
     hiding_window,
@@ -49,6 +51,7 @@ from gim_kernels.triton.primitives import (
     visible_keys,
     visible_queries,
 )
+from gim_kernels.triton.rows import contiguous
 from gim_kernels.types import Options
 
 #: How a kernel finds the softmax at temperature T. ``exact``: T = 1, delta from the output. ``square``: T = 2, whose
@@ -180,18 +183,18 @@ def grad_query_kernel(
     shift_ptr,
     norm_ptr,
     delta_ptr,
-    grad_out_stride_b: tl.int64,
-    grad_out_stride_h: tl.int64,
-    grad_out_stride_t: tl.int64,
-    query_stride_b: tl.int64,
-    query_stride_h: tl.int64,
-    query_stride_t: tl.int64,
-    key_stride_b: tl.int64,
-    key_stride_h: tl.int64,
-    key_stride_s: tl.int64,
-    value_stride_b: tl.int64,
-    value_stride_h: tl.int64,
-    value_stride_s: tl.int64,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_t,
+    query_stride_b,
+    query_stride_h,
+    query_stride_t,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
     out_stride_b: tl.int64,
     out_stride_h: tl.int64,
     out_stride_t: tl.int64,
@@ -517,18 +520,18 @@ def grad_key_value_kernel(
     shift_ptr,
     norm_ptr,
     delta_ptr,
-    grad_out_stride_b: tl.int64,
-    grad_out_stride_h: tl.int64,
-    grad_out_stride_t: tl.int64,
-    query_stride_b: tl.int64,
-    query_stride_h: tl.int64,
-    query_stride_t: tl.int64,
-    key_stride_b: tl.int64,
-    key_stride_h: tl.int64,
-    key_stride_s: tl.int64,
-    value_stride_b: tl.int64,
-    value_stride_h: tl.int64,
-    value_stride_s: tl.int64,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_t,
+    query_stride_b,
+    query_stride_h,
+    query_stride_t,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
     grad_key_stride_b: tl.int64,
     grad_key_stride_h: tl.int64,
     grad_key_stride_s: tl.int64,
@@ -765,6 +768,191 @@ def grad_key_value_variant(
     )
 
 
+class _Over(NamedTuple):
+    """A launch of the kernel over key tiles, and what it writes.
+
+    Args:
+        launch: the kernel.
+        grad_key, grad_value: whether it writes these gradients.
+        parts: shape of the sums of parts, ``[gradients, parts, B, HK, S, D]``; None where there are no parts.
+    """
+
+    launch: Launch
+    grad_key: bool
+    grad_value: bool
+    parts: tuple[int, ...] | None
+
+
+class _Plan(NamedTuple):
+    """What the backward does for tensors of given layouts.
+
+    Args:
+        over_queries: the launch of the kernel over query tiles, None where nothing asks for it.
+        over_keys: those of the kernel over key tiles.
+        writes: whether a kernel writes the gradients of query, key, value and sinks.
+        copies_first: whether grad_out, query, key or value must be copied before.
+        copies: whether the gradient of query, key or value is written elsewhere, and must be copied afterwards.
+        hand_over, norm: whether the first kernel writes for the second, and whether a norm is part of that.
+    """
+
+    over_queries: Launch | None
+    over_keys: tuple[_Over, ...]
+    writes: tuple[bool, bool, bool, bool]
+    copies_first: bool
+    copies: bool
+    hand_over: bool
+    norm: bool
+
+
+def _key_launches(
+    read: dict[str, torch.Tensor],
+    architecture: str,
+    places: tuple[torch.Tensor, torch.Tensor],
+    writes: tuple[bool, bool],
+    rule: Rule,
+    mask: tuple[bool, bool, bool],
+    key_range: bool,
+    by_descriptor: bool,
+    common: dict[str, Any],
+    factors: tuple[float, float],
+) -> tuple[_Over, ...]:
+    """The launches over key tiles; ``places`` have the layouts of the gradients of key and value."""
+    query, key = read["query"], read["key"]
+    batch, key_heads, keys, size = key.shape
+    causal, window, capped = mask
+    together = tiles.attention_tile("grad_key_value", architecture, size, query.dtype, capped, by_descriptor)
+    launches = [writes]
+    if all(writes) and together.split:
+        launches = [(False, True), (True, False)]
+    found = []
+    for grad_key, grad_value in launches:
+        if not grad_key and not grad_value:
+            continue
+        variant = grad_key_value_variant(
+            architecture,
+            query.dtype,
+            size,
+            rule if grad_key else "constant",
+            causal,
+            window,
+            capped,
+            key_range,
+            grad_key,
+            grad_value,
+            by_descriptor,
+        )
+        block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
+        tiles_s, columns, group = triton.cdiv(keys, block_s), batch * key_heads, common["group"]
+        members = members_of(query.shape[2], keys, common["window"], causal, block_t, block_s, columns, group)
+        parts = group // members
+        shape = (grad_key + grad_value, parts, *key.shape) if parts > 1 else None
+        # Sums of parts are contiguous.
+        to_key, to_value = places if shape is None else (torch.empty(key.shape, device="meta"),) * 2
+        launch = Launch(
+            variant,
+            tiles_s * columns * parts,
+            **common,
+            **matrices(variant, **read),
+            **strides("grad_key", to_key, "s"),
+            **strides("grad_value", to_value, "s"),
+            grad_stride_part=key.numel(),
+            members=members,
+            section=key_section(tiles_s, members, query, columns * parts, causal),
+            key_factor=factors[0],
+            value_factor=factors[1],
+        )
+        found.append(_Over(launch, grad_key, grad_value, shape))
+    return tuple(found)
+
+
+@Plans
+def backward_plans(
+    tensors: tuple[torch.Tensor, ...],
+    options: Options,
+    softmax_backward: str,
+    temperature: float,
+    grad_scale: tuple[float, float, float],
+    needs: tuple[bool, bool, bool, bool],
+) -> _Plan:
+    """The plan for grad_out, query, key, value, sinks, key range and out; the rest as :func:`attention_backward`."""
+    grad_out, query, key, value, sinks, key_range, out = tensors
+    check_attention(query, key, value)
+    need_query, need_key, need_value, need_sinks = needs
+    rule, temperature = rule_of(softmax_backward, temperature, query.dtype, need_sinks)
+    # A gradient that nothing reaches is 0 without any work.
+    reached = query.numel() > 0
+    scored = reached and rule != "constant"
+    writes = (
+        need_query and scored,
+        need_key and scored and key.numel() > 0,
+        need_value and reached and key.numel() > 0,
+        need_sinks and scored,
+    )
+    # As the gradients are; where their rows cannot be walked, as what takes their place.
+    places = [torch.empty_like(x, device="meta") for x in (query, key, value)]
+    copies = any(write and not readable(place) for write, place in zip(writes, places, strict=False))
+    to_query, to_key, to_value = (as_walked(place) for place in places)
+
+    architecture = tiles.architecture_of(query)
+    named = {"grad_out": grad_out, "query": query, "key": key, "value": value}
+    read = {name: as_walked(x) for name, x in named.items()}
+    batch, heads, queries, size = query.shape
+    factor, inner = score_factors(options)
+    window = hiding_window(options, key.shape[2])
+    by_descriptor = described(architecture, inner, key_range, *read.values())
+    common: dict[str, Any] = {
+        "heads": heads,
+        "group": heads // key.shape[1],
+        "queries": queries,
+        "keys": key.shape[2],
+        "window": window,
+        "factor": factor,
+        "inner": inner,
+        "inverse_temperature": 1.0 / temperature,
+    }
+    mask = (options.causal, window is not None, inner is not None)
+    over_queries = None
+    if writes[0] or writes[1] or writes[3]:
+        variant = grad_query_variant(
+            architecture,
+            query.dtype,
+            size,
+            rule,
+            *mask,
+            None if sinks is None else sinks.dtype,
+            key_range is not None,
+            writes[0],
+            writes[3],
+            writes[1],
+            by_descriptor,
+        )
+        tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
+        over_queries = Launch(
+            variant,
+            tiles_t * batch * heads,
+            **common,
+            **matrices(variant, **read),
+            section=query_section(tiles_t, query, key, options.causal),
+            **strides("out", out, "t"),
+            **strides("grad_query", to_query, "t"),
+            grad_factor=options.scale * grad_scale[0],
+        )
+    over_keys = _key_launches(
+        read,
+        architecture,
+        (to_key, to_value),
+        (writes[1], writes[2]),
+        rule,
+        mask,
+        key_range is not None,
+        by_descriptor,
+        common,
+        (options.scale * grad_scale[1], grad_scale[2]),
+    )
+    copies_first = not all(map(readable, tensors[:4]))
+    return _Plan(over_queries, over_keys, writes, copies_first, copies, writes[1], rule != "exact")
+
+
 def attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
@@ -789,151 +977,41 @@ def attention_backward(
     Numerics: scores, row sums and gradients accumulate in float32; both score matrices are rounded to query's dtype
         for their products; deterministic, bit for bit.
     """
-    check_attention(query, key, value)
-    batch, heads, queries, size = query.shape
-    keys = key.shape[2]
-    need_query, need_key, need_value, need_sinks = needs
-    need_sinks = need_sinks and sinks is not None
-    rule, temperature = rule_of(softmax_backward, temperature, query.dtype, need_sinks)
-    grad_query = torch.empty_like(query) if need_query else None
-    grad_key = torch.empty_like(key) if need_key else None
-    grad_value = torch.empty_like(value) if need_value else None
-    grad_sinks = torch.zeros_like(sinks) if need_sinks and sinks is not None else None
-
-    # A gradient that nothing reaches is 0 without any work; one that a kernel shall write has a place to write it to.
-    through_scores = rule != "constant" and query.numel() > 0
-    to_query = _place(grad_query, through_scores)
-    to_key = _place(grad_key, through_scores)
-    to_value = _place(grad_value, query.numel() > 0)
-    to_sinks = None
-    if need_sinks and through_scores:
-        to_sinks = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-
-    grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
-    factor, inner = score_factors(options)
-    window = hiding_window(options, keys)
-    read = {"grad_out": grad_out, "query": query, "key": key, "value": value}
-    architecture = tiles.architecture_of(query)
-    by_descriptor = described(architecture, inner, key_range, *read.values())
-    group = heads // key.shape[1]
-    common: dict[str, Any] = {
-        "key_range_ptr": None if key_range is None else key_range.contiguous(),
-        "heads": heads,
-        "group": group,
-        "queries": queries,
-        "keys": keys,
-        "window": window,
-        "factor": factor,
-        "inner": inner,
-        "inverse_temperature": 1.0 / temperature,
-    }
-    mask = (options.causal, window is not None, inner is not None)
-    shift: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    delta: torch.Tensor | None = None
+    needs = (*needs[:3], needs[3] and sinks is not None)
+    tensors = (grad_out, query, key, value, sinks, key_range, out)
+    plan = backward_plans(tensors, options, softmax_backward, temperature, grad_scale, needs)
+    inputs = (query, key, value, sinks)
+    grads: list[torch.Tensor | None] = [
+        None if x is None or not need else torch.empty_like(x) if write and i < 3 else torch.zeros_like(x)
+        for i, (x, need, write) in enumerate(zip(inputs, needs, plan.writes, strict=True))
+    ]
+    # Where the kernels write: gradients, or memory whose rows have unit stride; the sinks' for each query.
+    to = [grad if write else None for grad, write in zip(grads, plan.writes, strict=True)]
+    if plan.copies:
+        to[:3] = [x if x is None or readable(x) else x.new_empty(x.shape) for x in to[:3]]
+    if plan.writes[3]:
+        to[3] = torch.empty_like(lse)
+    read = [grad_out, query, key, value]
+    if plan.copies_first:
+        read = list(map(unit_stride, read))
+    sinks, key_range = contiguous(sinks), contiguous(key_range)
+    rows = [torch.empty_like(lse) if plan.hand_over and (i != 1 or plan.norm) else None for i in range(3)]
     with guard(query):
-        if to_query is not None or to_key is not None or to_sinks is not None:
-            if to_key is not None:
-                shift, delta = torch.empty_like(lse), torch.empty_like(lse)
-                norm = None if rule == "exact" else torch.empty_like(lse)
-            variant = grad_query_variant(
-                architecture,
-                query.dtype,
-                size,
-                rule,
-                *mask,
-                None if sinks is None else sinks.dtype,
-                key_range is not None,
-                to_query is not None,
-                to_sinks is not None,
-                to_key is not None,
-                by_descriptor,
-            )
-            tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
-            variant.launch(
-                tiles_t * batch * heads,
-                **common,
-                **matrices(variant, **read),
-                section=query_section(tiles_t, query, key, options.causal),
-                sinks_ptr=None if sinks is None else sinks.contiguous(),
-                out_ptr=out,
-                lse_ptr=lse,
-                grad_query_ptr=to_query,
-                grad_sink_ptr=to_sinks,
-                shift_ptr=shift,
-                norm_ptr=norm,
-                delta_ptr=delta,
-                **strides("out", out, "t"),
-                **strides("grad_query", query if to_query is None else to_query, "t"),
-                grad_factor=options.scale * grad_scale[0],
-            )
-        together = tiles.attention_tile(
-            "grad_key_value", architecture, size, query.dtype, inner is not None, by_descriptor
-        )
-        launches = [(to_key, to_value)]
-        if to_key is not None and to_value is not None and together.split:
-            launches = [(None, to_value), (to_key, None)]
-        for place_key, place_value in launches:
-            if place_key is None and place_value is None:
-                continue
-            variant = grad_key_value_variant(
-                architecture,
-                query.dtype,
-                size,
-                "constant" if place_key is None else rule,
-                *mask,
-                key_range is not None,
-                place_key is not None,
-                place_value is not None,
-                by_descriptor,
-            )
-            block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
-            tiles_s, columns = triton.cdiv(keys, block_s), batch * key.shape[1]
-            members = members_of(queries, keys, window, options.causal, block_t, block_s, columns, group)
-            parts = group // members
-            places = [place for place in (place_key, place_value) if place is not None]
-            # [gradients, parts, B, HK, S, D]
-            partial = None
-            if parts > 1:
-                partial = torch.empty((len(places), parts, *key.shape), dtype=torch.float32, device=key.device)
-            layout_key, layout_value = (place_key, place_value) if partial is None else (partial[0, 0], partial[0, 0])
-            variant.launch(
-                tiles_s * columns * parts,
-                **common,
-                **matrices(variant, **read),
-                grad_key_ptr=place_key,
-                grad_value_ptr=place_value,
-                partial_ptr=lse if partial is None else partial,  # without parts nothing is written there
-                shift_ptr=lse if place_key is None else shift,
-                norm_ptr=None if place_key is None else norm,
-                delta_ptr=None if place_key is None else delta,
-                **strides("grad_key", key if layout_key is None else layout_key, "s"),
-                **strides("grad_value", value if layout_value is None else layout_value, "s"),
-                grad_stride_part=key.numel(),
-                members=members,
-                section=key_section(tiles_s, members, query, columns * parts, options.causal),
-                key_factor=options.scale * grad_scale[1],
-                value_factor=grad_scale[2],
-            )
+        if plan.over_queries is not None:
+            plan.over_queries(*read, sinks, key_range, out, lse, to[0], to[3], *rows)
+        for launch, has_key, has_value, shape in plan.over_keys:
+            places = (to[1] if has_key else None, to[2] if has_value else None)
+            # Without parts nothing is written to the sums.
+            partial = None if shape is None else torch.empty(shape, dtype=torch.float32, device=key.device)
+            handed = rows if has_key else (lse, None, None)
+            launch(*read, key_range, *places, lse if partial is None else partial, *handed)
             if partial is not None:
-                for sums, place in zip(partial, places, strict=True):
-                    fold_parts(sums, place)
-    for grad, written in ((grad_query, to_query), (grad_key, to_key), (grad_value, to_value)):
-        if grad is not None and written is not None and written is not grad:
-            grad.copy_(written)
-    if grad_sinks is not None and to_sinks is not None:
-        grad_sinks.copy_(to_sinks.sum((0, 2)))
-    return grad_query, grad_key, grad_value, grad_sinks
-
-
-def _place(grad: torch.Tensor | None, reached: bool) -> torch.Tensor | None:
-    """Where a kernel writes ``grad``: itself, or memory whose rows have unit stride; None where it writes nothing.
-
-    A gradient that is wanted and not reached becomes 0.
-    """
-    if grad is None or grad.numel() == 0:
-        return None
-    if not reached:
-        grad.zero_()
-        return None
-    return grad if readable(grad) else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+                for sums, whole in zip(partial, [place for place in places if place is not None], strict=True):
+                    fold_parts(sums, whole)
+    if plan.copies:
+        for grad, written in zip(grads[:3], to, strict=False):
+            if grad is not None and written is not None and written is not grad:
+                grad.copy_(written)
+    if grads[3] is not None and to[3] is not None:
+        grads[3].copy_(to[3].sum((0, 2)))
+    return grads[0], grads[1], grads[2], grads[3]

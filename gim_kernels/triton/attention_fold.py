@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gim_kernels.triton import tiles
+from gim_kernels.triton.dispatch import Launch, Plans
 from gim_kernels.triton.launch import strides
 from gim_kernels.triton.primitives import store_rows
 
@@ -72,6 +73,22 @@ def fold_parts_variant(dtype: torch.dtype, head_size: int) -> tiles.Variant:
     )
 
 
+@Plans
+def fold_plans(tensors: tuple[torch.Tensor, torch.Tensor]) -> Launch:
+    """The launch that :func:`fold_parts` needs."""
+    partial, out = tensors
+    batch, heads, keys, size = out.shape
+    variant = fold_parts_variant(out.dtype, size)
+    return Launch(
+        variant,
+        triton.cdiv(keys, variant.constants["BLOCK_ROWS"]) * batch * heads,
+        **strides("out", out, "s"),
+        heads=heads,
+        keys=keys,
+        parts=partial.shape[0],
+    )
+
+
 def fold_parts(partial: torch.Tensor, out: torch.Tensor) -> None:
     """Write the sum of ``partial`` over its first dimension to ``out``.
 
@@ -79,14 +96,4 @@ def fold_parts(partial: torch.Tensor, out: torch.Tensor) -> None:
         partial: ``[parts, B, HK, S, D]``, contiguous, float32.
         out: ``[B, HK, S, D]`` with unit stride in a row; its dtype is the result's.
     """
-    batch, heads, keys, size = out.shape
-    variant = fold_parts_variant(out.dtype, size)
-    variant.launch(
-        triton.cdiv(keys, variant.constants["BLOCK_ROWS"]) * batch * heads,
-        partial_ptr=partial,
-        out_ptr=out,
-        **strides("out", out, "s"),
-        heads=heads,
-        keys=keys,
-        parts=partial.shape[0],
-    )
+    fold_plans((partial, out))(partial, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,13 +17,16 @@ import triton.language as tl
 from gim_kernels.told import tell
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import guard
+from gim_kernels.triton.dispatch import Launch, Plans
 from gim_kernels.triton.launch import (
     SMALLEST_FACTOR,
+    as_walked,
     check_attention,
     described,
     hiding_window,
     matrices,
     query_section,
+    readable,
     score_factors,
     strides,
     unit_stride,
@@ -41,6 +45,7 @@ from gim_kernels.triton.primitives import (
     tiles_in,
     visible_keys,
 )
+from gim_kernels.triton.rows import contiguous
 from gim_kernels.types import Options
 
 
@@ -102,15 +107,15 @@ def attention_forward_kernel(
     key_range_ptr,
     out_ptr,
     lse_ptr,
-    query_stride_b: tl.int64,
-    query_stride_h: tl.int64,
-    query_stride_t: tl.int64,
-    key_stride_b: tl.int64,
-    key_stride_h: tl.int64,
-    key_stride_s: tl.int64,
-    value_stride_b: tl.int64,
-    value_stride_h: tl.int64,
-    value_stride_s: tl.int64,
+    query_stride_b,
+    query_stride_h,
+    query_stride_t,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
     out_stride_b: tl.int64,
     out_stride_h: tl.int64,
     out_stride_t: tl.int64,
@@ -233,6 +238,68 @@ def forward_variant(
     )
 
 
+class _Plan(NamedTuple):
+    """What the forward does for tensors of given layouts.
+
+    Args:
+        out_shape, out_strides: of the output, ``[B, HQ, T, D]``.
+        lse_shape: of the log-sum-exp.
+        copies: whether query, key or value must be copied first.
+        launch: the kernel; None where there is nothing to compute.
+    """
+
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    copies: bool
+    launch: Launch | None
+
+
+@Plans
+def forward_plans(tensors: tuple[torch.Tensor, ...], options: Options) -> _Plan:
+    """The plan for query, key, value, sinks and key range."""
+    query, key, value, sinks, key_range = tensors
+    check_attention(query, key, value)
+    architecture = tiles.architecture_of(query)
+    copies = not all(map(readable, tensors[:3]))
+    query, key, value = as_walked(query), as_walked(key), as_walked(value)
+    batch, heads, queries, size = query.shape
+    keys = key.shape[2]
+    out = query.new_empty((batch, queries, heads, size), device="meta").transpose(1, 2)
+    results = (tuple(out.shape), out.stride(), (batch, heads, queries), copies)
+    if query.numel() == 0:
+        return _Plan(*results, None)
+    factor, inner = score_factors(options)
+    window = hiding_window(options, keys)
+    variant = forward_variant(
+        architecture,
+        query.dtype,
+        size,
+        options.causal,
+        window is not None,
+        inner is not None,
+        None if sinks is None else sinks.dtype,
+        key_range is not None,
+        described(architecture, inner, key_range, query, key, value),
+    )
+    tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
+    launch = Launch(
+        variant,
+        tiles_t * batch * heads,
+        **matrices(variant, query=query, key=key, value=value),
+        **strides("out", out, "t"),
+        heads=heads,
+        group=heads // key.shape[1],
+        section=query_section(tiles_t, query, key, options.causal),
+        queries=queries,
+        keys=keys,
+        window=window,
+        factor=max(factor, SMALLEST_FACTOR),
+        inner=inner,
+    )
+    return _Plan(*results, launch)
+
+
 def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -252,48 +319,14 @@ def attention_forward(
         with V; deterministic, bit for bit.
     """
     tell("triton")
-    check_attention(query, key, value)
-    batch, heads, queries, size = query.shape
-    keys = key.shape[2]
-    out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
-    if out.numel() == 0:
-        return out, lse
     if options.softcap is None and options.scale < 0:  # the running maximum wants a positive factor
         query, options = -query, dataclasses.replace(options, scale=-options.scale)
-    factor, inner = score_factors(options)
-    window = hiding_window(options, keys)
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    architecture = tiles.architecture_of(query)
-    by_descriptor = described(architecture, inner, key_range, query, key, value)
-    variant = forward_variant(
-        architecture,
-        query.dtype,
-        size,
-        options.causal,
-        window is not None,
-        inner is not None,
-        None if sinks is None else sinks.dtype,
-        key_range is not None,
-        by_descriptor,
-    )
-    tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
-    with guard(query):
-        variant.launch(
-            tiles_t * batch * heads,
-            sinks_ptr=None if sinks is None else sinks.contiguous(),
-            key_range_ptr=None if key_range is None else key_range.contiguous(),
-            out_ptr=out,
-            lse_ptr=lse,
-            **matrices(variant, query=query, key=key, value=value),
-            **strides("out", out, "t"),
-            heads=heads,
-            group=heads // key.shape[1],
-            section=query_section(tiles_t, query, key, options.causal),
-            queries=queries,
-            keys=keys,
-            window=window,
-            factor=max(factor, SMALLEST_FACTOR),
-            inner=inner,
-        )
+    plan = forward_plans((query, key, value, sinks, key_range), options)
+    out = query.new_empty_strided(plan.out_shape, plan.out_strides)
+    lse = query.new_empty(plan.lse_shape, dtype=torch.float32)
+    if plan.copies:
+        query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    if plan.launch is not None:
+        with guard(query):
+            plan.launch(query, key, value, contiguous(sinks), contiguous(key_range), out, lse)
     return out, lse

@@ -74,4 +74,6 @@ def check(**tensors: torch.Tensor | None) -> None:
 
 def guard(x: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which launches go to the device of ``x`` and to its current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

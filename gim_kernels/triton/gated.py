@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from gim_kernels.told import tell
 from gim_kernels.triton.device import check, guard
+from gim_kernels.triton.dispatch import Launch, Plans
 from gim_kernels.triton.pointwise_tiles import Tile, gated_tile, pointwise_variant
 from gim_kernels.triton.rows import Rows, Tensors, row_offset, rows_of
 from gim_kernels.triton.tiles import Variant
@@ -60,7 +62,7 @@ def _tile(columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     return row, column
 
 
-@triton.jit(do_not_specialize=["size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def gated_forward_kernel(
     gate_ptr,
     up_ptr,
@@ -98,7 +100,7 @@ def gated_forward_kernel(
     tl.store(y_ptr + y_offset + column, y.to(gate.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def gated_backward_kernel(
     grad_y_ptr,
     gate_ptr,
@@ -245,8 +247,32 @@ def _give_back(like: torch.Tensor, written: torch.Tensor | None, out: torch.Tens
         _in_memory_order(like, out).copy_(written)
 
 
+class _Rows(NamedTuple):
+    """A launch over rows, and whether some tensor must be replaced for it, which :func:`_prepare` does."""
+
+    launch: Launch
+    replaces: bool
+
+
+def _replaces(given: Tensors, prepared: Tensors) -> bool:
+    pairs = zip(given, prepared, strict=True)
+    return any(x is not None and y is not None and x.data_ptr() != y.data_ptr() for x, y in pairs)
+
+
 def _programs(rows: Rows, tile: Tile) -> int:
     return triton.cdiv(rows.count, tile.rows) * triton.cdiv(rows.columns, tile.columns)
+
+
+@Plans
+def forward_plans(tensors: tuple[torch.Tensor, ...], activation: str) -> _Rows:
+    """The forward for gate and up."""
+    gate, up = tensors
+    given = (gate, up, torch.empty_like(gate))
+    rows, read, written = _prepare(gate, given[:2], given[2:])
+    tile = gated_tile(rows.columns)
+    variant = forward_variant(tile, gate.dtype, activation, rows.merged)
+    launch = Launch(variant, _programs(rows, tile), **rows.arguments("gate", "up", "y"))
+    return _Rows(launch, _replaces(given, (*read, *written)))
 
 
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -265,18 +291,40 @@ def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torc
     y = torch.empty_like(gate)
     if y.numel() == 0:
         return y
-    rows, (gate_rows, up_rows), (y_rows,) = _prepare(gate, (gate, up), (y,))
-    tile = gated_tile(rows.columns)
+    plan = forward_plans((gate, up), activation)
+    read: Tensors = (gate, up)
+    written: Tensors = (y,)
+    if plan.replaces:
+        _, read, written = _prepare(gate, read, written)
     with guard(gate):
-        forward_variant(tile, gate.dtype, activation, rows.merged).launch(
-            _programs(rows, tile),
-            gate_ptr=gate_rows,
-            up_ptr=up_rows,
-            y_ptr=y_rows,
-            **rows.arguments("gate", "up", "y"),
-        )
-    _give_back(gate, y_rows, y)
+        plan.launch(*read, *written)
+    if plan.replaces:
+        _give_back(gate, written[0], y)
     return y
+
+
+@Plans
+def backward_plans(
+    tensors: tuple[torch.Tensor, ...],
+    activation: str,
+    grad_scale: tuple[float, float],
+    activation_backward: str,
+    needs: tuple[bool, bool],
+) -> _Rows:
+    """The backward for grad_y, gate and up."""
+    grad_y, gate, up = tensors
+    places = tuple(torch.empty_like(x) if need else None for x, need in zip((gate, up), needs, strict=True))
+    read_given = (gate, up if needs[0] else None, grad_y)
+    rows, read, written = _prepare(gate, read_given, places)
+    tile = gated_tile(rows.columns)
+    launch = Launch(
+        backward_variant(tile, gate.dtype, activation, activation_backward, needs, rows.merged),
+        _programs(rows, tile),
+        **rows.arguments("gate", "up", "grad_y", "grad_gate", "grad_up"),
+        gate_scale=grad_scale[0],
+        up_scale=grad_scale[1],
+    )
+    return _Rows(launch, _replaces((*read_given, *places), (*read, *written)))
 
 
 def gated_backward(
@@ -301,21 +349,14 @@ def gated_backward(
     grad_up = torch.empty_like(up) if needs[1] else None
     if not any(needs) or gate.numel() == 0:
         return grad_gate, grad_up
-    rows, read, written = _prepare(gate, (gate, up if needs[0] else None, grad_y), (grad_gate, grad_up))
-    tile = gated_tile(rows.columns)
-    variant = backward_variant(tile, gate.dtype, activation, activation_backward, needs, rows.merged)
+    plan = backward_plans((grad_y, gate, up), activation, grad_scale, activation_backward, needs)
+    read: Tensors = (gate, up if needs[0] else None, grad_y)
+    written: Tensors = (grad_gate, grad_up)
+    if plan.replaces:
+        _, read, written = _prepare(gate, read, written)
     with guard(gate):
-        variant.launch(
-            _programs(rows, tile),
-            gate_ptr=read[0],
-            up_ptr=read[1],
-            grad_y_ptr=read[2],
-            grad_gate_ptr=written[0],
-            grad_up_ptr=written[1],
-            **rows.arguments("gate", "up", "grad_y", "grad_gate", "grad_up"),
-            gate_scale=grad_scale[0],
-            up_scale=grad_scale[1],
-        )
-    _give_back(gate, written[0], grad_gate)
-    _give_back(gate, written[1], grad_up)
+        plan.launch(read[2], read[0], read[1], *written)
+    if plan.replaces:
+        _give_back(gate, written[0], grad_gate)
+        _give_back(gate, written[1], grad_up)
     return grad_gate, grad_up

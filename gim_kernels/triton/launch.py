@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gim_kernels.triton import tiles
 from gim_kernels.triton.device import check
+from gim_kernels.triton.dispatch import ALIGNMENT, Box
 from gim_kernels.triton.order import section_of
 from gim_kernels.triton.primitives import LOG2E
 from gim_kernels.types import Options
@@ -17,8 +17,8 @@ from gim_kernels.types import Options
 LARGEST_HEAD = 256
 #: Elements from one row to the next, below which a tile of 256 rows spans less than int32 can number.
 LARGEST_STRIDE = 2**22
-#: Bytes of which a descriptor's address and strides are multiples, and below which its strides are.
-ALIGNMENT, LARGEST_STEP = 16, 2**40
+#: Bytes below which a descriptor's strides are; they and its address are multiples of ALIGNMENT.
+LARGEST_STEP = 2**40
 #: A scale of 0 becomes this, so that -inf times it stays -inf: scores of 1e20 still vanish.
 SMALLEST_FACTOR = 1e-30
 
@@ -52,6 +52,11 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if readable(x) else x.contiguous()
 
 
+def as_walked(x: torch.Tensor) -> torch.Tensor:
+    """A tensor with the layout of ``unit_stride(x)``; without data where that is a copy."""
+    return x if readable(x) else torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
 def strides(name: str, x: torch.Tensor, row: str) -> dict[str, int]:
     """The arguments ``<name>_stride_b``, ``_h`` and ``_<row>`` of a tensor ``[B, H, T or S, D]``, in elements."""
     batch, head, step, _ = x.stride()
@@ -77,24 +82,22 @@ def _describable(x: torch.Tensor) -> bool:
 
 
 def matrices(variant: tiles.Variant, **tensors: torch.Tensor) -> dict[str, Any]:
-    """The arguments of a kernel that reads ``tensors``: pointers and strides, or descriptors and None for strides."""
+    """How a kernel reads ``tensors``, as :class:`gim_kernels.triton.dispatch.Launch` takes it: by strides, or through
+    descriptors and with None for each stride."""
     given: dict[str, Any] = {}
     for name, x in tensors.items():
         row = "s" if name in ("key", "value") else "t"
         given |= strides(name, x, row)
-        given[f"{name}_ptr"] = x
         if variant.signature[f"{name}_ptr"].startswith("tensordesc"):
             given |= dict.fromkeys(strides(name, x, row))
-            given[f"{name}_ptr"] = _descriptor(
-                x, variant.constants[f"BLOCK_{row.upper()}"], variant.constants["BLOCK_D"]
-            )
+            given[f"{name}_ptr"] = _box(x, variant.constants[f"BLOCK_{row.upper()}"], variant.constants["BLOCK_D"])
     return given
 
 
-def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _box(x: torch.Tensor, rows: int, columns: int) -> Box:
     # A dimension of one element may have any stride, which a descriptor must not.
     steps = [stride if count > 1 else ALIGNMENT for stride, count in zip(x.stride()[:-1], x.shape, strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
+    return Box(tuple(x.shape), (*steps, 1), (1, 1, rows, columns))
 
 
 def score_factors(options: Options) -> tuple[float, float | None]:

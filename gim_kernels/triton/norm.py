@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 
 from gim_kernels.told import tell
 from gim_kernels.triton.device import check, guard
+from gim_kernels.triton.dispatch import Launch, Plans
 from gim_kernels.triton.pointwise_tiles import (
     FOLD,
     WEIGHT_GRADIENT,
@@ -18,7 +20,7 @@ from gim_kernels.triton.pointwise_tiles import (
     pointwise_variant,
     rows_per_chunk,
 )
-from gim_kernels.triton.rows import as_rows, row_offset
+from gim_kernels.triton.rows import as_rows, contiguous, row_offset
 from gim_kernels.triton.tiles import Variant
 
 
@@ -38,7 +40,7 @@ def _plus_bias(value, bias_ptr, column, mask):
     return value
 
 
-@triton.jit(do_not_specialize=["size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -144,7 +146,7 @@ def _gradient_and_input(
     return grad, normalised
 
 
-@triton.jit(do_not_specialize=["size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def norm_backward_kernel(
     grad_y_ptr,
     x_ptr,
@@ -256,7 +258,7 @@ def norm_backward_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "size1", "size2", "rows_per_chunk"])
 def norm_backward_weight_kernel(
     grad_y_ptr,
     x_ptr,
@@ -314,7 +316,7 @@ def norm_backward_weight_kernel(
         tl.store(partial_bias_ptr + offset, tl.sum(sum_grad, axis=0, keep_dims=True), mask=column_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def fold_kernel(
     partial_ptr,
     out_ptr,
@@ -433,8 +435,30 @@ def _dtype(x: torch.Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
+class _Rows(NamedTuple):
+    """A launch over rows, and whether some tensor must become contiguous for it, which :func:`as_rows` does."""
+
+    launch: Launch
+    copies: bool
+
+
+@Plans
+def forward_plans(tensors: tuple[torch.Tensor, ...], eps: float, weight_offset: float, centre: bool) -> _Rows | None:
+    """The forward for x, weight and bias; None where there is nothing to compute."""
+    x, weight, bias = tensors
+    check(x=x, weight=weight, bias=bias)
+    if x.numel() == 0:
+        return None
+    rows, (walked,) = as_rows(x)
+    tile = norm_tile(rows.columns)
+    launch = Launch(
+        forward_variant(tile, x.dtype, _dtype(weight), _dtype(bias), centre, rows.merged),
+        triton.cdiv(rows.count, tile.rows),
+        **rows.arguments("x"),
+        eps=eps,
+        weight_offset=weight_offset,
+    )
+    return _Rows(launch, walked is not x)
 
 
 def _forward(
@@ -446,27 +470,14 @@ def _forward(
     centre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """``y``, the inverse statistics and, with ``centre``, the means."""
-    check(x=x, weight=weight, bias=bias)
+    plan = forward_plans((x, weight, bias), eps, weight_offset, centre)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    inverse = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     mean = torch.empty_like(inverse) if centre else None
-    if x.numel() > 0:
-        rows, (walked,) = as_rows(x)
-        tile = norm_tile(rows.columns)
-        variant = forward_variant(tile, x.dtype, _dtype(weight), _dtype(bias), centre, rows.merged)
+    if plan is not None:
+        walked = as_rows(x)[1][0] if plan.copies else x
         with guard(x):
-            variant.launch(
-                triton.cdiv(rows.count, tile.rows),
-                x_ptr=walked,
-                weight_ptr=_contiguous(weight),
-                bias_ptr=_contiguous(bias),
-                y_ptr=y,
-                mean_ptr=mean,
-                inverse_ptr=inverse,
-                **rows.arguments("x"),
-                eps=eps,
-                weight_offset=weight_offset,
-            )
+            plan.launch(walked, contiguous(weight), contiguous(bias), y, mean, inverse)
     return y, inverse, mean
 
 
@@ -505,6 +516,23 @@ def layer_norm_forward(
     return y, mean, inverse
 
 
+@Plans
+def weight_plans(tensors: tuple[torch.Tensor, ...], need_bias: bool, centre: bool) -> tuple[_Rows, Launch, int]:
+    """For grad_y and x, or None without the weight's gradient: the sums over chunks, their fold, and their number."""
+    grad_y, x = tensors
+    rows, walked = as_rows(grad_y, x)
+    each = rows_per_chunk(rows.count, rows.columns)
+    chunks = triton.cdiv(rows.count, each)
+    sums = Launch(
+        backward_weight_variant(grad_y.dtype, _dtype(x), need_bias, centre, rows.merged),
+        chunks * triton.cdiv(rows.columns, WEIGHT_GRADIENT.columns),
+        **rows.arguments("grad_y", "x"),
+        rows_per_chunk=each,
+    )
+    fold = Launch(fold_variant(), triton.cdiv(rows.columns, FOLD.columns), chunks=chunks, columns=rows.columns)
+    return _Rows(sums, walked[0] is not grad_y or walked[1] is not x), fold, chunks
+
+
 def _weight_gradients(
     grad_y: torch.Tensor,
     x: torch.Tensor | None,
@@ -517,33 +545,31 @@ def _weight_gradients(
     grads = [inverse.new_zeros(columns) if need else None for need in (x is not None, need_bias)]
     if grad_y.numel() == 0:
         return grads[0], grads[1]
-    rows, (grad, x) = as_rows(grad_y, x)
-    each = rows_per_chunk(rows.count, columns)
-    chunks = triton.cdiv(rows.count, each)
-    partials = [None if total is None else inverse.new_empty(chunks, columns) for total in grads]
-    variant = backward_weight_variant(grad_y.dtype, _dtype(x), need_bias, mean is not None, rows.merged)
+    plan, fold, chunks = weight_plans((grad_y, x), need_bias, mean is not None)
+    partials = [None if total is None else inverse.new_empty((chunks, columns)) for total in grads]
+    grad, x = as_rows(grad_y, x)[1] if plan.copies else (grad_y, x)
+    statistics = (None, None) if x is None else (mean, inverse)
     with guard(grad_y):
-        variant.launch(
-            chunks * triton.cdiv(columns, WEIGHT_GRADIENT.columns),
-            grad_y_ptr=grad,
-            x_ptr=x,
-            mean_ptr=None if x is None else mean,
-            inverse_ptr=None if x is None else inverse,
-            partial_weight_ptr=partials[0],
-            partial_bias_ptr=partials[1],
-            **rows.arguments("grad_y", "x"),
-            rows_per_chunk=each,
-        )
+        plan.launch(grad, x, *statistics, *partials)
         for partial, total in zip(partials, grads, strict=True):
             if total is not None:
-                fold_variant().launch(
-                    triton.cdiv(columns, FOLD.columns),
-                    partial_ptr=partial,
-                    out_ptr=total,
-                    chunks=chunks,
-                    columns=columns,
-                )
+                fold(partial, total)
     return grads[0], grads[1]
+
+
+@Plans
+def backward_plans(tensors: tuple[torch.Tensor, ...], weight_offset: float, centre: bool) -> _Rows:
+    """The gradient of the input for grad_y, x (None where the statistic is a constant) and weight."""
+    grad_y, x, weight = tensors
+    rows, walked = as_rows(grad_y, x)
+    tile = norm_tile(rows.columns)
+    launch = Launch(
+        backward_variant(tile, grad_y.dtype, _dtype(x), _dtype(weight), centre, rows.merged),
+        triton.cdiv(rows.count, tile.rows),
+        **rows.arguments("grad_y", "x"),
+        weight_offset=weight_offset,
+    )
+    return _Rows(launch, walked[0] is not grad_y or walked[1] is not x)
 
 
 def norm_backward(
@@ -567,7 +593,7 @@ def norm_backward(
     """
     check(grad_y=grad_y, x=x, weight=weight)
     need_x, need_weight, need_bias = needs
-    inverse, mean = inverse.contiguous(), _contiguous(mean)
+    inverse, mean = inverse.contiguous(), contiguous(mean)
     grad_x = grad_weight = grad_bias = None
     if need_bias or (need_weight and x is not None):
         grad_weight, grad_bias = _weight_gradients(grad_y, x if need_weight else None, mean, inverse, need_bias)
@@ -575,19 +601,9 @@ def norm_backward(
         grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
     if grad_x is not None and grad_x.numel() > 0:
         # A constant statistic leaves nothing in the backward that depends on x.
-        rows, (grad, x) = as_rows(grad_y, None if frozen else x)
-        tile = norm_tile(rows.columns)
-        variant = backward_variant(tile, grad_y.dtype, _dtype(x), _dtype(weight), mean is not None, rows.merged)
+        x = None if frozen else x
+        plan = backward_plans((grad_y, x, weight), weight_offset, mean is not None)
+        grad, x = as_rows(grad_y, x)[1] if plan.copies else (grad_y, x)
         with guard(grad_y):
-            variant.launch(
-                triton.cdiv(rows.count, tile.rows),
-                grad_y_ptr=grad,
-                x_ptr=x,
-                weight_ptr=_contiguous(weight),
-                mean_ptr=None if x is None else mean,
-                inverse_ptr=inverse,
-                grad_x_ptr=grad_x,
-                **rows.arguments("grad_y", "x"),
-                weight_offset=weight_offset,
-            )
+            plan.launch(grad, x, contiguous(weight), None if x is None else mean, inverse, grad_x)
     return grad_x, grad_weight, grad_bias

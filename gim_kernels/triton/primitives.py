@@ -15,7 +15,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 def matrix_of(tensor, batch, head, stride_b, stride_h):
     """The matrix ``[rows, D]`` of one head of a tensor ``[B, H, rows, D]``, as :func:`load_rows` takes it.
 
-    A tensor is a pointer and strides, or a descriptor and None for each stride.
+    A tensor is a pointer and strides, or a descriptor and None for each stride: kernels do not say the type of these
+    strides, or triton would take None for a number.
     """
     if stride_h is None:
         matrix = (tensor, batch.to(tl.int32), head.to(tl.int32))
@@ -31,7 +32,7 @@ def matrix_after(matrix, heads, stride_h):
         descriptor, batch, head = matrix
         found = (descriptor, batch, head + heads)
     else:
-        found = matrix + heads * stride_h
+        found = matrix + heads.to(tl.int64) * stride_h
     return found
 
 
@@ -59,7 +60,7 @@ def load_rows(
         row = tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK_D)
         # [ROWS, BLOCK_D]
-        tile_ptr = matrix + start.to(tl.int64) * stride + (row[:, None] * stride.to(tl.int32) + column[None, :])
+        tile_ptr = matrix + start.to(tl.int64) * stride + (row[:, None] * tl.cast(stride, tl.int32) + column[None, :])
         if CHECK_ROWS:
             seen = start + row < end
             if first is not None:

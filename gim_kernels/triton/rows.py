@@ -105,6 +105,11 @@ def as_rows(*tensors: torch.Tensor | None) -> tuple[Rows, Tensors]:
     return rows, found
 
 
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``x`` without gaps; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 @triton.jit
 def row_offset(row, size1, size2, stride0, stride1, stride2):
     """Element offset (int64) of the start of each of the rows ``row`` (int32); see :class:`Rows`.

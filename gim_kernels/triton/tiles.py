@@ -60,10 +60,14 @@ class Variant:
         """Compile for a ``GPUTarget``, with or without a GPU here; ``.asm["cubin"]`` and the like hold the result."""
         return triton.compile(self.source(), target=target, options=self.options())
 
-    def launch(self, programs: int, **arguments: Any) -> None:
-        """Run ``programs`` programs with the kernel's arguments that are not upper case, absent pointers as None."""
+    def launch(self, programs: int, **arguments: Any) -> Any:
+        """Run ``programs`` programs with the kernel's arguments that are not upper case, absent pointers as None.
+
+        Returns:
+            What triton compiled; None from the interpreter.
+        """
         switches = {name: value for name, value in self.constants.items() if name.isupper()}
-        self.kernel[(programs,)](**arguments, **switches, **self.options())
+        return self.kernel[(programs,)](**arguments, **switches, **self.options())
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,8 @@ def attention_tile(
         split = head_size > 128 and work in ("grad_query", "grad_key_value")
         return Tile(64, 32, 4, 2, "for the interpreter: any tile runs, large ones run faster", split)
     width = dtype.itemsize
-    # float32 runs on the ordinary cores, which are alike everywhere.
+    # float32 runs on the ordinary cores, which are alike everywhere. Three products of TF32 on tensor cores would keep
+    # the budget of errors (tests/gim_kernels/test_tf32.py), but want tiles of their own, and no such tile was compiled.
     rows = ("cuda:80" if width == 4 else _family(architecture), width, max(64, padded_head(head_size)))
     tile = _TABLE[rows][work]
     if shared_memory(architecture) > 160 * 1024:

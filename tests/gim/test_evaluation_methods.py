@@ -15,7 +15,8 @@ from gim.evaluation.case import Case
 from gim.evaluation.methods import parse
 from gim.evaluation.perturbation import Forwards, Masked, outcomes_of
 from gim.parts import anatomy
-from tests.oracle import assert_agree, largest_error
+from gim_kernels.budget import largest_error
+from tests.oracle import assert_agree
 
 PROMPT = "The password of Irene is lantern. The password of Irene is"
 

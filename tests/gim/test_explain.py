@@ -13,9 +13,10 @@ from tokenizers.processors import TemplateProcessing
 import gim
 from gim import prompts
 from gim.targets import Continuation, Contrast, Token
+from gim_kernels.budget import largest_error
 from tests import eager
 from tests.families import ids, make, text_model, tokenizer
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, largest_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 PROMPT = "The cat sat on the mat"
 

@@ -18,10 +18,11 @@ from gim.intercept.attention import gim_attention
 from gim.intercept.masks import KeyPattern, key_pattern
 from gim.intercept.session import Session, Stack
 from gim.intercept.watch import PART_OF, Watch
+from gim_kernels.budget import relative_error
 from tests import eager, model_code
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make
 from tests.model_code import Wide, attend
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64, assert_within_budget, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_agree, assert_close64, assert_within_budget
 
 BASELINE = 3
 ALL = {**FAMILIES, **ENCODERS}

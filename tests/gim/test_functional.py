@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import gim
 from gim.applied import UnsupportedModelError
+from gim_kernels.budget import relative_error
 from tests import eager
 from tests.eager import EagerRules, attend, scale
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 WIDTH, HEADS, KV_HEADS, INNER, LENGTH, BATCH = 32, 4, 2, 40, 13, 2
 SIZE = WIDTH // HEADS

@@ -18,9 +18,9 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import gim
 from gim.intercept import fused
+from gim_kernels.budget import relative_error
 from tests.families import ids
 from tests.families import make as family
-from tests.oracle import relative_error
 
 WIDTH = 48
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import gim
 from gim.applied import AppliedReport
+from gim_kernels.budget import relative_error
 from tests.families import SHARED, ids, make
 from tests.hooks import Function, ordinary
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 WIDTH, BASELINE = SHARED["hidden_size"], 3
 _GATE, _UP = (torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(n)).double() / 4 for n in (1, 2))

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import gim
 from gim.applied import AppliedReport
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, relative_error
+from gim_kernels.budget import relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 WIDTH, HIDDEN, EXPERTS = 16, 24, 3
 IDS = torch.tensor([[4, 1, 3, 1, 0], [2, 2, 5, 6, 1]])

@@ -11,10 +11,11 @@ import torch
 
 import gim
 from gim.context import inspect
+from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import FAMILIES, ids, make
 from tests.model_code import Wide
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget, relative_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget
 
 BASELINE = 3
 

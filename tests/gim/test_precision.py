@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import gim
+from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import ids, make
-from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64, assert_within_budget, relative_error
+from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64, assert_within_budget
 
 BASELINE, TARGET = 3, 11
 ALONE = ("TSG_ONLY", "FREEZE_ONLY", "SCALES_ONLY", "TRANSFORMER_LRP", "GIM_CONSTANT", "ATTNLRP", "GIM")

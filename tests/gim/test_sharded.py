@@ -20,8 +20,9 @@ from transformers.models.llama import modeling_llama
 
 import gim
 from gim import UnsupportedModelError
+from gim_kernels.budget import largest_error
 from tests.families import ids, make
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, largest_error
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 WORLD = 2
 

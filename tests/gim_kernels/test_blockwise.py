@@ -9,9 +9,10 @@ import torch
 
 import gim_kernels
 from gim_kernels import blockwise, reference
+from gim_kernels.budget import relative_error
 from gim_kernels.types import Options
 from tests.gim_kernels.test_attention import RULE_IDS, RULES, differentiate, make
-from tests.oracle import assert_within_budget, relative_error
+from tests.oracle import assert_within_budget
 
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:

@@ -12,9 +12,10 @@ import torch
 
 import gim_kernels
 from gim_kernels import reference
+from gim_kernels.budget import relative_error
 from tests.gim_kernels import test_attention as contract
 from tests.gim_kernels.test_attention import AT_ONCE, LATER, ON_GPU, PAPERS_RULES, differentiate
-from tests.oracle import assert_within_budget, relative_error
+from tests.oracle import assert_within_budget
 
 pytest.importorskip("triton")
 
@@ -292,7 +293,7 @@ def test_what_is_read_through_descriptors() -> None:
     }
     for name, tensor in yes.items():
         assert described("cuda:90", None, None, x, tensor), name
-        descriptor = launch._descriptor(tensor, 64, 32)
+        descriptor = launch._box(tensor, 64, 32).around(tensor)
         assert all(stride > 0 and stride % 8 == 0 for stride in descriptor.strides[:-1]), name
         assert descriptor.shape == list(tensor.shape) and descriptor.block_shape == [1, 1, 64, 32]
     for name, tensor in no.items():
@@ -338,17 +339,23 @@ def test_results_past_two_to_the_31st(monkeypatch: pytest.MonkeyPatch) -> None:
     want = both_ways()
     taken: list[torch.Tensor] = []
 
-    def far(like: torch.Tensor, *shape: int, **named: Any) -> torch.Tensor:
+    def place(_: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+        taken.append(memory.as_strided(shape, strides, 8192 * len(taken)))
+        return taken[-1]
+
+    def far(like: torch.Tensor, shape: tuple[int, ...] = (), **named: Any) -> torch.Tensor:
         """The rows of the batch lie 2^31 elements apart in what the launchers allocate for results."""
         shape = shape or tuple(like.shape)
         dense = torch.empty(shape, device="meta").stride()
         if len(shape) < 4:  # numbers of rows
             return torch.zeros(shape, dtype=named.get("dtype", like.dtype), device=like.device)
-        taken.append(memory.as_strided(shape, (step, *dense[1:]), 8192 * len(taken)))
-        return taken[-1]
+        if named.get("device"):  # nothing is written there
+            return memory.as_strided(shape, (step, *dense[1:]), 0)
+        return place(like, shape, (step, *dense[1:]))
 
     monkeypatch.setattr(torch, "empty_like", far)
     monkeypatch.setattr(torch.Tensor, "new_empty", far)
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", place)
     got = both_ways()
     assert len(taken) == 4 and all(x.stride(0) == step for x in got)
     for a, b in zip(got, want, strict=True):
