@@ -169,8 +169,8 @@ class _Run:
         count, column = graph.before_mlp(index), graph.mlp_reader(index)
         if not bool(self._cut[:count, column].any()) or not bool(self._heard[graph.mlp(index)]):
             return
-        if layer.before_mlp is not None and layer.before_mlp is layer.before_attention:
-            norm = layer.before_mlp
+        norm = layer.before_mlp
+        if norm is not None and layer.shares_norm:
             self._hooks.given(norm, lambda x: None if self._aside else self._streams.__setitem__(index, x))
             self._hooks.given(
                 layer.mlp, lambda _: self._norm(norm, self._mixed(count, column, self._streams.pop(index)))

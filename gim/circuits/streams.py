@@ -17,7 +17,9 @@ from gim.circuits.graph import Graph
 from gim.circuits.wiring import Layer, Wiring, first_tensor, picked, statistic, with_stream
 
 #: Bytes of the writers of one tile of tokens, in the stream's width. One token is a tile at least.
-TILE_BYTES = 2**25
+TILE_BYTES = 2**26
+#: Readers whose products are made at once, at least: fewer keep no machine busy.
+READERS = 96
 
 #: Called with the number of a writing part and what it wrote, ``[B, T, C]``, or ``[B, T, HQ * D]`` for heads. Parts are
 #: the input, then each layer's heads and its MLP.
@@ -127,9 +129,10 @@ class Heard:
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
-        #: By layer and ``"attention"`` or ``"mlp"``, the stream ``[N, C]`` that the norm in front of it reads.
-        self.streams: dict[tuple[int, str], torch.Tensor] = {}
-        #: By layer and branch ``[N, heads * D]``, or ``"mlp"`` ``[N, C]``: the gradient behind the norm.
+        #: By layer, the stream ``[N, C]`` that the norm in front of attention reads.
+        self.streams: dict[int, torch.Tensor] = {}
+        #: By layer and branch, ``[N, heads * D]``: the gradient of its map's output; and by layer and ``"mlp"``,
+        #: ``[N, C]``: that of the stream as the MLP alone reads it, or, behind a norm that it shares, of what that made.
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         #: The gradient ``[N, C]`` of what the last layer puts out.
         self.end: torch.Tensor | None = None
@@ -139,20 +142,20 @@ class Heard:
         """Inside, a forward pass and its backward fill this. Keys and values run once for each query head."""
         with Hooks() as hooks:
             for index, layer in enumerate(self.wiring.layers):
-                for part, norm in (("attention", layer.before_attention), ("mlp", layer.before_mlp)):
-                    if norm is not None:
-                        hooks.given(norm, lambda x, key=(index, part): self._stream(key, x))
+                if layer.before_attention is not None:
+                    hooks.given(layer.before_attention, lambda x, index=index: self._stream(index, x))
                 maps = {id(branch.linear.module): branch.linear.module for branch in layer.branches.values()}
                 for number, module in maps.items():
                     names = [name for name, one in layer.branches.items() if id(one.linear.module) == number]
                     hooks.made(module, lambda x, index=index, names=names: self._branch(index, names, x))
-                hooks.given(layer.mlp, lambda x, index=index: self._mlp(index, x))
+                own = layer.mlp if layer.shares_norm else layer.before_mlp or layer.mlp
+                hooks.given(own, lambda x, index=index: self._mlp(index, x))
             hooks.made(self.wiring.layers[-1].module, self._end)
             yield
 
-    def _stream(self, key: tuple[int, str], x: torch.Tensor) -> None:
+    def _stream(self, index: int, x: torch.Tensor) -> None:
         if not runs_again():
-            self.streams[key] = x.detach().flatten(0, -2)
+            self.streams[index] = x.detach().flatten(0, -2)
 
     def _branch(self, index: int, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         layer = self.wiring.layers[index]
@@ -182,33 +185,34 @@ class Heard:
 
     # -- by tiles of tokens
 
-    def readers(self, index: int, tokens: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of a layer's readers by the stream: of q, k and v of every query head ``[3 * HQ, n, C]``, and of
-        the MLP ``[1, n, C]``, in ``dtype``. The GIM context that is open says what the norms' backward does."""
+    def readers(self, index: int, tokens: slice) -> torch.Tensor:
+        """Gradients ``[3 * HQ + 1, n, C]`` of a layer's readers by the stream: q, k and v of every query head, the MLP.
+
+        The GIM context that is open says what the backward of norms does.
+        """
         layer = self.wiring.layers[index]
         wide = []
         for name, branch in layer.branches.items():
             grad = self.gradients.get((index, name))
             if grad is None:  # a constant softmax tells q and k nothing
-                count = tokens.stop - tokens.start
-                wide.append(branch.weight.new_zeros(layer.q.heads, count, self.wiring.width))
+                wide.append(branch.weight.new_zeros(layer.q.heads, tokens.stop - tokens.start, self.wiring.width))
                 continue
             if layer.group == 1 or name == "q":
                 mine = picked(grad[tokens].T, branch.columns).mT  # [HQ, n, D]
             else:
                 mine = grad[tokens].unflatten(-1, (layer.q.heads, -1)).transpose(0, 1)
             wide.append(_by_heads(mine, branch.weight, layer.q.heads // branch.heads))
-        attention = self._through(index, "attention", torch.cat(wide), tokens)
-        grad = self.gradients[index, "mlp"][tokens][None]
-        return attention.to(dtype), self._through(index, "mlp", grad, tokens).to(dtype)
+        mlp = self.gradients[index, "mlp"][tokens][None]
+        if layer.shares_norm:
+            return self._through(index, torch.cat([*wide, mlp]), tokens)
+        return torch.cat([self._through(index, torch.cat(wide), tokens), mlp])
 
-    def _through(self, index: int, part: str, grad: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """Gradients ``[R, n, C]`` behind a norm as those in front of it."""
-        layer = self.wiring.layers[index]
-        norm = layer.before_attention if part == "attention" else layer.before_mlp
+    def _through(self, index: int, grad: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """Gradients ``[R, n, C]`` behind the norm in front of attention as those in front of it."""
+        norm = self.wiring.layers[index].before_attention
         if norm is None:
             return grad
-        x = self.streams[index, part][tokens].expand_as(grad).contiguous().requires_grad_(True)
+        x = self.streams[index][tokens].expand_as(grad).contiguous().requires_grad_(True)
         with torch.enable_grad():
             (found,) = torch.autograd.grad(norm(x), x, grad)
         return found
@@ -272,19 +276,19 @@ class Tiles:
 def products(tiles: Tiles, heard: Heard, graph: Graph) -> torch.Tensor:
     """Every edge's sum over tokens and channels of writer times reader: ``[writers, readers]``, float64."""
     found = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+    together = max(1, -(-READERS // graph.of_layer))
+    end = heard.end
+    assert end is not None, "a backward has run"
     for tokens in tiles.slices:
         writers = tiles.writers(tokens, graph.writers).flatten(1)
 
         def add(count: int, columns: slice, gradient: torch.Tensor, writers: torch.Tensor = writers) -> None:
-            found[:count, columns] += (writers[:count] @ gradient.flatten(1).T).double().cpu()
+            found[:count, columns] += (writers[:count] @ gradient.to(writers.dtype).flatten(1).T).double().cpu()
 
-        for layer in range(graph.layers):
-            start, mlp = layer * graph.of_layer, graph.mlp_reader(layer)
-            attention, of_mlp = heard.readers(layer, tokens, tiles.dtype)
-            add(graph.head(layer), slice(start, mlp), attention)
-            add(graph.before_mlp(layer), slice(mlp, mlp + 1), of_mlp)
-        assert heard.end is not None, "a backward has run"
-        end = heard.end[tokens]
-        if bool(end.any()):
-            add(graph.writers, slice(graph.readers - 1, graph.readers), end[None].to(tiles.dtype))
-    return found
+        for first in range(0, graph.layers, together):
+            layers = range(first, min(first + together, graph.layers))
+            columns = slice(first * graph.of_layer, (layers[-1] + 1) * graph.of_layer)
+            add(graph.mlp(layers[-1]), columns, torch.cat([heard.readers(layer, tokens) for layer in layers]))
+        if bool(end[tokens].any()):
+            add(graph.writers, slice(graph.readers - 1, graph.readers), end[tokens][None])
+    return found * graph.edges

@@ -126,6 +126,11 @@ class Layer:
         return {"q": self.q, "k": self.k, "v": self.v}
 
     @property
+    def shares_norm(self) -> bool:
+        """Whether one norm stands before both parts."""
+        return self.before_mlp is not None and self.before_mlp is self.before_attention
+
+    @property
     def group(self) -> int:
         """Query heads of each key head."""
         return self.q.heads // self.k.heads
