@@ -92,7 +92,7 @@ class Scorer:
                 with torch.no_grad(), written(self.wiring, lambda part, x: _subtract(changes, part, x)):
                     Forwards(self.model).logits(batch.clean)
                 clean = start - changes[0]
-            found = torch.zeros(self._shape, dtype=torch.float64)
+            found = torch.zeros(self.shape, dtype=torch.float64)
             for step in range(self.ig_steps or 1):
                 begin = None
                 if self.ig_steps is not None and clean is not None:
@@ -103,7 +103,7 @@ class Scorer:
         return found / (self.ig_steps or 1)
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         graph = self.graph
         return (graph.writers, graph.readers) if self.level == "edge" else (graph.writers,)
 

@@ -15,6 +15,8 @@ from gim.evaluation.extras import need
 LEVEL = 0.95
 #: Resamples of a bootstrap.
 RESAMPLES = 9999
+#: Share of a number by which sums of the same examples may differ.
+ROUNDING = 1e-12
 #: Numbers of resamples that are held at once.
 HELD = 2**24
 
@@ -46,9 +48,6 @@ def estimate(values: Sequence[float], seed: int) -> Estimate:
     data = np.asarray(values, dtype=np.float64)
     if len(data) == 0:
         raise ValueError("there are no examples to average over")
-    if len(data) > 1 and bool((data == data[0]).all()):
-        mean = float(data.mean())
-        return Estimate(len(data), mean, mean, mean)  # every resample is the same, and scipy has no interval for that
     return of_examples(np.mean, data, 1, seed)
 
 
@@ -64,6 +63,9 @@ def of_examples(statistic: Callable[..., Any], data: np.ndarray[Any, Any], held:
     whole = float(statistic(data, axis=-1))
     if len(data) == 1:
         return Estimate(1, whole, math.nan, math.nan)
+    without_one = np.stack([np.delete(data, place) for place in range(len(data))])
+    if np.ptp(statistic(without_one, axis=-1)) <= ROUNDING * abs(whole):
+        return Estimate(len(data), whole, whole, whole)  # every resample is the same, and scipy has no interval for that
     found = (
         need("scipy.stats")
         .bootstrap(
