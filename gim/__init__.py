@@ -1,6 +1,6 @@
 """Gradient attribution of large language models with the GIM rules, on fused kernels."""
 
-from gim import rules, targets
+from gim import circuits, rules, targets
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.attribution import Attribution
 from gim.context import GIM
@@ -22,6 +22,7 @@ __all__ = [
     "OutOfMemoryError",
     "UnsupportedModelError",
     "attribute",
+    "circuits",
     "estimate_memory",
     "evaluate",
     "explain",

@@ -14,7 +14,9 @@ Metric = Callable[[torch.Tensor, Sequence[Answers]], torch.Tensor]
 
 def logit_difference(logits: torch.Tensor, answers: Sequence[Answers]) -> torch.Tensor:
     """The mean logit of the right tokens minus that of the wrong ones."""
-    return torch.stack([row[list(right)].mean() - row[list(wrong)].mean() for row, (right, wrong) in _rows(logits, answers)])
+    return torch.stack(
+        [row[list(right)].mean() - row[list(wrong)].mean() for row, (right, wrong) in _rows(logits, answers)]
+    )
 
 
 def probability_difference(logits: torch.Tensor, answers: Sequence[Answers]) -> torch.Tensor:

@@ -84,7 +84,10 @@ def html(circuit: Circuit, count: int) -> str:
             {
                 "strength": f"{path.strength:.3g}",
                 "steps": [graph.writer_names[path.edges[0][0]]]
-                + [f"{graph.reader_names[column]} ({float(circuit.scores[row, column]):+.3g})" for row, column in path.edges],
+                + [
+                    f"{graph.reader_names[column]} ({float(circuit.scores[row, column]):+.3g})"
+                    for row, column in path.edges
+                ],
             }
             for path in paths
         ],
@@ -94,7 +97,9 @@ def html(circuit: Circuit, count: int) -> str:
 def _facts(circuit: Circuit) -> list[tuple[str, str]]:
     said = circuit.settings
     facts = [("edges", f"{circuit.count:,}")]
-    facts += [(name, str(said[name])) for name in ("rules_name", "pairs", "metric", "ig_steps", "weights") if said.get(name)]
+    facts += [
+        (name, str(said[name])) for name in ("rules_name", "pairs", "metric", "ig_steps", "weights") if said.get(name)
+    ]
     return [(name.replace("_", " "), value) for name, value in facts]
 
 
@@ -102,9 +107,7 @@ def _node(graph: Graph, column: int) -> str:
     return graph.reader_names[column].partition("<")[0]
 
 
-def _layout(
-    graph: Graph, edges: Sequence[tuple[int, int]]
-) -> tuple[dict[str, tuple[float, float]], float, float]:
+def _layout(graph: Graph, edges: Sequence[tuple[int, int]]) -> tuple[dict[str, tuple[float, float]], float, float]:
     """Where each node is: the input below, heads and MLP of a layer above those of the layer before, the end on top."""
     names = {graph.writer_names[row] for row, _ in edges} | {_node(graph, column) for _, column in edges}
     rows: dict[float, list[str]] = {}

@@ -1,8 +1,9 @@
-"""A circuit at work: every reader sees what its kept edges carry, and of all others what they carried when corrupted."""
+"""A circuit at work: a reader sees what its kept edges carry now, and what all others carried when corrupted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ from gim.circuits.streams import Hooks, Tiles, ungroup, written
 from gim.circuits.wiring import Layer, Wiring
 from gim.context import GIM
 from gim.evaluation.perturbation import Forwards
-from gim.intercept.session import stack_of
 from gim_kernels.types import Engine
 
 
@@ -58,7 +58,6 @@ class Patcher:
                 return Forwards(self.model).logits(batch.clean)
 
     def _context(self) -> GIM:
-        stack_of(self.model)
         return GIM(self.model, rules="GRADIENT", engine=self.engine)
 
 
@@ -104,16 +103,14 @@ class _Run:
             if columns.numel():
                 self._hooks.given(
                     layer.before_attention or layer.q.linear.module,
-                    lambda x, index=index, columns=columns: self._heads(index, columns, x),
+                    partial(self._heads, index, columns),
                 )
                 for module in {id(one.linear.module): one.linear.module for one in layer.branches.values()}.values():
-                    self._hooks.made(module, lambda out, layer=layer, module=module: self._placed(layer, module, out))
+                    self._hooks.made(module, partial(self._placed, layer, module))
             self._patch_mlp(index, layer)
         end = self._graph.readers - 1
         if bool(self._cut[:, end].any()):
-            self._hooks.made(
-                self._wiring.layers[-1].module, lambda x: self._mixed(self._graph.writers, end, x)
-            )
+            self._hooks.made(self._wiring.layers[-1].module, lambda x: self._mixed(self._graph.writers, end, x))
 
     def _attention_columns(self, index: int) -> torch.Tensor:
         """The columns, counted in the layer, of q, k and v that see anything cut, of heads that are heard."""

@@ -264,4 +264,6 @@ class Circuit:
 
     def _need_edges(self, what: str) -> None:
         if self.level != "edge":
-            raise ValueError(f"{what} needs scores of edges, and these are of nodes: find the circuit with level='edge'")
+            raise ValueError(
+                f"{what} needs scores of edges, and these are of nodes: find the circuit with level='edge'"
+            )

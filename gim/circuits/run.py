@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -17,7 +18,6 @@ from torch import nn
 
 from gim.circuits import wiring as wirings
 from gim.circuits.curve import MIB_SIZES, ORDERS, Curve
-from gim.circuits.graph import Graph
 from gim.circuits.metrics import Metric, logit_difference, name_of
 from gim.circuits.pairs import Encoded, Pair, batches, encode, read
 from gim.circuits.patching import Patcher
@@ -80,8 +80,8 @@ def attribute(
         sum over tokens, channels of (corrupted - clean)(what the writer writes) . d(-metric) / d(what the reader reads)
 
     that is, what the metric would lose, to first order under the rules, if that reader alone saw the corrupted writer.
-    Two forward passes and one backward give all of them. Where a norm stands between attention and the stream, each run's
-    own statistic of it goes to each of its heads, so that heads add up to what attention writes.
+    Two forward passes and one backward give all of them. Where a norm stands between attention and the stream, each
+    run's own statistic of it goes to each of its heads, so that heads add up to what attention writes.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
@@ -113,8 +113,8 @@ def attribute(
         FloatingPointError: numbers that are not finite.
         CircuitInterrupted: Ctrl-C; what is finished is in its ``circuit``.
 
-    Source: Syed et al. 2023, arXiv 2310.10348 (edge attribution patching); Hanna et al. 2024, arXiv 2403.17806 (EAP-IG);
-        Mueller et al. 2025, arXiv 2504.13151 (MIB); Edin et al. 2025, arXiv 2505.17630 (the rules).
+    Source: Syed et al. 2023, arXiv 2310.10348 (edge attribution patching); Hanna et al. 2024, arXiv 2403.17806
+        (EAP-IG); Mueller et al. 2025, arXiv 2504.13151 (MIB); Edin et al. 2025, arXiv 2505.17630 (the rules).
 
     Example:
         >>> import gim, gim.demo
@@ -146,14 +146,15 @@ def attribute(
             "pairs": [pair.digest for pair in encoded],
             "versions": fingerprint.versions(),
         }
+        notes = [CONSTANT] if chosen.softmax == "constant" else []
         about = {
             **{name: value for name, value in settings.items() if name != "pairs"},
             "name": fingerprint.name_of(model),
             "rules_name": chosen.name,
             "passed_by": given.passed_by,
-            "notes": [CONSTANT] if chosen.softmax == "constant" else [],
+            "notes": notes,
         }
-        for note in about["notes"]:
+        for note in notes:
             warnings.warn(f"gim.circuits: {note}", stacklevel=2)
         tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
         sums = _Sums(resume, settings, scorer.shape)
@@ -272,9 +273,7 @@ def faithfulness(
         if whole != circuit.graph.ungrouped():
             raise ValueError(f"model has other writers and readers than the circuit: {whole} and {circuit.graph}")
         counts = [int(size * circuit.count) for size in sizes]
-        kept = {
-            order: [circuit.kept(count, absolute=order == "absolute") for count in counts] for order in ORDERS
-        }
+        kept = {order: [circuit.kept(count, absolute=order == "absolute") for count in counts] for order in ORDERS}
         cuts = {order: [1 - circuit.graph.expand(one).float() for one in several] for order, several in kept.items()}
         digests = [pair.digest for pair in encoded]
         settings = {
@@ -311,7 +310,7 @@ def faithfulness(
 def _measured(
     patcher: Patcher, batch: Batch, cuts: dict[str, list[torch.Tensor]], metric: Metric
 ) -> list[dict[str, Any]]:
-    """Of every pair the metric of the model itself, and of each circuit; a circuit that is asked for twice runs once."""
+    """Of every pair the metric of the model itself, and of each circuit; the same circuit runs once."""
 
     def said(logits: torch.Tensor) -> list[float]:
         with torch.no_grad():
@@ -343,7 +342,7 @@ def _measured(
 
 def _sizes(sizes: Sequence[float]) -> tuple[float, ...]:
     found = tuple(sizes)
-    rising = all(a < b for a, b in zip(found, found[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(found))
     if len(found) < 2 or not rising or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in found):
         raise ValueError(f"sizes must be two shares of all edges at least, rising, in 0..1, got {sizes!r:.80}")
     return found

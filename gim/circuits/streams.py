@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,10 +106,10 @@ def written(wiring: Wiring, see: See) -> Iterator[None]:
             if layer.after_attention is None or layer.scale is None:
                 hooks.given(layer.out.module, once(heads_part(index)))
             else:
-                hooks.given(layer.out.module, lambda x, index=index: heads(index, x))
+                hooks.given(layer.out.module, partial(heads, index))
                 hooks.through(
                     layer.after_attention,
-                    lambda given, out, index=index, scale=layer.scale: normed(index, scale, given, out),
+                    partial(normed, index, layer.scale),
                 )
             hooks.made(layer.after_mlp or layer.mlp, once(mlp_part(index)))
         yield
@@ -132,7 +133,7 @@ class Heard:
         #: By layer, the stream ``[N, C]`` that the norm in front of attention reads.
         self.streams: dict[int, torch.Tensor] = {}
         #: By layer and branch, ``[N, heads * D]``: the gradient of its map's output; and by layer and ``"mlp"``,
-        #: ``[N, C]``: that of the stream as the MLP alone reads it, or, behind a norm that it shares, of what that made.
+        #: ``[N, C]``: that of the stream as the MLP alone reads it, or of what a norm made that it shares.
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         #: The gradient ``[N, C]`` of what the last layer puts out.
         self.end: torch.Tensor | None = None
@@ -143,13 +144,13 @@ class Heard:
         with Hooks() as hooks:
             for index, layer in enumerate(self.wiring.layers):
                 if layer.before_attention is not None:
-                    hooks.given(layer.before_attention, lambda x, index=index: self._stream(index, x))
+                    hooks.given(layer.before_attention, partial(self._stream, index))
                 maps = {id(branch.linear.module): branch.linear.module for branch in layer.branches.values()}
                 for number, module in maps.items():
                     names = [name for name, one in layer.branches.items() if id(one.linear.module) == number]
-                    hooks.made(module, lambda x, index=index, names=names: self._branch(index, names, x))
+                    hooks.made(module, partial(self._branch, index, names))
                 own = layer.mlp if layer.shares_norm else layer.before_mlp or layer.mlp
-                hooks.given(own, lambda x, index=index: self._mlp(index, x))
+                hooks.given(own, partial(self._mlp, index))
             hooks.made(self.wiring.layers[-1].module, self._end)
             yield
 

@@ -8,6 +8,7 @@ is then proved on numbers: the stream after a layer is what it was, plus what at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +198,7 @@ def _attended(probes: Sequence[_Probe], module: nn.Module, tensors: tuple[torch.
 def _proved(model: nn.Module, probes: Sequence[_Probe], found: Sequence[tuple[Layer, bool]]) -> Wiring:
     """The layers, once it is known that they are one stack of the same kind."""
     layers = tuple(layer for layer, _ in found)
-    for before, after in zip(probes, probes[1:], strict=False):
+    for before, after in itertools.pairwise(probes):
         if not same(before.end, after.start):
             raise UnsupportedModelError(
                 f"{after.name}: does not read what {before.name} puts out, so {type(model).__name__} has more writers "
@@ -321,11 +322,20 @@ class _Probe:
                 "something else writes into it"
             )
         found = Layer(
-            self.name, self.module, attention.module, mlp.module,
-            before_attention, before_mlp, after_attention, after_mlp,
-            None if after_attention is None else self._scale(after_attention, attention.out, wrote, out),
-            *branches, out,
-        )  # fmt: skip
+            name=self.name,
+            module=self.module,
+            attention=attention.module,
+            mlp=mlp.module,
+            before_attention=before_attention,
+            before_mlp=before_mlp,
+            after_attention=after_attention,
+            after_mlp=after_mlp,
+            scale=None if after_attention is None else self._scale(attention.out, wrote, out),
+            q=branches[0],
+            k=branches[1],
+            v=branches[2],
+            out=out,
+        )
         return found, parallel
 
     # -- parts
@@ -360,7 +370,11 @@ class _Probe:
 
     def _branch(self, name: str, x: torch.Tensor, attention: _Call) -> Branch:
         """The linear map that queries, keys or values ``[B, H, T, D]`` come from, and the columns of each head."""
-        calls = [call for call in self._within(attention) if not call.late and call.module._parameters.get("weight") is not None]
+        calls = [
+            call
+            for call in self._within(attention)
+            if not call.late and call.module._parameters.get("weight") is not None
+        ]
         calls = [call for call in calls if call.module._parameters["weight"].dim() == 2]  # type: ignore[union-attr]
         weights = torch.linspace(1.0, 2.0, x[:, 0].numel(), dtype=x.dtype, device=x.device).view_as(x[:, 0])
         found: list[tuple[_Call, torch.Tensor]] = []
@@ -440,7 +454,7 @@ class _Probe:
             raise self.refuse(f"has {len(found)} parts with weights besides its attention, and one MLP is expected")
         return found[0]
 
-    def _scale(self, norm: nn.Module, given: torch.Tensor, out: torch.Tensor, linear: Linear) -> torch.Tensor:
+    def _scale(self, given: torch.Tensor, out: torch.Tensor, linear: Linear) -> torch.Tensor:
         """What a norm behind attention multiplies channels by ``[C]``, but for one number a token.
 
         Only for such a norm does what it makes of a sum of heads go to each of them.

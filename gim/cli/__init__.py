@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gim.cli import bench, check, demo, evaluate, explain, plan, tasks
+from gim.cli import bench, check, circuit, demo, evaluate, explain, plan, tasks
 
 app = typer.Typer(
     name="gim",
@@ -53,3 +53,4 @@ app.command(
 )(bench.command)
 app.command("evaluate")(evaluate.command)
 app.command("tasks")(tasks.command)
+app.add_typer(circuit.app, name="circuit")

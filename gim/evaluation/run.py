@@ -169,7 +169,13 @@ def evaluate(
         digests = [fingerprint.of_example(kept) for kept in found.kept]
         store = None if resume is None else Store(resume, settings, digests)
         plan = _Plan(model, forwards, chosen, grid, baseline_id, seed)
-        about = {**settings, "name": fingerprint.name_of(model), "protocol": protocol, "seen": found.seen, "dropped": found.dropped}
+        about = {
+            **settings,
+            "name": fingerprint.name_of(model),
+            "protocol": protocol,
+            "seen": found.seen,
+            "dropped": found.dropped,
+        }
         records: dict[int, Record] = {} if store is None else store.records
 
         def result() -> Evaluation:

@@ -65,7 +65,9 @@ def of_examples(statistic: Callable[..., Any], data: np.ndarray[Any, Any], held:
         return Estimate(1, whole, math.nan, math.nan)
     without_one = np.stack([np.delete(data, place) for place in range(len(data))])
     if np.ptp(statistic(without_one, axis=-1)) <= ROUNDING * abs(whole):
-        return Estimate(len(data), whole, whole, whole)  # every resample is the same, and scipy has no interval for that
+        return Estimate(
+            len(data), whole, whole, whole
+        )  # every resample is the same, and scipy has no interval for that
     found = (
         need("scipy.stats")
         .bootstrap(
