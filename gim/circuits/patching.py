@@ -10,7 +10,7 @@ from torch import nn
 
 from gim.circuits.graph import Graph
 from gim.circuits.scores import Batch
-from gim.circuits.streams import Hooks, Tiles, ungroup, written
+from gim.circuits.streams import Hooks, Tiles, written
 from gim.circuits.wiring import Layer, Wiring
 from gim.context import GIM
 from gim.evaluation.perturbation import Forwards
@@ -75,8 +75,12 @@ class _Run:
         self._changes = list(corrupted)
         self._tiles = Tiles(self._wiring, self._graph, self._changes, tokens)
         self._cut = (cut * self._graph.edges.to(cut.dtype)).to(corrupted[0].device, self._tiles.dtype)
-        #: Whether anything that a writer writes is read; else what it reads does not matter.
+        #: Whether anything that a writer writes is read; else what it reads does not matter. Through a norm behind
+        #: attention, though, what one head writes decides how large the others are.
         self._heard = (self._cut != 1).logical_and(self._graph.edges.to(self._cut.device)).any(1)
+        for index, layer in enumerate(self._wiring.layers):
+            if layer.after_attention is not None:
+                self._heard[self._graph.head(index) : self._graph.mlp(index)] = True
         #: What the heads of a layer's maps put out, by the map: columns and numbers ``[N, columns]``.
         self._outputs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._streams: dict[int, torch.Tensor] = {}
@@ -156,7 +160,7 @@ class _Run:
     def _placed(self, layer: Layer, module: nn.Module, out: torch.Tensor) -> torch.Tensor:
         """What a map puts out, with the heads that see a mix of their own in their places."""
         grouped = layer.group > 1 and module is not layer.q.linear.module
-        out = ungroup(out, layer) if grouped else out.clone()
+        out = layer.ungroup(out) if grouped else out.clone()
         for places, numbers in self._outputs[id(module)]:
             out[..., places] = numbers.view(*out.shape[:-1], -1)
         return out

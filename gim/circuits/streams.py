@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gim.circuits.graph import Graph
-from gim.circuits.wiring import Layer, Wiring, first_tensor, picked, statistic, with_stream
+from gim.circuits.wiring import Wiring, first_tensor, picked, statistic, with_stream
 
 #: Bytes of the writers of one tile of tokens, in the stream's width. One token is a tile at least.
 TILE_BYTES = 2**26
@@ -115,12 +115,6 @@ def written(wiring: Wiring, see: See) -> Iterator[None]:
         yield
 
 
-def ungroup(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """Keys or values ``[.., HK * D]`` of a linear map, once for each query head: ``[.., HQ * D]``."""
-    heads = x.unflatten(-1, (layer.k.heads, 1, -1)).expand(*x.shape[:-1], layer.k.heads, layer.group, -1)
-    return heads.flatten(-3)
-
-
 class Heard:
     """What every reader was told in one backward, and the stream in front of its norm.
 
@@ -161,7 +155,7 @@ class Heard:
     def _branch(self, index: int, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         layer = self.wiring.layers[index]
         if layer.group > 1 and names != ["q"]:
-            x = ungroup(x, layer)
+            x = layer.ungroup(x)
         if x.requires_grad:
             x.register_hook(lambda grad: self._keep(index, names, grad))
         return x

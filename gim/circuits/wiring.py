@@ -136,6 +136,14 @@ class Layer:
         """Query heads of each key head."""
         return self.q.heads // self.k.heads
 
+    def ungroup(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values ``[.., HK * D]`` of a linear map, once for each query head: ``[.., HQ * D]``.
+
+        A model that goes on with these gives every query head a key of its own, and no weight is copied.
+        """
+        heads = x.unflatten(-1, (self.k.heads, 1, -1)).expand(*x.shape[:-1], self.k.heads, self.group, -1)
+        return heads.flatten(-3)
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -180,13 +188,15 @@ def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
         handles = [handle for probe in probes for handle in probe.hooks(first=probe is probes[0])]
         session.see_attention = lambda module, *tensors: _attended(probes, module, tensors)
         try:
-            Forwards(model).logits(ids[None, :PROBE_TOKENS])
+            logits = Forwards(model).logits(ids[None, :PROBE_TOKENS])
             found = [probe.layer() for probe in probes]
         finally:
             session.see_attention = None
             for handle in handles:
                 handle.remove()
-    return _proved(model, probes, found)
+        wiring = _proved(model, probes, found)
+        _prove_ungrouped(model, wiring, ids[None, :PROBE_TOKENS], logits)
+    return wiring
 
 
 def _attended(probes: Sequence[_Probe], module: nn.Module, tensors: tuple[torch.Tensor, ...]) -> None:
@@ -210,6 +220,35 @@ def _proved(model: nn.Module, probes: Sequence[_Probe], found: Sequence[tuple[La
                 f"{layer.name}: its heads, or the order of its attention and MLP, are not those of {layers[0].name}"
             )
     return Wiring(layers, found[0][1], probes[0].start.shape[-1])
+
+
+@torch.no_grad()
+def _prove_ungrouped(model: nn.Module, wiring: Wiring, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """Make sure that the model's code goes on with a key and a value for each query head, and says the same."""
+    if wiring.layers[0].group == 1:
+        return
+    handles = [
+        branch.linear.module.register_forward_hook(lambda _, __, out, layer=layer: layer.ungroup(out))
+        for layer in wiring.layers
+        for branch in (layer.k, layer.v)
+    ]
+    try:
+        found = Forwards(model).logits(ids)
+    except RuntimeError as error:  # of a view into heads that are counted
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run with a key and a value for each query head: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not close(found, logits):
+        raise UnsupportedModelError(f"{type(model).__name__} says something else with a key for each query head")
+
+
+def _is_plain(branch: Branch) -> bool:
+    """Whether heads are all that a linear map puts out, one after another."""
+    columns = branch.columns.flatten()
+    return torch.equal(columns, torch.arange(len(columns))) and len(columns) == branch.linear.weight.shape[0]
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -298,9 +337,10 @@ class _Probe:
         branches = [self._branch(name, x, attention) for name, x in zip(BRANCHES, (query, key, value), strict=True)]
         if branches[0].heads % branches[1].heads or branches[1].heads != branches[2].heads:
             raise self.refuse("its key heads do not divide its query heads")
-        if branches[0].heads != branches[1].heads and branches[1].linear.module is branches[0].linear.module:
+        if branches[0].heads != branches[1].heads and not all(map(_is_plain, branches[1:])):
             raise self.refuse(
-                "its queries and its fewer keys come from one linear map, so no query head can see a key of its own"
+                "its keys or values, which are fewer than its queries, are not all that a linear map puts out, head by "
+                "head, so no query head can see one of its own"
             )
         read = [self._given(one.linear) for one in branches]
         if not all(same(one, read[0]) for one in read):
