@@ -45,11 +45,14 @@ class Names:
     interleaved: bool = False
 
 
-_POST = {"before_mlp": "pre_feedforward_layernorm", "after": ("post_attention_layernorm", "post_feedforward_layernorm")}
+_POST: dict[str, Any] = {
+    "before_mlp": "pre_feedforward_layernorm",
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 NAMES: dict[str, Names] = {
     **{family: Names() for family in ("llama", "qwen2", "qwen3", "mistral")},
-    "gemma2": Names(**_POST),  # type: ignore[arg-type]
-    "gemma3": Names(**_POST),  # type: ignore[arg-type]
+    "gemma2": Names(**_POST),
+    "gemma3": Names(**_POST),
     "gpt2": Names("ln_1", "ln_2", ("attn.c_attn",), "attn.c_proj"),
     "gpt-neox": Names(
         projections=("attention.query_key_value",), out="attention.dense", parallel=True, interleaved=True
@@ -224,9 +227,7 @@ class Reference:
             with torch.enable_grad(), self._applied():
                 loss = -self.loss(Run(self.model, self.names, mix).logits(self.clean, begin))
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-            whole = [
-                torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)
-            ]
+            whole = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
             found.append(torch.einsum("wbtc,rbtc->wr", self.corrupted - self.before, torch.cat(whole)))
         return torch.stack(found).mean(0)
 

@@ -33,7 +33,7 @@ def test_the_readmes_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -60,6 +60,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
         "gim.estimate",
         "gim.plan",
         "gim.evaluation.run",
+        "gim.circuits.run",
         "gim_kernels.attention",
         "gim_kernels.norm",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import gim
 import gim.demo
-from gim.circuits import Circuit, Curve, Graph, Pair, attribute, page, read, run
+from gim.circuits import Circuit, Curve, Graph, Pair, attribute, page, read, scores
 from gim.circuits.curve import MIB_SIZES
 from gim.cli import app
 from gim.evaluation import tasks
@@ -81,10 +82,8 @@ def test_the_graph_and_its_circuits_are_eap_igs(parallel: bool) -> None:
     flat = [(w, r) for w in writers for r in readers if (w, r) in edges]
     places = {edge: place for place, edge in enumerate(flat)}
     for absolute in (False, True):
-        value = {
-            (w, r): float(drawn[writers.index(w), readers.index(r)].abs() if absolute else drawn[writers.index(w), readers.index(r)])
-            for w, r in flat
-        }  # fmt: skip
+        values = drawn.abs() if absolute else drawn
+        value = {(w, r): float(values[writers.index(w), readers.index(r)]) for w, r in flat}
         order = sorted(flat, key=lambda edge: (-value[edge], places[edge]))
         for count in (0, 1, 7, 20, 41, len(flat)):
             kept = graph.top(drawn, count, absolute=absolute)
@@ -160,18 +159,25 @@ def test_bad_arguments_are_refused() -> None:
         Circuit(found.graph, found.scores, {}).faithfulness(pairs)
 
 
+class Words:
+    """Cuts text into words with the space in front of them, digits and signs."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
+        return re.findall(r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]", text)
+
+
 @pytest.mark.parametrize("name", tasks.PAIRED)
 def test_a_tasks_pairs_are_its_prompts_with_another_answer(name: str) -> None:
-    cut = tokenizer()
-    count = 0
-    for text, other, right, wrong in tasks.draw_pairs(name, cut, 20, 0):
-        count += 1
-        assert text != other and len(cut.encode(text)) == len(cut.encode(other))
-        assert not set(right) & set(wrong)
-    single = [candidate for candidate in tasks.draw(name, cut, 20, 0)]
-    assert (count > 0) == (len(single) > 0)
-    rng_text = tasks.TASKS[name].page()
-    assert "right:" in rng_text
+    cut = Words()
+    drawn = list(tasks.draw_pairs(name, cut, 20, 0))
+    assert len(drawn) == len({text for text, *_ in drawn}) == 20
+    for text, other, right, wrong in drawn:
+        apart = [pair for pair in zip(cut.encode(text), cut.encode(other), strict=True) if pair[0] != pair[1]]
+        assert 1 <= len(apart) <= 2 and right and wrong and not set(right) & set(wrong)
+        if name == "indirect-objects":  # the giver's second mention becomes the receiver
+            assert apart == [(wrong[0], right[0])]
+    # The prompts are those of an evaluation.
+    assert [(text, right, wrong) for text, _, right, wrong in drawn] == list(tasks.draw(name, cut, 20, 0))
     with pytest.raises(ValueError, match="task facts: its prompts come in no pairs"):
         next(tasks.draw_pairs("facts", cut, 1, 0))
 
@@ -231,7 +237,7 @@ def test_areas_and_intervals_are_those_of_the_formulas() -> None:
     clean, corrupted = rng.normal(3, 1, 12), rng.normal(-2, 1, 12)
     values = {order: rng.normal(1, 2, (12, 3)) for order in ("signed", "absolute")}
     sizes = (0.1, 0.4, 1.0)
-    curve = Curve(clean, corrupted, values, sizes, (1, 2, 3), {order: (1, 2, 3) for order in values}, seed=3)
+    curve = Curve(clean, corrupted, values, sizes, (1, 2, 3), dict.fromkeys(values, (1, 2, 3)), seed=3)
 
     def shares(order: str, places: Any = slice(None)) -> Any:
         means = values[order][places].mean(0)
@@ -350,8 +356,8 @@ def test_a_search_goes_on_from_its_file(
 ) -> None:
     file = tmp_path / "find.safetensors"
     named: dict[str, Any] = {"tokenizer": demo[1], "resume": file, "batch_tokens": 1}
-    scored = run.Scorer.scores
-    calls = []
+    scored = scores.Scorer.scores
+    calls: list[Any] = []
 
     def interrupted(self: Any, batch: Any) -> torch.Tensor:
         if len(calls) == 2:
@@ -359,11 +365,11 @@ def test_a_search_goes_on_from_its_file(
         calls.append(batch)
         return scored(self, batch)
 
-    monkeypatch.setattr(run.Scorer, "scores", interrupted)
+    monkeypatch.setattr(scores.Scorer, "scores", interrupted)
     with pytest.raises(gim.circuits.CircuitInterrupted) as caught:
         attribute(demo[0], PAIRS, **named)
     assert caught.value.circuit is not None and caught.value.circuit.settings["pairs"] == 2
-    monkeypatch.setattr(run.Scorer, "scores", scored)
+    monkeypatch.setattr(scores.Scorer, "scores", scored)
     seen: list[tuple[int, int]] = []
     found = attribute(demo[0], PAIRS, **named, progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(2, 3), (3, 3)]
