@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gim import rules, targets
+    from gim import circuits, rules, targets
     from gim.applied import AppliedReport, UnsupportedModelError
     from gim.attribution import Attribution
     from gim.context import GIM
@@ -30,6 +30,7 @@ _HOMES = {
     "OutOfMemoryError": "gim.memory",
     "UnsupportedModelError": "gim.applied",
     "attribute": "gim.request",
+    "circuits": "gim.circuits",
     "estimate_memory": "gim.memory",
     "evaluate": "gim.evaluation.run",
     "explain": "gim.request",
@@ -50,6 +51,7 @@ __all__ = [
     "OutOfMemoryError",
     "UnsupportedModelError",
     "attribute",
+    "circuits",
     "estimate_memory",
     "evaluate",
     "explain",

@@ -189,7 +189,7 @@ def _passes(
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
     module it comes from, for which the model runs once more."""
     parts, mask = anatomy.of(model), request.rows.mask
-    with torch.enable_grad(), _frozen_parameters(model), ExitStack() as stack:
+    with torch.enable_grad(), frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
         leaves = stack.enter_context(_embedding_leaf(parts, session))
@@ -294,7 +294,7 @@ def _scores(
 
 
 @contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter asks for a gradient, so that no layer keeps its input for one."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:

@@ -20,6 +20,10 @@ FLOAT64_RELATIVE = 1e-12
 FLOAT64_MODEL_RELATIVE = 1e-9
 #: The same for one model under two memory plans, which run the same products on other tiles.
 FLOAT64_PLAN_RELATIVE = 1e-10
+#: The same for scores of a circuit's edges, of models whose norms compute in float32 whatever their dtype is.
+CIRCUIT_RELATIVE = 5e-6
+#: By how much a model in float32 with all of its edges kept may miss its own logits, or with none the corrupted ones.
+CIRCUIT_LOGITS = 1e-5
 #: By how much a predicted peak of memory may miss the measured one.
 MEMORY_RELATIVE = 0.10
 #: By how much comprehensiveness or sufficiency of a float32 model may miss those of float64, in their own units.

@@ -42,7 +42,7 @@ IMPORTS = {module_name(path): imports(path) for path in FILES}
 #: What attributes and explains, and how memory is spent: nothing that finds parts or applies rules knows of it.
 ABOVE = (
     "gim.context", "gim.request", "gim.scoring", "gim.cli", "gim.memory", "gim.estimate", "gim.checkpoint",
-    "gim.inputs", "gim.tokenwise", "gim.evaluation",
+    "gim.inputs", "gim.tokenwise", "gim.evaluation", "gim.circuits",
 )  # fmt: skip
 ENGINES = ("triton", "composed", "blockwise", "pointwise", "reference_engine")
 #: Who, by the start of its name, may not import whom.
@@ -77,21 +77,25 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     # An evaluation asks for attributions and for forwards; how rules get in is none of its business, nor who shows it.
     ("gim.evaluation", (
         "gim.cli", "gim.render", "gim.attribution", "gim.intercept", "gim.context", "gim.memory",
-        "gim.scoring", "gim_kernels", "typer", "rich",
+        "gim.scoring", "gim.circuits", "gim_kernels", "typer", "rich",
     )),
+    # Circuits run forwards of their own inside a context; they attribute no tokens and show nothing.
+    ("gim.circuits", ("gim.cli", "gim.render", "gim.attribution", "gim.request", "typer", "rich")),
+    *((f"gim.circuits.{one}", ("gim.circuits.run", "gim.circuits.result", "gim.circuits.export", "gim.circuits.page"))
+      for one in ("graph", "wiring", "streams", "scores", "patching", "metrics", "pairs", "curve")),
     ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("request", "parts", "rules", "inputs"))),
     *((f"gim.evaluation.{one}", ("gim.evaluation.run", "gim.evaluation.result", "gim.request")) for one in (
         "perturbation", "measures", "statistics", "store", "extras", "case", "captum_methods", "data",
     )),
-    *((f"gim.{one}", ("gim.evaluation",)) for one in (
+    *((f"gim.{one}", ("gim.evaluation", "gim.circuits")) for one in (
         "applied", "attribution", "checkpoint", "context", "demo", "estimate", "files", "inputs", "ledger",
         "loading", "memory", "nonfinite", "offload", "plan", "prompts", "render", "request", "rules", "saved",
         "scoring", "segments", "targets", "tokenwise",
     )),
     # Commands share what stands beside them, which knows none of them.
     *((f"gim.cli.{one}", tuple(f"gim.cli.{other}" for other in (
-        "bench", "check", "demo", "evaluate", "explain", "plan", "show", "tasks",
-    ))) for one in ("options", "errors", "models", "attributions")),
+        "bench", "check", "circuit", "demo", "evaluate", "explain", "plan", "show", "tasks",
+    ))) for one in ("options", "errors", "models", "attributions", "progress")),
 )  # fmt: skip
 
 
@@ -133,6 +137,8 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim.context", "__import__('tests.eager')"),
         ("gim.attribution", "from gim import request"),
         ("gim.request", "def late():\n    from gim.evaluation import measures"),
+        ("gim.evaluation.tasks", "def late():\n    from gim.circuits import Pair"),
+        ("gim.circuits.scores", "from gim.circuits.run import attribute"),
         ("gim.evaluation.measures", "from gim.intercept.session import Session"),
         ("gim.cli.models", "from gim.cli.explain import command"),
     ],

@@ -60,6 +60,7 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
         "gim.estimate",
         "gim.plan",
         "gim.evaluation.run",
+        "gim.circuits.run",
         "gim_kernels.attention",
         "gim_kernels.norm",
     ],

@@ -67,34 +67,10 @@ def test_the_temperature_acts_in_gim_explain_with_our_attention(tmp_path: Path) 
         assert_agree(got, want[0], f"temperature {temperature}")  # the model's norms compute in float32
 
 
-@pytest.mark.parametrize("rules", ["GIM", "GRADIENT"])
-def test_edges_sum_to_the_gradient_at_their_source(rules: str) -> None:
-    example, model = load("edge_attribution"), make("llama")
-    clean, corrupted = ids(1, 11, seed=0), ids(1, 11, seed=1)
-    found = example.edges(model, clean, corrupted, 3, 5, rules=rules)
-    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
-    assert len(found) == heads * sum(1 + 2 * (layers - 1 - i) + 1 for i in range(layers))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-    # What a head writes is read by all later readers: its edges sum to gradient times difference at its output.
-    with torch.no_grad(), example.head_inputs(model) as after:
-        model(corrupted, use_cache=False)
-    with gim.GIM(model, rules=rules), example.head_inputs(model) as before:
-        logits = model(clean, use_cache=False).logits[0, -1]
-    gradients = torch.autograd.grad(logits[3] - logits[5], before)
-    for index in range(layers):
-        product = ((after[index] - before[index].detach()) * gradients[index]).unflatten(-1, (heads, -1))
-        want = product.sum((0, 1, 3))
-        sums = [sum(s for (i, h, _), s in found.items() if (i, h) == (index, head)) for head in range(heads)]
-        assert_close64(torch.tensor(sums, dtype=torch.float64), want, f"layer {index}", relative=FLOAT64_MODEL_RELATIVE)
-    with pytest.raises(ValueError, match="as many tokens"):
-        example.edges(model, clean, corrupted[:, 1:], 3, 5)
-
-
 @pytest.mark.slow
 def test_the_edge_example_runs_on_the_demo_model() -> None:
     out = run("edge_attribution")
-    assert len(out.splitlines()) == 10 and "head" in out
+    assert len(out.splitlines()) == 10 and "logits" in out
 
 
 @pytest.mark.slow

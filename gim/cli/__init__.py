@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gim.cli import bench, check, demo, evaluate, explain, plan, show, tasks
+from gim.cli import bench, check, circuit, demo, evaluate, explain, plan, show, tasks
 
 app = typer.Typer(
     name="gim",
@@ -56,3 +56,4 @@ app.command(
 )(bench.command)
 app.command("evaluate", short_help="Measure how faithful attributions are, with intervals.")(evaluate.command)
 app.command("tasks", short_help="List the tasks that gim evaluate has in the box, or show one.")(tasks.command)
+app.add_typer(circuit.app, name="circuit")

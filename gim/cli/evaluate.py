@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from gim.cli.errors import UserError, check_outputs, handled, refused
 from gim.cli.models import load
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, Trust
+from gim.cli.progress import counting
 
 if TYPE_CHECKING:
     from gim.evaluation.result import Evaluation
@@ -119,7 +118,7 @@ def _evaluated(
     import gim
 
     chosen = None if forward_dtype is None else getattr(torch, forward_dtype)
-    with refused(), _progress() as progress:
+    with refused(), counting("examples") as progress:
         try:
             return gim.evaluate(model, tokenizer, data, progress=progress, forward_dtype=chosen, **settings), True
         except gim.EvaluationInterrupted as error:
@@ -142,19 +141,6 @@ def _write(found: Evaluation, outputs: dict[str, Path], reference: str) -> None:
         except (OSError, ImportError) as error:
             raise UserError(f"{name}: {error}") from error
         Console().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, float | None], None] | None]:
-    """A bar with the time left on standard error; nothing where that is not a terminal."""
-    err = Console(stderr=True)
-    if not err.is_terminal:
-        yield None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=err, transient=True) as bars:
-        bar = bars.add_task("examples", total=None)
-        yield lambda done, total, _: bars.update(bar, completed=done, total=total)
 
 
 def _show(found: Evaluation, reference: str) -> None:

@@ -97,7 +97,7 @@ def read(data: Any, tokenizer: Any, *, seed: int, limit: int | None) -> Iterator
         rows: Iterable[Any] = ({"text": text, "target": right, "foil": wrong} for text, right, wrong in drawn)
         name = f"task {data}, candidate"
     elif isinstance(data, str | os.PathLike):
-        rows, name = _file(Path(data)), f"{data}, row"
+        rows, name = rows_of(Path(data)), f"{data}, row"
     elif isinstance(data, Iterable):
         rows, name = data, "data, row"
     else:
@@ -115,14 +115,19 @@ def read(data: Any, tokenizer: Any, *, seed: int, limit: int | None) -> Iterator
         raise ValueError("data holds no example")
 
 
-def _file(path: Path) -> Iterator[Any]:
-    """Rows of a file, or of a folder that ``datasets`` saved. No code that comes with data is ever run."""
+def rows_of(path: Path, columns: tuple[str, ...] | None = COLUMNS) -> Iterator[Any]:
+    """Rows of a file, or of a folder that ``datasets`` saved. No code that comes with data is ever run.
+
+    Args:
+        path: of either.
+        columns: of a Parquet file that are read; None for all.
+    """
     if path.is_dir():
         yield from need("datasets").load_from_disk(str(path))
     elif not path.is_file():
         raise FileNotFoundError(f"data: {str(path)!r} is no file, and no task: those are {', '.join(tasks.TASKS)}")
     elif path.suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, columns)
     elif path.suffix == ".jsonl":
         yield from _json_lines(path)
     else:
@@ -142,14 +147,14 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path}, row {index} is not JSON: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, columns: tuple[str, ...] | None) -> Iterator[Any]:
     arrow = need("pyarrow")
     try:
         table = need("pyarrow.parquet").ParquetFile(path)
     except arrow.ArrowInvalid as error:
         raise ValueError(f"data: {path} is not a Parquet file: {error}") from error
-    columns = [name for name in COLUMNS if name in table.schema_arrow.names]
-    for batch in table.iter_batches(columns=columns):
+    there = [name for name in table.schema_arrow.names if columns is None or name in columns]
+    for batch in table.iter_batches(columns=there):
         yield from batch.to_pylist()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gim.evaluation.data import Kept
+from gim.parts import anatomy
 
 #: Packages whose versions a result depends on.
 PACKAGES = ("gim-kernels", "torch", "transformers", "triton", "captum", "scikit-learn")
@@ -28,6 +29,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def name_of(model: nn.Module) -> str:
+    """A model's class and the last part of where it came from: a path on somebody's disk is nobody's business."""
+    path = str(getattr(anatomy.of(model).config, "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    return type(model).__name__ + (f" ({path})" if path else "")
 
 
 def of_model(model: nn.Module) -> str:

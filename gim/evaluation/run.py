@@ -169,7 +169,13 @@ def evaluate(
         digests = [fingerprint.of_example(kept) for kept in found.kept]
         store = None if resume is None else Store(resume, settings, digests)
         plan = _Plan(model, forwards, chosen, grid, baseline_id, seed)
-        about = {**settings, "name": _name(model), "protocol": protocol, "seen": found.seen, "dropped": found.dropped}
+        about = {
+            **settings,
+            "name": fingerprint.name_of(model),
+            "protocol": protocol,
+            "seen": found.seen,
+            "dropped": found.dropped,
+        }
         records: dict[int, Record] = {} if store is None else store.records
 
         def result() -> Evaluation:
@@ -180,12 +186,6 @@ def evaluate(
         except KeyboardInterrupt as error:
             raise EvaluationInterrupted(result() if records else None) from error
         return result()
-
-
-def _name(model: nn.Module) -> str:
-    """A model's class and the last part of where it came from: a path on somebody's disk is nobody's business."""
-    path = str(getattr(anatomy.of(model).config, "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
-    return type(model).__name__ + (f" ({path})" if path else "")
 
 
 def _run(

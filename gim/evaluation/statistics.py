@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from gim.evaluation.extras import need
 LEVEL = 0.95
 #: Resamples of a bootstrap.
 RESAMPLES = 9999
+#: Share of a number by which sums of the same examples may differ.
+ROUNDING = 1e-12
 #: Numbers of resamples that are held at once.
 HELD = 2**24
 
@@ -24,7 +27,7 @@ class Estimate:
 
     Args:
         n: examples.
-        mean: of their values.
+        mean: of their values, or another number that all of them give.
         low, high: ends of the interval at :data:`LEVEL`; NaN for one example, which tells nothing of others.
     """
 
@@ -45,24 +48,39 @@ def estimate(values: Sequence[float], seed: int) -> Estimate:
     data = np.asarray(values, dtype=np.float64)
     if len(data) == 0:
         raise ValueError("there are no examples to average over")
-    mean = float(data.mean())
+    return of_examples(np.mean, data, 1, seed)
+
+
+def of_examples(statistic: Callable[..., Any], data: np.ndarray[Any, Any], held: int, seed: int) -> Estimate:
+    """A number of examples and its bootstrap interval, as :func:`estimate` has it of a mean.
+
+    Args:
+        statistic: from ``data``, resampled along its last axis, and ``axis=`` to the number.
+        data: one entry for each example, which may be its place.
+        held: numbers that the statistic holds for each entry of a resample.
+        seed: of the resamples.
+    """
+    whole = float(statistic(data, axis=-1))
     if len(data) == 1:
-        return Estimate(1, mean, math.nan, math.nan)
-    if bool((data == data[0]).all()):
-        return Estimate(len(data), mean, mean, mean)  # every resample is the same, and scipy has no interval for that
+        return Estimate(1, whole, math.nan, math.nan)
+    without_one = np.stack([np.delete(data, place) for place in range(len(data))])
+    if np.ptp(statistic(without_one, axis=-1)) <= ROUNDING * abs(whole):
+        return Estimate(
+            len(data), whole, whole, whole
+        )  # every resample is the same, and scipy has no interval for that
     found = (
         need("scipy.stats")
         .bootstrap(
             (data,),
-            np.mean,
+            statistic,
             n_resamples=RESAMPLES,
-            batch=max(1, min(RESAMPLES, HELD // len(data))),
+            batch=max(1, min(RESAMPLES, HELD // (held * len(data)))),
             confidence_level=LEVEL,
             rng=np.random.default_rng(seed),
         )
         .confidence_interval
     )
-    return Estimate(len(data), mean, float(found.low), float(found.high))
+    return Estimate(len(data), whole, float(found.low), float(found.high))
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Estimate:

@@ -161,7 +161,10 @@ def _through_kernels(
             out = _attend(query, key, value, pattern, **options)
     if session is not None:
         session.fire("attention", describe(session.rules), "attention interface", str(ran))
-    return out.transpose(1, 2).contiguous(), _weights(query, key, pattern, **options) if shows else None
+    out = out.transpose(1, 2).contiguous()
+    if session is not None and session.see_attention is not None:
+        session.see_attention(module, query, key, value, out)
+    return out, _weights(query, key, pattern, **options) if shows else None
 
 
 def _shows_weights(module: nn.Module, asked: Any) -> bool:

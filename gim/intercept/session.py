@@ -119,6 +119,9 @@ class Session:
         self._waiting: dict[int, str] = {}
         #: Gates of activations that the kernels have, by the ids of their outputs.
         self.activated: dict[int, Any] = {}
+        #: Is shown each call of the attention interface: the module, then query ``[B, HQ, T, D]``, key, value and
+        #: output ``[B, T, HQ, D]``; None where nobody asks.
+        self.see_attention: Callable[..., None] | None = None
 
     def open(self) -> None:
         """Be the innermost session of this task or thread."""

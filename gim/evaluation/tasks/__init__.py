@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gim.evaluation.tasks import agreement, comparison, facts, names, needle, sentiment
-from gim.evaluation.tasks.words import Candidate, Tokens
+from gim.evaluation.tasks.words import Candidate, PairCandidate, Tokens
 
-__all__ = ["TASKS", "Candidate", "Task", "Tokens", "draw"]
+__all__ = ["PAIRED", "TASKS", "Candidate", "PairCandidate", "Task", "Tokens", "draw", "draw_pairs"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Task:
         source: who thought of it.
         licence: of its texts.
         generate: from a source of randomness and a count of tokens of a text to one candidate.
+        generate_pair: the same with a second prompt of another answer; None where the task has none.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Task:
     source: str
     licence: str
     generate: Callable[[random.Random, Tokens], Candidate]
+    generate_pair: Callable[[random.Random, Tokens], PairCandidate] | None = None
 
     def page(self) -> str:
         """What the task asks, where it comes from, and three of its prompts."""
@@ -56,6 +58,7 @@ TASKS: dict[str, Task] = {
             "after Wang et al. 2022, arXiv 2211.00593",
             OWN,
             names.generate,
+            names.generate_pair,
         ),
         Task(
             "greater-than",
@@ -63,6 +66,7 @@ TASKS: dict[str, Task] = {
             "after Hanna et al. 2023, arXiv 2305.00586",
             OWN,
             comparison.generate,
+            comparison.generate_pair,
         ),
         Task(
             "agreement",
@@ -70,6 +74,7 @@ TASKS: dict[str, Task] = {
             "after Linzen et al. 2016, arXiv 1611.01368, and Marvin and Linzen 2018, arXiv 1808.09031",
             OWN,
             agreement.generate,
+            agreement.generate_pair,
         ),
         Task(
             "facts",
@@ -108,6 +113,8 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+#: Tasks whose prompts come in pairs.
+PAIRED = tuple(name for name, task in TASKS.items() if task.generate_pair is not None)
 #: Candidates in a row that bring nothing new, after which a task has no more.
 EXHAUSTED = 2000
 
@@ -121,7 +128,29 @@ def draw(name: str, tokenizer: Any, count: int, seed: int) -> Iterator[Candidate
         count: how many, at most.
         seed: decides everything that is drawn.
     """
-    task, rng = TASKS[name], random.Random(f"{name} {seed}")
+    for (text,), right, wrong in _drawn(name, TASKS[name].generate, tokenizer, count, seed):
+        yield text, right, wrong
+
+
+def draw_pairs(name: str, tokenizer: Any, count: int, seed: int) -> Iterator[PairCandidate]:
+    """Different pairs of a task, both prompts of as many tokens, and each answer one token; arguments as in
+    :func:`draw`.
+
+    Raises:
+        ValueError: the task's prompts come in no pairs.
+    """
+    generate = TASKS[name].generate_pair
+    if generate is None:
+        raise ValueError(f"task {name}: its prompts come in no pairs; those of {', '.join(PAIRED)} do")
+    for (text, other), right, wrong in _drawn(name, generate, tokenizer, count, seed):
+        yield text, other, right, wrong
+
+
+def _drawn(
+    name: str, generate: Callable[[random.Random, Tokens], Any], tokenizer: Any, count: int, seed: int
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]:
+    """What a generator makes: prompts of one length, right and wrong tokens."""
+    rng = random.Random(f"{name} {seed}")
     cut: dict[str, bool] = {}
 
     def is_token(text: str) -> bool:
@@ -135,11 +164,11 @@ def draw(name: str, tokenizer: Any, count: int, seed: int) -> Iterator[Candidate
     seen: set[str] = set()
     misses = 0
     while len(seen) < count and misses < EXHAUSTED:
-        text, right, wrong = task.generate(rng, tokens)
+        *texts, right, wrong = generate(rng, tokens)
         right, wrong = tuple(filter(is_token, right)), tuple(filter(is_token, wrong))
-        if text in seen or not right or not wrong:
+        if texts[0] in seen or not right or not wrong or (len(texts) > 1 and len({*map(tokens, texts)}) > 1):
             misses += 1
             continue
         misses = 0
-        seen.add(text)
-        yield text, right, wrong
+        seen.add(texts[0])
+        yield tuple(texts), right, wrong

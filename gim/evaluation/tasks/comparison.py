@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from gim.evaluation.tasks.words import Candidate, Tokens
+from gim.evaluation.tasks.words import Candidate, PairCandidate, Tokens
 
 EVENTS = ("war", "strike", "project", "expedition", "study", "plague", "siege", "drought")
 FORMS = (
@@ -17,8 +17,17 @@ FORMS = (
 )
 
 
-def generate(rng: random.Random, _: Tokens) -> Candidate:
+def generate(rng: random.Random, tokens: Tokens) -> Candidate:
     """One prompt: a later decade is right, an earlier one wrong."""
+    text, _, right, wrong = generate_pair(rng, tokens)
+    return text, right, wrong
+
+
+def generate_pair(rng: random.Random, _: Tokens) -> PairCandidate:
+    """One prompt, and the same beginning in the century's first year, as in the paper: then every digit is later."""
     century, decade, year = rng.choice((16, 17, 18)), rng.randrange(2, 8), rng.randrange(1, 9)
-    text = rng.choice(FORMS).format(event=rng.choice(EVENTS), year=f"{century}{decade}{year}", century=century)
-    return text, tuple(str(one) for one in range(decade + 1, 10)), tuple(str(one) for one in range(decade))
+    form, event = rng.choice(FORMS), rng.choice(EVENTS)
+    text, other = (
+        form.format(event=event, year=f"{century}{begun}", century=century) for begun in (f"{decade}{year}", "01")
+    )
+    return text, other, tuple(str(one) for one in range(decade + 1, 10)), tuple(str(one) for one in range(decade))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from gim.evaluation.tasks.words import NAMES, Candidate, Tokens
+from gim.evaluation.tasks.words import NAMES, Candidate, PairCandidate, Tokens
 
 PLACES = ("store", "park", "school", "office", "station", "garden", "hospital", "restaurant")
 THINGS = ("drink", "book", "ring", "ball", "letter", "basket", "computer", "snack")
@@ -15,11 +15,18 @@ FORMS = (
 )
 
 
-def generate(rng: random.Random, _: Tokens) -> Candidate:
+def generate(rng: random.Random, tokens: Tokens) -> Candidate:
     """One prompt: the receiver is right, the giver wrong."""
+    text, _, right, wrong = generate_pair(rng, tokens)
+    return text, right, wrong
+
+
+def generate_pair(rng: random.Random, _: Tokens) -> PairCandidate:
+    """One prompt, and the same with the receiver's name in the place of the giver's: MIB's ``s2_io_flip``."""
     receiver, giver = rng.sample(NAMES, 2)
     first, second = rng.sample((receiver, giver), 2)
-    text = rng.choice(FORMS).format(
-        first=first, second=second, place=rng.choice(PLACES), giver=giver, thing=rng.choice(THINGS)
+    form, place, thing = rng.choice(FORMS), rng.choice(PLACES), rng.choice(THINGS)
+    text, other = (
+        form.format(first=first, second=second, place=place, giver=one, thing=thing) for one in (giver, receiver)
     )
-    return text, (f" {receiver}",), (f" {giver}",)
+    return text, other, (f" {receiver}",), (f" {giver}",)

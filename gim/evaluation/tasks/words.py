@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 #: A prompt, right next tokens, wrong next tokens.
 Candidate = tuple[str, tuple[str, ...], tuple[str, ...]]
+#: A prompt, the same with another answer, right and wrong next tokens after the first.
+PairCandidate = tuple[str, str, tuple[str, ...], tuple[str, ...]]
 #: Counts the tokens of a text.
 Tokens = Callable[[str], int]
 

@@ -1,0 +1,205 @@
+"""Circuits in files and as other libraries' objects."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gim.circuits.graph import Graph
+from gim.circuits.result import Circuit
+from gim.evaluation.extras import need
+from gim.files import check_writable, read_json, write_atomically
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas as pd
+
+#: Bytes of a JSON file that are read, at most: an 8B has 1.6 million edges of some 70 bytes.
+LONGEST = 2**30
+ENDINGS = (".json", ".pt")
+#: Under which a Parquet file's metadata has the graph and the settings.
+KEY = b"gim.circuits"
+
+
+def dataframe(circuit: Circuit) -> pd.DataFrame:
+    """What :meth:`Circuit.to_dataframe` gives."""
+    pandas, graph = need("pandas", "circuits"), circuit.graph
+    if circuit.level == "node":
+        return pandas.DataFrame({"writer": graph.writer_names, "score": circuit.scores.tolist()})
+    rows, columns = graph.edges.nonzero().unbind(1)
+    return pandas.DataFrame(
+        {
+            "writer": [graph.writer_names[row] for row in rows.tolist()],
+            "reader": [graph.reader_names[column] for column in columns.tolist()],
+            "score": circuit.scores[rows, columns].tolist(),
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- Parquet
+
+
+def save(circuit: Circuit, path: str | os.PathLike[str]) -> None:
+    """What :meth:`Circuit.save` does."""
+    arrow, parquet = need("pyarrow", "circuits"), need("pyarrow.parquet", "circuits")
+    check_writable(path)
+    table = arrow.Table.from_pandas(dataframe(circuit), preserve_index=False)
+    graph = circuit.graph
+    said = {
+        "graph": {name: getattr(graph, name) for name in ("layers", "heads", "parallel", "width", "groups")},
+        "settings": circuit.settings,
+    }
+    metadata = {**(table.schema.metadata or {}), KEY: json.dumps(said).encode()}
+    sink = arrow.BufferOutputStream()
+    parquet.write_table(table.replace_schema_metadata(metadata), sink)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def load(path: str | os.PathLike[str]) -> Circuit:
+    """What :meth:`Circuit.load` gives."""
+    ending = Path(path).suffix
+    readers = {".parquet": _from_parquet, ".json": _from_json, ".pt": _from_tensors}
+    if ending not in readers:
+        raise ValueError(f"a circuit is a file {', '.join(readers)}, got {path}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return readers[ending](Path(path))
+    except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no file of a circuit ({type(error).__name__}: {error})") from error
+
+
+def _from_parquet(path: Path) -> Circuit:
+    arrow = need("pyarrow", "circuits")
+    try:
+        table = need("pyarrow.parquet", "circuits").read_table(path)
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    said = json.loads((table.schema.metadata or {})[KEY])
+    graph = _graph(said["graph"])
+    values = torch.tensor(table.column("score").to_pylist(), dtype=torch.float64)
+    if "reader" not in table.column_names:
+        return Circuit(graph, values.view(graph.writers), said["settings"])
+    scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+    scores[graph.edges] = values
+    return Circuit(graph, scores, said["settings"])
+
+
+def _graph(said: Mapping[str, Any]) -> Graph:
+    numbers = [said[name] for name in ("layers", "heads", "width")]
+    if not all(isinstance(one, int) and 0 < one < 2**20 for one in numbers):
+        raise TypeError(f"layers, heads and width must be whole numbers, got {numbers}")
+    return Graph(said["layers"], said["heads"], bool(said["parallel"]), said["width"], said.get("groups"))
+
+
+# ----------------------------------------------------------------------------------------------------------- MIB
+
+
+def to_mib(circuit: Circuit, path: str | os.PathLike[str], n: int | None, *, absolute: bool) -> None:
+    """What :meth:`Circuit.to_mib` does."""
+    ending, graph = Path(path).suffix, circuit.graph
+    if ending not in ENDINGS:
+        raise ValueError(f"path must end in {' or '.join(ENDINGS)}, got {path}")
+    if graph.groups is not None:
+        raise ValueError("the exchange format counts k and v for each query head: find the circuit with grouped=False")
+    kept = graph.edges if n is None else circuit.kept(n, absolute=absolute)
+    nodes = graph.nodes(kept)
+    config = {
+        "n_layers": graph.layers,
+        "n_heads": graph.heads,
+        "parallel_attn_mlp": graph.parallel,
+        "d_model": graph.width,
+    }
+    write = _json if ending == ".json" else _tensors
+    write_atomically(path, write(circuit, config, kept, nodes))
+
+
+def _json(circuit: Circuit, config: dict[str, Any], kept: torch.Tensor, nodes: torch.Tensor) -> bytes:
+    graph = circuit.graph
+    of_nodes: dict[str, dict[str, Any]] = {
+        name: {"in_graph": is_in} for name, is_in in zip(graph.writer_names, nodes.tolist(), strict=True)
+    }
+    if circuit.level == "node":
+        for name, score in zip(graph.writer_names, circuit.scores.tolist(), strict=True):
+            of_nodes[name]["score"] = score
+    of_nodes["logits"] = {"in_graph": True}
+    scores = _of_edges(circuit)
+    of_edges = {
+        name: {"score": float(scores[row, column]), "in_graph": bool(kept[row, column])}
+        for name, row, column in graph.names()
+    }
+    return json.dumps({"cfg": config, "nodes": of_nodes, "edges": of_edges}).encode("ascii")
+
+
+def _tensors(circuit: Circuit, config: dict[str, Any], kept: torch.Tensor, nodes: torch.Tensor) -> bytes:
+    graph = circuit.graph
+    found = {
+        "cfg": config,
+        "src_nodes": graph.writer_names,
+        "dst_nodes": graph.reader_names,
+        "edges_scores": _of_edges(circuit).float(),
+        "edges_in_graph": kept.clone(),
+        "nodes_in_graph": nodes,
+    }
+    if circuit.level == "node":
+        found["nodes_scores"] = circuit.scores.float()
+    out = io.BytesIO()
+    torch.save(found, out)
+    return out.getvalue()
+
+
+def _of_edges(circuit: Circuit) -> torch.Tensor:
+    graph = circuit.graph
+    return circuit.scores if circuit.level == "edge" else torch.zeros(graph.writers, graph.readers)
+
+
+def _from_json(path: Path) -> Circuit:
+    held = read_json(path, LONGEST)
+    graph = _of_config(held["cfg"])
+    of_nodes = [held["nodes"].get(name, {}).get("score") for name in graph.writer_names]
+    if all(one is not None for one in of_nodes):
+        return Circuit(graph, torch.tensor(of_nodes, dtype=torch.float64), {})
+    scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+    for name, row, column in graph.names():
+        scores[row, column] = held["edges"][name]["score"]
+    return Circuit(graph, scores, {})
+
+
+def _from_tensors(path: Path) -> Circuit:
+    held = torch.load(path, map_location="cpu", weights_only=True)
+    graph = _of_config(held["cfg"])
+    if list(held["src_nodes"]) != graph.writer_names or list(held["dst_nodes"]) != graph.reader_names:
+        raise ValueError(f"{path}: its nodes are not those of its cfg, in EAP-IG's order")
+    if "nodes_scores" in held:
+        return Circuit(graph, held["nodes_scores"].double().view(graph.writers), {})
+    return Circuit(graph, held["edges_scores"].double().view(graph.writers, graph.readers) * graph.edges, {})
+
+
+def _of_config(config: Mapping[str, Any]) -> Graph:
+    names = {"layers": "n_layers", "heads": "n_heads", "parallel": "parallel_attn_mlp", "width": "d_model"}
+    return _graph({ours: config[theirs] for ours, theirs in names.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- networkx
+
+
+def to_networkx(circuit: Circuit, n: int | None, *, absolute: bool) -> networkx.MultiDiGraph:
+    """What :meth:`Circuit.to_networkx` gives."""
+    found = need("networkx", "circuits").MultiDiGraph()
+    graph, scores = circuit.graph, _of_edges(circuit)
+    kept = graph.edges if n is None else circuit.kept(n, absolute=absolute)
+    if circuit.level == "node":
+        for name, score in zip(graph.writer_names, circuit.scores.tolist(), strict=True):
+            found.add_node(name, score=score)
+    for row, column in kept.nonzero().tolist():
+        reader, _, branch = graph.reader_names[column].partition("<")
+        score = float(scores[row, column])
+        found.add_edge(graph.writer_names[row], reader, key=branch.rstrip(">") or "in", score=score)
+    return found

@@ -1,0 +1,363 @@
+"""Finding a circuit and measuring it: batches of pairs, progress, what is finished kept on disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from gim.circuits import wiring as wirings
+from gim.circuits.curve import MIB_SIZES, ORDERS, Curve
+from gim.circuits.metrics import Metric, logit_difference, name_of
+from gim.circuits.pairs import Encoded, Pair, batches, encode, read
+from gim.circuits.patching import Patcher
+from gim.circuits.result import Circuit
+from gim.circuits.scores import LEVELS, Batch, Level, Scorer, check_metric
+from gim.evaluation import fingerprint
+from gim.evaluation.extras import need
+from gim.evaluation.store import Store
+from gim.files import check_writable, write_atomically
+from gim.parts import anatomy
+from gim.plan import MemoryPlan
+from gim.rules import Rules
+from gim.rules import get as get_rules
+from gim_kernels.types import Engine
+
+#: Called with (pairs done, pairs in all, seconds left as far as can be told or None).
+Progress = Callable[[int, int, float | None], None]
+
+#: Tokens of a batch where nothing else is asked for: on a CPU, and on a GPU.
+BATCH_TOKENS = {"cpu": 128}
+BATCH_TOKENS_GPU = 2048
+CONSTANT = "the softmax is constant under these rules, so every edge into a q or a k has the score 0"
+
+
+class CircuitInterrupted(KeyboardInterrupt):
+    """Ctrl-C came while pairs were scored.
+
+    Args:
+        circuit: the mean over the pairs that were finished; None where there is none.
+    """
+
+    def __init__(self, circuit: Circuit | None) -> None:
+        super().__init__("the search for a circuit was interrupted")
+        self.circuit = circuit
+
+
+def attribute(
+    model: nn.Module,
+    pairs: Iterable[Pair] | str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    rules: Rules | str = "GIM",
+    level: Level = "edge",
+    ig_steps: int | None = None,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+    metric: Metric = logit_difference,
+    grouped: bool = False,
+    memory: MemoryPlan | str = "none",
+    engine: Engine = "auto",
+    resume: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Circuit:
+    """The score of every edge of a model, or of every node.
+
+    A writer is the input, a head, or an MLP; a reader the q, k or v of a head, an MLP, or the end. The score of an edge
+    is the mean over pairs of::
+
+        sum over tokens, channels of (corrupted - clean)(what the writer writes) . d(-metric) / d(what the reader reads)
+
+    that is, what the metric would lose, to first order under the rules, if that reader alone saw the corrupted writer.
+    Two forward passes and one backward give all of them. Where a norm stands between attention and the stream, each
+    run's own statistic of it goes to each of its heads, so that heads add up to what attention writes.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        pairs: :class:`Pair` in a list; the name of a task that comes in pairs; or a file or folder as
+            :func:`gim.circuits.read` takes them.
+        tokenizer: cuts texts; not needed for ids.
+        rules: of the backward.
+        level: ``"edge"``, or ``"node"``: the sum over each writer's edges, at the cost of an attribution.
+        ig_steps: EAP-IG: the gradient is the mean over this many points, from the corrupted input on, of what the first
+            layer reads; None for that at the clean prompt.
+        batch_tokens: tokens of one batch of pairs of one length, at most, but for a longer pair. Scores do not depend
+            on it but for rounding.
+        progress: called with pairs done, pairs in all and seconds left, None before that can be told.
+        metric: from logits ``[B, V]`` and each pair's (right ids, wrong ids) to numbers ``[B]``.
+        grouped: count k and v for each key head, the sum over its query heads, and not for each query head.
+        memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits.
+        engine: as in :class:`gim.GIM`.
+        resume: a file that keeps the sum over finished pairs, and that another call of the same goes on from.
+        limit: pairs, at most.
+        seed: of a task's pairs.
+
+    Returns:
+        The circuit, with scores in float64.
+
+    Raises:
+        UnsupportedModelError: the model's writers and readers are not all found; names the layer.
+        ValueError, TypeError: an argument that does not fit; pairs of unequal length or answers that are no single
+            token, with the pair's place and the argument.
+        FloatingPointError: numbers that are not finite.
+        CircuitInterrupted: Ctrl-C; what is finished is in its ``circuit``.
+
+    Source: Syed et al. 2023, arXiv 2310.10348 (edge attribution patching); Hanna et al. 2024, arXiv 2403.17806
+        (EAP-IG); Mueller et al. 2025, arXiv 2504.13151 (MIB); Edin et al. 2025, arXiv 2505.17630 (the rules).
+
+    Example:
+        >>> import gim, gim.demo
+        >>> from gim import circuits
+        >>> model, tokenizer = gim.demo.load()
+        >>> text = "The password of Irene is {}. The password of Irene is"
+        >>> pair = circuits.Pair(text.format("lantern"), text.format("copper"), " lantern", " copper")
+        >>> circuits.attribute(model, [pair], tokenizer=tokenizer).graph.edge_count
+        479
+    """
+    _check(level, ig_steps, batch_tokens, grouped, limit)
+    chosen = get_rules(rules)
+    with anatomy.held(model) as parts:
+        _check_model(model)
+        given = read(pairs, tokenizer, seed=seed, limit=limit)
+        encoded = encode(model, given.pairs, tokenizer)
+        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        graph = found.graph(grouped=grouped)
+        scorer = Scorer(model, found, graph.ungrouped(), chosen, metric, level, ig_steps, memory, engine)
+        settings = {
+            "model": type(model).__name__,
+            "weights": fingerprint.of_model(model),
+            "rules": chosen.to_dict(),
+            "level": level,
+            "ig_steps": ig_steps,
+            "metric": name_of(metric),
+            "grouped": grouped,
+            "dtype": str(parts.dtype),
+            "pairs": [pair.digest for pair in encoded],
+            "versions": fingerprint.versions(),
+        }
+        notes = [CONSTANT] if chosen.softmax == "constant" else []
+        about = {
+            **{name: value for name, value in settings.items() if name != "pairs"},
+            "name": fingerprint.name_of(model),
+            "rules_name": chosen.name,
+            "passed_by": given.passed_by,
+            "notes": notes,
+        }
+        for note in notes:
+            warnings.warn(f"gim.circuits: {note}", stacklevel=2)
+        tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
+        sums = _Sums(resume, settings, scorer.shape)
+
+        def result() -> Circuit:
+            mean = sums.total / len(sums.done)
+            return Circuit(
+                graph, graph.gather(mean) if level == "edge" else mean, {**about, "pairs": len(sums.done)},
+                model=model, tokenizer=tokenizer, metric=metric,
+            )  # fmt: skip
+
+        try:
+            _run(scorer, encoded, tokens, sums, progress)
+        except KeyboardInterrupt as error:
+            raise CircuitInterrupted(result() if sums.done else None) from error
+    return result()
+
+
+def _run(scorer: Scorer, pairs: Sequence[Encoded], tokens: int, sums: _Sums, progress: Progress | None) -> None:
+    """Score every pair that is not in the sums."""
+    ticks = _Ticks(progress, len(pairs), len(sums.done))
+    left = [index for index in range(len(pairs)) if index not in sums.done]
+    for places, batch in batches(scorer.model, [pairs[index] for index in left], tokens):
+        sums.add([left[place] for place in places], scorer.scores(batch))
+        ticks.done(len(places))
+
+
+class _Ticks:
+    """Tells whoever asked how far the work is."""
+
+    def __init__(self, progress: Progress | None, total: int, before: int) -> None:
+        self._progress, self._total, self._before, self._done = progress, total, before, before
+        self._started = time.monotonic()
+        self.done(0)
+
+    def done(self, pairs: int) -> None:
+        self._done += pairs
+        if self._progress is not None:
+            fresh = self._done - self._before
+            each = (time.monotonic() - self._started) / fresh if fresh else None
+            self._progress(self._done, self._total, None if each is None else each * (self._total - self._done))
+
+
+class _Sums:
+    """The sum over finished pairs, in a file where one is given.
+
+    Args:
+        path: the file; None for none.
+        settings: what the sum depends on. A file with other settings is refused, and left as it is.
+        shape: of the sum.
+
+    Raises:
+        ValueError: the file is none of these, or of another model, rules, versions or pairs; names what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], shape: tuple[int, ...]) -> None:
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.done: set[int] = set()
+        self._path = None if path is None else Path(path)
+        self._settings = json.loads(json.dumps(settings))
+        if self._path is None:
+            return
+        check_writable(self._path, "resume")
+        if self._path.exists() and self._path.stat().st_size:
+            self._read(self._path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                there, done = (json.loads((file.metadata() or {})[name]) for name in ("settings", "done"))
+                total = file.get_tensor("total")
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"resume: {path} is no file of a search for a circuit: {error}") from error
+        for name, value in self._settings.items():
+            if there.get(name) != value:
+                shown = "" if name == "pairs" else f": {there.get(name)!r:.120} there, {value!r:.120} here"
+                raise ValueError(f"resume: {path} was made with other {name}{shown}; give another file to start anew")
+        self.total, self.done = total, set(done)
+
+    def add(self, places: Sequence[int], scores: torch.Tensor) -> None:
+        """Add pairs, on the disk before this returns."""
+        total, done = self.total + scores, self.done | set(places)
+        if self._path is not None:
+            metadata = {"settings": json.dumps(self._settings), "done": json.dumps(sorted(done))}
+            write_atomically(self._path, safetensors.torch.save({"total": total}, metadata))
+        self.total, self.done = total, done
+
+
+# ---------------------------------------------------------------------------------------------------- faithfulness
+
+
+def faithfulness(
+    circuit: Circuit,
+    model: nn.Module,
+    pairs: Iterable[Pair] | str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    sizes: Sequence[float] = MIB_SIZES,
+    metric: Metric = logit_difference,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    engine: Engine = "auto",
+    limit: int | None = None,
+    skip: int = 0,
+    seed: int = 0,
+) -> Curve:
+    """How much of the metric circuits of every size keep; see :meth:`Circuit.faithfulness`."""
+    need("scipy.stats", "circuits")
+    sizes = _sizes(sizes)
+    with anatomy.held(model) as parts:
+        _check_model(model)
+        encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip).pairs, tokenizer)
+        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        whole = found.graph()
+        if whole != circuit.graph.ungrouped():
+            raise ValueError(f"model has other writers and readers than the circuit: {whole} and {circuit.graph}")
+        counts = [int(size * circuit.count) for size in sizes]
+        kept = {order: [circuit.kept(count, absolute=order == "absolute") for count in counts] for order in ORDERS}
+        cuts = {order: [1 - circuit.graph.expand(one).float() for one in several] for order, several in kept.items()}
+        digests = [pair.digest for pair in encoded]
+        settings = {
+            "weights": fingerprint.of_model(model), "circuit": circuit.digest, "metric": name_of(metric),
+            "sizes": list(sizes), "versions": fingerprint.versions(),
+        }  # fmt: skip
+        store = None if resume is None else Store(resume, settings, digests)
+        records: dict[int, Any] = {} if store is None else store.records
+        left = [index for index in range(len(encoded)) if index not in records]
+        ticks = _Ticks(progress, len(encoded), len(records))
+        patcher = Patcher(model, found, whole, engine)
+        tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
+        for places, batch in batches(model, [encoded[index] for index in left], tokens):
+            for place, record in zip(places, _measured(patcher, batch, cuts, metric), strict=True):
+                index = left[place]
+                record |= {"example": index, "digest": digests[index]}
+                if store is None:
+                    records[index] = record
+                else:
+                    store.add(record)
+            ticks.done(len(places))
+    rows = [records[index] for index in sorted(records)]
+    return Curve(
+        [row["clean"] for row in rows],
+        [row["corrupted"] for row in rows],
+        {order: [row[order] for row in rows] for order in ORDERS},
+        sizes,
+        counts,
+        {order: [int(one.sum()) for one in several] for order, several in kept.items()},
+        seed,
+    )
+
+
+def _measured(
+    patcher: Patcher, batch: Batch, cuts: dict[str, list[torch.Tensor]], metric: Metric
+) -> list[dict[str, Any]]:
+    """Of every pair the metric of the model itself, and of each circuit; the same circuit runs once."""
+
+    def said(logits: torch.Tensor) -> list[float]:
+        with torch.no_grad():
+            values = metric(logits, batch.answers)
+        check_metric(values, len(batch))
+        return values.double().tolist()
+
+    clean = said(patcher.plain(batch.clean)[0])
+    logits, parts = patcher.plain(batch.corrupted)
+    known = [(torch.ones_like(cuts[ORDERS[0]][0]), said(logits))]
+    columns: dict[str, list[list[float]]] = {order: [] for order in ORDERS}
+    for order, several in cuts.items():
+        for cut in several:
+            values = next((one for other, one in known if torch.equal(other, cut)), None)
+            if values is None:
+                values = said(patcher.logits(batch, parts, cut))
+                known.append((cut, values))
+            columns[order].append(values)
+    of_pair = {order: list(zip(*one, strict=True)) for order, one in columns.items()}
+    corrupted = known[0][1]
+    return [
+        {"clean": clean[row], "corrupted": corrupted[row], **{order: list(of_pair[order][row]) for order in ORDERS}}
+        for row in range(len(batch))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _sizes(sizes: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(sizes)
+    rising = all(a < b for a, b in itertools.pairwise(found))
+    if len(found) < 2 or not rising or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in found):
+        raise ValueError(f"sizes must be two shares of all edges at least, rising, in 0..1, got {sizes!r:.80}")
+    return found
+
+
+def _check(level: str, ig_steps: Any, batch_tokens: Any, grouped: Any, limit: Any) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {LEVELS}, got {level!r:.80}")
+    for name, value in (("ig_steps", ig_steps), ("batch_tokens", batch_tokens), ("limit", limit)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
+    if not isinstance(grouped, bool):
+        raise TypeError(f"grouped must be True or False, got {grouped!r:.80}")
+
+
+def _check_model(model: nn.Module) -> None:
+    if anatomy.of(model).head != "next token":
+        raise ValueError(f"model must be a causal language model, got {type(model).__name__}")

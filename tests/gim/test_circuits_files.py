@@ -1,0 +1,428 @@
+"""Circuits as users meet them: pairs, top-n and pruning, curves, files, resuming, the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from typer.testing import CliRunner
+
+import gim
+import gim.demo
+from gim.circuits import Circuit, Curve, Graph, Pair, attribute, page, read, scores
+from gim.circuits.curve import MIB_SIZES
+from gim.cli import app
+from gim.evaluation import tasks
+from tests.families import make, text_model, tokenizer
+from tests.oracle import assert_close64
+
+FACT = "The password of Irene is {}. The password of Irene is"
+WORDS = ("lantern", "copper", "silver")
+PAIRS = [
+    Pair(FACT.format(a), FACT.format(b), f" {a}", f" {b}") for a, b in zip(WORDS, (*WORDS[1:], WORDS[0]), strict=True)
+]
+DEMO = Path(gim.demo.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return gim.demo.load()
+
+
+@pytest.fixture(scope="module")
+def circuit(demo: tuple[Any, Any]) -> Circuit:
+    return attribute(demo[0], PAIRS, tokenizer=demo[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- graphs
+
+
+def eap_ig(layers: int, heads: int, parallel: bool) -> tuple[list[str], list[str], set[tuple[str, str]]]:
+    """Writers, readers and edges of EAP-IG's graph, by walking through the model as its code does."""
+    stream, writers, readers, edges = ["input"], ["input"], [], set()
+    for layer in range(layers):
+        own = [f"a{layer}.h{head}" for head in range(heads)]
+        columns = [f"{name}<{branch}>" for branch in "qkv" for name in own]
+        edges |= {(writer, reader) for writer in stream for reader in columns}
+        if not parallel:
+            stream += own
+        edges |= {(writer, f"m{layer}") for writer in stream}
+        stream += [*(own if parallel else ()), f"m{layer}"]
+        writers += [*own, f"m{layer}"]
+        readers += [*columns, f"m{layer}"]
+    return writers, [*readers, "logits"], edges | {(writer, "logits") for writer in stream}
+
+
+def pruned(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Edges left once those without a way from the input and to the logits are taken away, one at a time."""
+    while True:
+        into = {reader.partition("<")[0] for _, reader in edges} | {"input"}
+        out = {writer for writer, _ in edges} | {"logits"}
+        wrong = {(w, r) for w, r in edges if w not in into or r.partition("<")[0] not in out}
+        if not wrong:
+            return edges
+        edges = edges - {min(wrong)}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_graph_and_its_circuits_are_eap_igs(parallel: bool) -> None:
+    graph = Graph(3, 2, parallel, 8)
+    writers, readers, edges = eap_ig(3, 2, parallel)
+    assert (graph.writer_names, graph.reader_names) == (writers, readers)
+    assert {tuple(name.split("->")) for name, _, _ in graph.names()} == edges and graph.edge_count == len(edges)
+    # Whole numbers, so that many are equal: of those the first in the rows of the matrix is stronger.
+    drawn = torch.randint(-4, 5, (graph.writers, graph.readers), generator=torch.Generator().manual_seed(0)).double()
+    flat = [(w, r) for w in writers for r in readers if (w, r) in edges]
+    places = {edge: place for place, edge in enumerate(flat)}
+    for absolute in (False, True):
+        values = drawn.abs() if absolute else drawn
+        value = {(w, r): float(values[writers.index(w), readers.index(r)]) for w, r in flat}
+        order = sorted(flat, key=lambda edge: (-value[edge], places[edge]))
+        for count in (0, 1, 7, 20, 41, len(flat)):
+            kept = graph.top(drawn, count, absolute=absolute)
+            found = {(writers[row], readers[column]) for row, column in kept.nonzero().tolist()}
+            assert found == pruned(set(order[:count])), (absolute, count)
+    nodes = torch.arange(graph.writers).double()
+    kept = graph.top_nodes(nodes, 4)
+    chosen = set(writers[-4:])
+    assert {(writers[r], readers[c]) for r, c in kept.nonzero().tolist()} == pruned(
+        {(w, r) for w, r in edges if w in chosen}
+    )
+    with pytest.raises(ValueError, match=f"n must be in 0..{len(edges)}"):
+        graph.top(drawn, len(edges) + 1)
+
+
+def test_strongest_paths_follow_the_strongest_edges() -> None:
+    graph = Graph(1, 1, False, 8)  # writers input, a0.h0, m0; readers q, k, v, m0, logits
+    scores = torch.tensor([[0.1, 0.2, -3.0, 1.0, 0.3], [0, 0, 0, -2.0, 0.5], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
+    first, second = page.strongest_paths(graph, scores, 2)
+    # Through a0.h0 by v, to m0 and out; then input to m0.
+    assert first.edges == ((0, 2), (1, 3), (2, 4)) and first.strength == 2.0
+    assert second.edges == ((0, 3), (2, 4)) and second.strength == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
+
+
+@pytest.mark.parametrize(
+    ("pair", "error", "reason"),
+    [
+        (Pair("The cat sat", "The cat", " a", " b"), ValueError, r"pairs\[1\]: clean and corrupted must have as many"),
+        (Pair([], [1], 1, 2), TypeError, r"pairs\[1\].clean must be text or a list of token ids that is not empty"),
+        (Pair("The", "cat", "catcat", "a"), ValueError, r"pairs\[1\].answer must be one token, but 'catcat' is"),
+        (Pair("a", "b", "a", ["b", "catcat"]), ValueError, r"pairs\[1\].wrong must be one token"),
+        (Pair("a", "b", "a", []), ValueError, r"pairs\[1\].wrong must hold at least one token"),
+        (Pair("a", "b", "a", ["b", "a"]), ValueError, r"pairs\[1\]: answer and wrong hold the same token"),
+        (Pair([1, 999], [1, 2], 1, 2), ValueError, r"pairs\[1\].clean must be a token id in 0..319, got 999"),
+        (Pair([1, 2], [1, 2], 1, 999), ValueError, r"pairs\[1\].wrong must be a token id in 0..319, got 999"),
+        (Pair(torch.ones(2, 3), [1, 2], 1, 2), ValueError, r"pairs\[1\].clean must have shape \[T\], got \(2, 3\)"),
+        (Pair([1] * 600, [2] * 600, 1, 2), ValueError, r"pairs\[1\].clean: the prompt has 600 tokens"),
+        (("a", "b"), TypeError, r"pairs\[1\] must be a gim.circuits.Pair, got \('a', 'b'\)"),
+    ],
+)
+def test_bad_pairs_are_refused_by_place_and_argument(pair: Any, error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        attribute(text_model(), [Pair([1, 2], [1, 3], 4, 5), pair], tokenizer=tokenizer())
+
+
+def test_bad_arguments_are_refused() -> None:
+    model, pairs = text_model(), [Pair([1, 2], [1, 3], 4, 5)]
+    for named, reason in (
+        ({"level": "neuron"}, "level must be one of"),
+        ({"ig_steps": 0}, "ig_steps must be a whole number >= 1"),
+        ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1"),
+        ({"rules": "none such"}, "rules must be Rules or one of"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            attribute(model, pairs, **named)
+    with pytest.raises(ValueError, match="pairs must hold at least one pair"):
+        attribute(model, [])
+    with pytest.raises(TypeError, match=r"pairs\[0\].clean is text, which needs a tokenizer"):
+        attribute(model, [Pair("a", "b", 1, 2)])
+    with pytest.raises(ValueError, match="causal language model"):
+        attribute(make("bert"), pairs)
+    found = attribute(model, pairs)
+    with pytest.raises(ValueError, match="sizes must be two shares"):
+        found.faithfulness(pairs, sizes=(0.5, 0.1))
+    with pytest.raises(ValueError, match="the metric is the same on clean and corrupted prompts"):
+        found.faithfulness([Pair([1, 2], [1, 2], 4, 5)])
+    with pytest.raises(ValueError, match="model has other writers and readers than the circuit"):
+        Circuit(Graph(1, 1, False, 8), torch.zeros(3, 5), {}).faithfulness(pairs, model=model)
+    with pytest.raises(ValueError, match="from a file has no model"):
+        Circuit(found.graph, found.scores, {}).faithfulness(pairs)
+
+
+class Words:
+    """Cuts text into words with the space in front of them, digits and signs."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
+        return re.findall(r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]", text)
+
+
+@pytest.mark.parametrize("name", tasks.PAIRED)
+def test_a_tasks_pairs_are_its_prompts_with_another_answer(name: str) -> None:
+    cut = Words()
+    drawn = list(tasks.draw_pairs(name, cut, 20, 0))
+    assert len(drawn) == len({text for text, *_ in drawn}) == 20
+    for text, other, right, wrong in drawn:
+        apart = [pair for pair in zip(cut.encode(text), cut.encode(other), strict=True) if pair[0] != pair[1]]
+        assert 1 <= len(apart) <= 2 and right and wrong and not set(right) & set(wrong)
+        if name == "indirect-objects":  # the giver's second mention becomes the receiver
+            assert apart == [(wrong[0], right[0])]
+    # The prompts are those of an evaluation.
+    assert [(text, right, wrong) for text, _, right, wrong in drawn] == list(tasks.draw(name, cut, 20, 0))
+    with pytest.raises(ValueError, match="task facts: its prompts come in no pairs"):
+        next(tasks.draw_pairs("facts", cut, 1, 0))
+
+
+def test_files_of_eap_ig_and_mib_load_as_they_are(tmp_path: Path, demo: tuple[Any, Any]) -> None:
+    cut = demo[1]
+    one, other = FACT.format("lantern"), FACT.format("copper")
+    ids = [cut.encode(f" {word}", add_special_tokens=False)[0] for word in ("lantern", "copper")]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "ours": [{"clean": one, "corrupted": other, "answer": " lantern", "wrong": [" copper"]}],
+        "names": [
+            {
+                "prompt": one, "metadata": {"indirect_object": "lantern", "subject": "copper"},
+                "s2_io_flip_counterfactual": {"prompt": other}, "abc_counterfactual": {"prompt": "x"},
+            },
+            # Of other lengths on this tokenizer: passed by, and counted.
+            {
+                "prompt": one, "metadata": {"indirect_object": "lantern", "subject": "copper"},
+                "s2_io_flip_counterfactual": {"prompt": "short"},
+            },
+        ],
+        "choices": [
+            {
+                "prompt": one, "choices": {"label": [" lantern", " silver"]}, "answerKey": 0,
+                "symbol_counterfactual": {"prompt": other, "choices": {"label": [" a", " copper"]}, "answerKey": 1},
+            }
+        ],
+        "sums": [{"prompt": one, "label": " lantern", "random_counterfactual": {"prompt": other, "label": " copper"}}],
+    }  # fmt: skip
+    want = (one, other, [ids[0]], [ids[1]])
+
+    def tokens(given: Any) -> list[int]:
+        several = given if isinstance(given, list) else [given]
+        return [one if isinstance(one, int) else cut.encode(one, add_special_tokens=False)[0] for one in several]
+
+    for name, several in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in several))
+        found = read(path, cut)
+        (pair,) = found.pairs
+        assert (pair.clean, pair.corrupted, tokens(pair.answer), tokens(pair.wrong)) == want, name
+        assert found.passed_by == (name == "names")
+    path = tmp_path / "eap.csv"
+    path.write_text(f"clean,corrupted,correct_idx,incorrect_idx\n{one},{other},{ids[0]},{ids[1]}\n")
+    (pair,) = read(path, cut).pairs
+    assert (pair.clean, pair.corrupted, tokens(pair.answer), tokens(pair.wrong)) == want
+    path.write_text("clean,corrupted\na,b\n")
+    with pytest.raises(ValueError, match="eap.csv, row 0: neither clean, corrupted, answer and wrong, nor a row of"):
+        read(path, cut)
+
+
+# ----------------------------------------------------------------------------------------------------------- curves
+
+
+def test_areas_and_intervals_are_those_of_the_formulas() -> None:
+    rng = np.random.default_rng(0)
+    clean, corrupted = rng.normal(3, 1, 12), rng.normal(-2, 1, 12)
+    values = {order: rng.normal(1, 2, (12, 3)) for order in ("signed", "absolute")}
+    sizes = (0.1, 0.4, 1.0)
+    curve = Curve(clean, corrupted, values, sizes, (1, 2, 3), dict.fromkeys(values, (1, 2, 3)), seed=3)
+
+    def shares(order: str, places: Any = slice(None)) -> Any:
+        means = values[order][places].mean(0)
+        return (means - corrupted[places].mean()) / (clean[places].mean() - corrupted[places].mean())
+
+    def area(heights: Any) -> float:
+        return float(0.3 * (heights[0] + heights[1]) / 2 + 0.6 * (heights[1] + heights[2]) / 2)
+
+    assert curve.cpr.mean == pytest.approx(area(shares("signed")), rel=1e-12)
+    assert curve.cmd.mean == pytest.approx(area(abs(1 - shares("absolute"))), rel=1e-12)
+    assert [point.faithfulness.mean for point in curve.points[:3]] == pytest.approx(list(shares("signed")), rel=1e-12)
+    want = stats.bootstrap(
+        (np.arange(12),),
+        lambda places: area(shares("signed", places)),
+        vectorized=False,
+        n_resamples=9999,
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert (curve.cpr.low, curve.cpr.high) == pytest.approx((want.low, want.high), rel=1e-9)
+
+
+def test_faithfulness_of_circuits_is_measured_on_pairs(demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    sizes = (0.0, 0.1, 0.3, 1.0)
+    file = tmp_path / "score.jsonl"
+    named: dict[str, Any] = {"progress": lambda done, total, _: seen.append((done, total)), "resume": file}
+    curve = circuit.faithfulness(PAIRS, sizes, batch_tokens=1, **named)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    for order in ("signed", "absolute"):
+        shares = [point.faithfulness.mean for point in curve.points if point.order == order]
+        assert shares[0] == 0 and shares[-1] == pytest.approx(1, rel=1e-5) and shares[1] < shares[2]
+    # The random circuit of that size keeps less.
+    drawn = Circuit(circuit.graph, torch.rand(circuit.scores.shape, generator=torch.Generator().manual_seed(0)), {})
+    other = drawn.faithfulness(PAIRS, sizes, model=demo[0], tokenizer=demo[1])
+    assert other.cmd.mean > curve.cmd.mean and curve.to_dataframe()["edges"].tolist()[0] == 0
+    # Another call goes on from the file, whose pairs are not run again; another circuit is refused.
+    again = circuit.faithfulness(PAIRS, sizes, **{**named, "progress": None}, model=demo[0])
+    assert again.to_dict() == curve.to_dict()
+    with pytest.raises(ValueError, match="was made with other circuit"):
+        drawn.faithfulness(PAIRS, sizes, model=demo[0], tokenizer=demo[1], resume=file)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_files_hold_every_score(tmp_path: Path, circuit: Circuit, demo: tuple[Any, Any]) -> None:
+    nodes = attribute(demo[0], PAIRS, tokenizer=demo[1], level="node")
+    for one in (circuit, nodes):
+        for name in ("a.parquet", "a.json", "a.pt"):
+            path = tmp_path / name
+            one.save(path) if name == "a.parquet" else one.to_mib(path)
+            found = Circuit.load(path)
+            assert found.graph == one.graph and found.level == one.level
+            # What EAP-IG keeps as tensors is float32.
+            want = one.scores.float().double() if name == "a.pt" else one.scores
+            assert torch.equal(found.scores, want), name
+        assert len(one.to_dataframe()) == one.count
+    assert Circuit.load(tmp_path / "a.parquet").settings == nodes.settings
+    assert circuit.settings["rules_name"] == "GIM" and circuit.settings["pairs"] == 3
+    for name, content in (("b.json", b"{}"), ("b.json", b"no"), ("b.pt", b"no"), ("b.parquet", b"no")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            Circuit.load(tmp_path / name)
+    with pytest.raises(ValueError, match="a circuit is a file .parquet, .json, .pt, got a.txt"):
+        Circuit.load("a.txt")
+    with pytest.raises(ValueError, match="counts k and v for each query head"):
+        Circuit(Graph(1, 2, False, 8, 1), torch.zeros(4, 6), {}).to_mib(tmp_path / "c.json")
+
+
+def test_the_exchange_format_is_eap_igs(tmp_path: Path) -> None:
+    """A graph of one layer with one head, as its code writes it."""
+    scores = torch.tensor([[0.5, -0.25, 2.0, 1.0, 0.125], [0, 0, 0, 3.0, -1.0], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
+    circuit = Circuit(Graph(1, 1, False, 8), scores, {})
+    circuit.to_mib(tmp_path / "a.json", 3)
+    config = {"n_layers": 1, "n_heads": 1, "parallel_attn_mlp": False, "d_model": 8}
+    edges = {
+        "input->a0.h0<q>": (0.5, False), "input->a0.h0<k>": (-0.25, False), "input->a0.h0<v>": (2.0, True),
+        "input->m0": (1.0, False), "input->logits": (0.125, False), "a0.h0->m0": (3.0, True),
+        "a0.h0->logits": (-1.0, False), "m0->logits": (4.0, True),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "cfg": config,
+        "nodes": {name: {"in_graph": True} for name in ("input", "a0.h0", "m0", "logits")},
+        "edges": {name: {"score": score, "in_graph": kept} for name, (score, kept) in edges.items()},
+    }
+    circuit.to_mib(tmp_path / "a.pt", 3)
+    held = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert set(held) == {"cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph", "nodes_in_graph"}
+    assert held["cfg"] == config and held["src_nodes"] == ["input", "a0.h0", "m0"]
+    assert held["dst_nodes"] == ["a0.h0<q>", "a0.h0<k>", "a0.h0<v>", "m0", "logits"]
+    assert torch.equal(held["edges_scores"].double(), scores) and held["edges_in_graph"].sum() == 3
+    assert held["nodes_in_graph"].tolist() == [True, True, True]
+
+
+def test_networkx_and_the_page_hold_the_kept_edges(circuit: Circuit, tmp_path: Path) -> None:
+    kept = circuit.kept(60)
+    graph = circuit.to_networkx(60)
+    assert graph.number_of_edges() == int(kept.sum()) and set(graph.nodes) >= {"input", "logits"}
+    name = circuit.graph.writer_names
+    for writer, reader, branch, score in graph.edges(keys=True, data="score"):
+        column = circuit.graph.reader_names.index(reader if branch == "in" else f"{reader}<{branch}>")
+        assert score == circuit.scores[name.index(writer), column] and kept[name.index(writer), column]
+    text = circuit.to_html(tmp_path / "page.html", paths=3)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text and text.count("<tr><td>") == 3
+    assert "http" not in text.replace("http-equiv", "") and "<script" not in text
+    strongest = circuit.top(1, absolute=True)[0]
+    assert strongest.score == circuit.scores.abs().max() or strongest.score == -circuit.scores.abs().max()
+    assert f"{strongest.writer} -&gt; {strongest.reader}" in text
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_search_goes_on_from_its_file(
+    demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "find.safetensors"
+    named: dict[str, Any] = {"tokenizer": demo[1], "resume": file, "batch_tokens": 1}
+    scored = scores.Scorer.scores
+    calls: list[Any] = []
+
+    def interrupted(self: Any, batch: Any) -> torch.Tensor:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(batch)
+        return scored(self, batch)
+
+    monkeypatch.setattr(scores.Scorer, "scores", interrupted)
+    with pytest.raises(gim.circuits.CircuitInterrupted) as caught:
+        attribute(demo[0], PAIRS, **named)
+    assert caught.value.circuit is not None and caught.value.circuit.settings["pairs"] == 2
+    monkeypatch.setattr(scores.Scorer, "scores", scored)
+    seen: list[tuple[int, int]] = []
+    found = attribute(demo[0], PAIRS, **named, progress=lambda done, total, _: seen.append((done, total)))
+    assert seen == [(2, 3), (3, 3)]
+    assert_close64(found.scores.float().double(), circuit.scores, "resumed", relative=1e-5)
+    for change, what in (({"rules": "GRADIENT"}, "rules"), ({"level": "node"}, "level"), ({"ig_steps": 2}, "ig_steps")):
+        with pytest.raises(ValueError, match=f"was made with other {what}"):
+            attribute(demo[0], PAIRS, **{**named, **change})
+    with pytest.raises(ValueError, match="was made with other pairs"):
+        attribute(demo[0], PAIRS[:2], **named)
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no file of a search for a circuit"):
+        attribute(demo[0], PAIRS, **named)
+    assert file.read_bytes() == b"something else"
+
+
+def test_a_constant_softmax_warns_and_is_said_in_the_result(demo: tuple[Any, Any]) -> None:
+    with pytest.warns(UserWarning, match="every edge into a q or a k has the score 0"):
+        found = attribute(demo[0], PAIRS[:1], tokenizer=demo[1], rules="GIM_CONSTANT")
+    assert "the softmax is constant" in repr(found) and found.settings["notes"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(demo[0], PAIRS[:1], tokenizer=demo[1])
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_the_command_finds_scores_exports_and_shows(tmp_path: Path) -> None:
+    pairs, found, runner = tmp_path / "pairs.jsonl", str(tmp_path / "found.parquet"), CliRunner()
+    rows = [{"clean": p.clean, "corrupted": p.corrupted, "answer": p.answer, "wrong": p.wrong} for p in PAIRS[:2]]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ("--model", str(DEMO), "--device", "cpu")
+
+    def call(*arguments: str, code: int = 0) -> str:
+        done = runner.invoke(app, ["circuit", *arguments])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    out = call("find", str(pairs), *model, "--save", found, "--html", str(tmp_path / "page.html"))
+    assert "479 edges" in out and "2 pairs" in out and (tmp_path / "page.html").exists()
+    out = call("score", found, str(pairs), *model, "--save", str(tmp_path / "curve.json"))
+    assert "CPR" in out and "CMD" in out
+    assert json.loads((tmp_path / "curve.json").read_text())["sizes"] == list(MIB_SIZES)
+    for name in ("a.json", "a.pt", "a.graphml", "a.html"):
+        call("export", found, str(tmp_path / name), "-n", "40")
+        assert (tmp_path / name).stat().st_size > 500
+    assert "m3" in call("show", str(tmp_path / "a.pt"), "--top", "3")
+    assert "must end in" in call("export", found, str(tmp_path / "a.txt"), code=2)
+    assert "a circuit is a file" in call("show", str(tmp_path / "a.graphml"), code=2)
+    assert "row 0: neither clean" in call("score", found, str(_bad(tmp_path)), *model, code=2)
+
+
+def _bad(folder: Path) -> Path:
+    path = folder / "bad.jsonl"
+    path.write_text('{"clean": "a"}\n')
+    return path
