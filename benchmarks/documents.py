@@ -258,7 +258,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "explain": explain_table,
     "statements": statements_table,
     "recall": recall_table,
-    "faithfulness": lambda: faithfulness_tables.summary(latest("faithfulness")) or NOT_MEASURED,
+    "faithfulness": lambda: faithfulness_tables.tally(latest("faithfulness")) or NOT_MEASURED,
     "faithfulness-summary": lambda: (
         faithfulness_tables.summary(latest("faithfulness"), ("logprob", "contrast")) or NOT_MEASURED
     ),

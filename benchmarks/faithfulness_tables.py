@@ -83,6 +83,25 @@ def summary(results: Results | None, measures: tuple[str, ...] = (MEASURE,)) -> 
     return table(header, rows) + measured(results)
 
 
+def tally(results: Results | None) -> str:
+    """On how many pairs of task and model the reference is better than each method, not separable from it, or worse;
+    empty without results."""
+    if results is None:
+        return ""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for own in groups(results).values():
+        for metric in METRICS:
+            for place, names in enumerate(verdicts(own, metric)):
+                for name in names:
+                    counts.setdefault((name, metric), [0, 0, 0])[place] += 1
+    rows = [
+        [name, *(" / ".join(map(str, counts.get((name, metric), [0, 0, 0]))) for metric in METRICS)]
+        for name in sorted({name for name, _ in counts})
+    ]
+    header = [f"{REFERENCE} against", *(f"{metric}: better / not separable / worse" for metric in METRICS)]
+    return table(header, rows) + measured(results)
+
+
 def ranks(results: Results | None) -> str:
     """The reference's place by comprehensiveness: in log-probability, and by ratios of logits plus a constant."""
     if results is None or not results["orders"]:

@@ -45,10 +45,15 @@ def test_a_verdict_is_that_of_the_whole_interval_and_of_the_metric_s_direction()
     assert faithfulness_tables.verdicts(rows, "sufficiency") == (["d"], [], [])
     assert (
         faithfulness_tables.summary(None)
+        == faithfulness_tables.tally(None)
         == faithfulness_tables.everything(None)
         == faithfulness_tables.ranks(None)
         == ""
     )
+    told = {"rows": rows, "versions": {}, "date": "", "device": "", "commit": "", "not_reached": [], "models": {}}
+    counted = faithfulness_tables.tally(told)
+    for line in ("| a | 1 / 0 / 0 | 0 / 0 / 0 |", "| c | 0 / 0 / 1 | 0 / 0 / 0 |", "| d | 0 / 0 / 0 | 1 / 0 / 0 |"):
+        assert line in counted
     assert all(name in faithfulness_tables.tasks_table() for name in TASKS)
 
 

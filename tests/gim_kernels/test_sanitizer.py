@@ -391,6 +391,7 @@ def test_attention_of_one_gradient(rule: str, temperature: float, needs: str) ->
     check_attention((1, 2, 1, 20, 33, 16), torch.float16, needs=(needs,), causal=True, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
 def test_attention_of_any_shape_and_option(data: st.DataObject) -> None:
