@@ -195,6 +195,7 @@ def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
             for handle in handles:
                 handle.remove()
         wiring = _proved(model, probes, found)
+        _refuse_hooks(wiring)
         _prove_ungrouped(model, wiring, ids[None, :PROBE_TOKENS], logits)
     return wiring
 
@@ -220,6 +221,17 @@ def _proved(model: nn.Module, probes: Sequence[_Probe], found: Sequence[tuple[La
                 f"{layer.name}: its heads, or the order of its attention and MLP, are not those of {layers[0].name}"
             )
     return Wiring(layers, found[0][1], probes[0].start.shape[-1])
+
+
+def _refuse_hooks(wiring: Wiring) -> None:
+    """A norm in front of attention runs again, for readers and tiles of tokens, where no hook of a user's belongs."""
+    for layer in wiring.layers:
+        norm = layer.before_attention
+        if norm is not None and (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks):
+            raise UnsupportedModelError(
+                f"{layer.name}: the norm in front of its attention has hooks, and runs for every reader here: remove "
+                "them first"
+            )
 
 
 @torch.no_grad()

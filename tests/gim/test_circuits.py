@@ -235,6 +235,21 @@ def test_models_whose_parts_are_not_all_found_are_refused_by_name(family: str, r
         find(make(family), ids(1, 9)[0])
 
 
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_users_hook_on_a_norm_that_runs_for_readers_is_refused(register: str) -> None:
+    model = make("llama")
+    handle = getattr(model.model.layers[1].input_layernorm, register)(lambda *_: None)
+    with pytest.raises(
+        gim.UnsupportedModelError, match=r"model.layers.1: the norm in front of its attention has hooks"
+    ):
+        find(model, ids(1, 9)[0])
+    handle.remove()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert len(find(model, ids(1, 9)[0]).layers) == 3
+
+
 def test_a_model_is_as_it_was_after_an_error() -> None:
     model, pairs = make("llama"), batch()
     wiring = find(model, pairs.clean[0])
