@@ -50,6 +50,7 @@ def test_steps_run_in_order_and_one_that_fails_does_not_stop_the_others(tmp_path
     assert [line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["good:", "bad:", "last:"]
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_interrupted_and_can_write_what_it_has(tmp_path: Path) -> None:
     begin = time.monotonic()
     outcome = gpu.run([Step("slow", ("-c", SLEEPS), 4)], tmp_path, limit=100)

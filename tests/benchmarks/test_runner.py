@@ -111,6 +111,7 @@ def test_cases_that_differ_in_length_only_are_checked_once(monkeypatch: pytest.M
 # ----------------------------------------------------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 def test_a_row_has_times_memory_and_its_share_of_the_roofline() -> None:
     rows = run_case(ATTENTION, CPU, LIMITS, Checks(CPU), FAST)
     assert [row["system"] for row in rows] == [one.name for one in systems_of(ATTENTION, CPU)]
@@ -129,6 +130,7 @@ def test_a_row_has_times_memory_and_its_share_of_the_roofline() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "note"),
     [
@@ -142,6 +144,7 @@ def test_a_rival_that_fails_is_a_row_that_says_so(error: Exception, note: str) -
     assert rows[1]["note"] == note and "median_ms" in rows[0]
 
 
+@pytest.mark.slow
 def test_a_machine_too_small_for_a_rival_or_a_case_skips_it_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     long = dataclasses.replace(ATTENTION, tokens=2048)
     monkeypatch.setattr(runner, "available_bytes", lambda device: long.eager_bytes())
@@ -188,6 +191,7 @@ def test_peak_memory_is_what_a_call_allocates() -> None:
     assert mib - 1 < held / measure.MIB < mib + 16
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured() -> None:
     found = measure.machine(CPU, ["float32"])
     assert found["copy_gb_per_s"] > 0.1 and found["matrix_gflops"]["float32"] > 0.1

@@ -118,6 +118,7 @@ def test_memory_is_linear_in_the_prompt_for_every_plan() -> None:
     assert long <= 2 * short
 
 
+@pytest.mark.slow
 def test_the_leanest_plan_holds_checkpoints_and_two_working_sets() -> None:
     """16k tokens of the configuration that the benchmarks use on a CPU: 8 layers, hidden size 512."""
     config = LlamaConfig(
@@ -174,10 +175,8 @@ def test_a_gpu_is_accounted_with_its_own_kernels() -> None:
     assert cpu.peak == sum(cpu.parts.values()) + cpu.host
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [pytest.param(p, id=p.name, marks=[] if p.name in ("none", "layer+attention") else pytest.mark.slow) for p in SOME],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", SOME, ids=lambda plan: plan.name)
 def test_the_longest_prompt_fits_and_hardly_more_does(plan: MemoryPlan) -> None:
     twin = Twin(build("llama", "deep").config, gim.rules.GIM, device="cpu")
     memory = twin.weights + 200 * 2**20

@@ -613,6 +613,7 @@ def test_the_watch_holds_nothing_alive() -> None:
     assert alive == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "mlp", "layer"])
 def test_a_watched_explain_has_the_peak_of_an_unwatched_one(plan: str) -> None:
     config = hf.LlamaConfig(

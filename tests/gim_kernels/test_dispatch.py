@@ -42,6 +42,7 @@ SAVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", SAVED)
 def test_a_call_like_an_earlier_one_costs_little(subject: str, seen: dict[str, Any]) -> None:
     kept, anew = seen["times"][subject]

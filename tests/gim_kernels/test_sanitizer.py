@@ -362,6 +362,7 @@ def test_attention_whose_groups_are_in_parts(mask: str, monkeypatch: pytest.Monk
     assert seen.launches == dict.fromkeys(ATTENTION_KERNELS, 1) | {"fold_parts_kernel": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 def test_attention_of_many_lengths(queries: int, keys: int) -> None:
     options: dict[str, Any] = {"causal": queries > 1, "window": 50 if keys == 128 else None}
@@ -369,9 +370,8 @@ def test_attention_of_many_lengths(queries: int, keys: int) -> None:
     assert set(seen.launches) == ATTENTION_KERNELS
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=[] if size in (64, 80) else pytest.mark.slow) for size in (16, 64, 80, 128, 256)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", (16, 64, 80, 128, 256))
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [("cuda:80", torch.float16), ("cuda:90", torch.float16), ("cuda:80", torch.float32)],

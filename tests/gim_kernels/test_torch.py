@@ -95,8 +95,9 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 # ---- compiling and exporting
 
 
+@pytest.mark.slow
 @every_operator
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_to_one_graph(name: str, backend: str, engine: str) -> None:
     function, inputs = OPERATORS[name]
     compiled = torch.compile(function, fullgraph=True, backend=backend)
