@@ -137,6 +137,7 @@ def test_a_rival_is_held_to_the_rule_that_it_computes_and_its_operations_are_its
     assert own_case(case, exact).flops() / own_case(case, ours).flops() == pytest.approx(7 / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT", "GRADIENT", "FREEZE_ONLY", "SCALES_ONLY", "TSG_ONLY"])
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Qwen2.5-1.5B"])

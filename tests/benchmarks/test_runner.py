@@ -58,6 +58,7 @@ def fail(error: Exception) -> Callable[[tuple[torch.Tensor, ...]], Any]:
 # ----------------------------------------------------------------------------------------------------- the oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -83,6 +83,7 @@ def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
     assert len({one.activations for one in estimates}) == len(estimates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rules", "batch", "explained"),
     [

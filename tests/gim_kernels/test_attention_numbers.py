@@ -87,6 +87,7 @@ def _guarded(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_nothing_outside_a_tensor_is_read() -> None:
     done = _guarded("0", "60")
     assert done.returncode == 0, done.stderr

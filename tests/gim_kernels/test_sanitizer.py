@@ -384,6 +384,7 @@ def test_attention_in_the_tiles_of_a_gpu(architecture: str, dtype: torch.dtype, 
     assert set(seen.launches) == ATTENTION_KERNELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", ["query", "key", "value", "sinks"])
 @pytest.mark.parametrize(("rule", "temperature"), PAPERS_RULES)
 def test_attention_of_one_gradient(rule: str, temperature: float, needs: str) -> None:
@@ -440,6 +441,7 @@ def check_gated(
     assert sanitizer.launches == {"gated_forward_kernel": 1, "gated_backward_kernel": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("kind", ["rms", "rms1", "layer"])
@@ -450,6 +452,7 @@ def test_norms(kind: str, frozen: bool, dtype: torch.dtype) -> None:
     check_norm(x, grad_y, kind, frozen, affine=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_in_blocks_of_columns(kind: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +464,7 @@ def test_norms_in_blocks_of_columns(kind: str, frozen: bool, monkeypatch: pytest
         check_norm(x, grad_y, kind, frozen)
 
 
+@pytest.mark.slow
 def test_weight_gradients_of_many_chunks() -> None:
     count, width = 1050, 5
     assert -(-count // pointwise_tiles.rows_per_chunk(count, width)) > pointwise_tiles.FOLD.rows
@@ -468,6 +472,7 @@ def test_weight_gradients_of_many_chunks() -> None:
     check_norm(x, grad_y, "rms", frozen=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_frozen_norms_that_kept_no_input(kind: str) -> None:
     for width in (63, 16385):
@@ -481,6 +486,7 @@ def test_frozen_norms_that_kept_no_input(kind: str) -> None:
         assert sanitizer.launches["norm_backward_kernel"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backward", ["exact", "ratio"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
@@ -492,6 +498,7 @@ def test_gated_products(activation: str, backward: str, dtype: torch.dtype) -> N
         check_gated(gate, up, grad_y, activation, backward, needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", views(torch.float32, 0))
 def test_views(name: str) -> None:
     x, other = views(torch.float16, 0)[name], views(torch.float16, 1)[name]
@@ -502,6 +509,7 @@ def test_views(name: str) -> None:
         check_gated(x, up, grad_y, "silu", "exact", (True, True))
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(["rms", "layer", "gated"]),
     shape=st.lists(st.integers(1, 6), max_size=3),

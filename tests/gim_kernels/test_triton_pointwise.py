@@ -127,13 +127,10 @@ def test_norm_of_any_shape(
 
 
 #: The widest row in one block, and the narrowest in several.
-WIDE_ROWS = [
-    pytest.param("rms", 16384, marks=pytest.mark.slow),
-    ("layer", 16385),
-    pytest.param("rms", 32768, marks=pytest.mark.slow),
-]
+WIDE_ROWS = [("rms", 16384), ("layer", 16385), ("rms", 32768)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "width"), WIDE_ROWS)
 def test_norm_over_wide_rows(kind: str, width: int) -> None:
     check_norm(kind, (2, width), torch.float16, frozen=False)
