@@ -19,6 +19,7 @@ from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
+from gim.parts.parameters import frozen_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
@@ -291,19 +292,6 @@ def _scores(
         difference = embedded[:, tokens].to(wide) - baseline.to(wide)
         scores[:, tokens] = (difference * gradient.to(wide)).sum(-1)
     return scores, finite
-
-
-@contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that no layer keeps its input for one."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from gim.context import GIM
 from gim.evaluation.perturbation import Forwards
 from gim.intercept.session import stack_of
 from gim.parts.calling import Kept
+from gim.parts.parameters import frozen_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
-from gim.scoring import frozen_parameters
 from gim_kernels.types import Engine
 
 Level = Literal["edge", "node"]

@@ -22,7 +22,7 @@ from gim.context import GIM
 from gim.evaluation.perturbation import Forwards
 from gim.intercept.session import session_of
 from gim.parts import anatomy
-from gim.scoring import frozen_parameters
+from gim.parts.parameters import frozen_parameters
 
 #: Tokens of the forward pass in which a model's parts are found.
 PROBE_TOKENS = 8

@@ -17,6 +17,7 @@ from gim.evaluation.case import Case
 from gim.evaluation.extras import need
 from gim.evaluation.perturbation import Forwards
 from gim.parts import anatomy
+from gim.parts.parameters import frozen_parameters
 
 #: Embeddings of one step of integrated gradients are differentiated this many tokens at a time.
 GRADIENT_TOKENS = 2048
@@ -44,16 +45,8 @@ class _TargetLogit(nn.Module):
 @contextmanager
 def _differentiated(case: Case) -> Iterator[tuple[_TargetLogit, nn.Module]]:
     """The target's logit and the embedding that it is differentiated by; no weight asks for a gradient inside."""
-    parts = anatomy.of(case.model)
-    asking = [one for one in case.model.parameters() if one.requires_grad]
-    for one in asking:
-        one.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield _TargetLogit(case), parts.embedding
-    finally:
-        for one in asking:
-            one.requires_grad_(True)
+    with frozen_parameters(case.model), torch.enable_grad():
+        yield _TargetLogit(case), anatomy.of(case.model).embedding
 
 
 def _baseline(case: Case) -> torch.Tensor:
