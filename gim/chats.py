@@ -177,8 +177,8 @@ class _Chat:
         # The template's own, a mark, a text, the same mark, the template's own, and so on.
         if pieces[1::2] != [str(number) for number in range(1, len(texts) + 1) for _ in range(2)]:
             return {}
-        between, found = pieces[0::4], pieces[2::4]
-        if found != texts or not rendered.startswith(between[0]):
+        between = pieces[0::4]
+        if not rendered.startswith(between[0]):
             return {}
         at, places = len(between[0]), []
         for text, after in zip(texts, between[1:], strict=True):
