@@ -34,7 +34,8 @@ def strongest_paths(graph: Graph, scores: torch.Tensor, count: int) -> list[Path
     """Paths through the strongest edges, strongest first.
 
     From each edge, strongest first and without regard to its sign, the strongest edge into its writer is followed to
-    the input, and the strongest out of its reader to the end. A path is as strong as its weakest edge.
+    the input, and the strongest out of its reader to the end; where only edges of score 0 go on, there is no path. A
+    path is as strong as its weakest edge.
 
     Args:
         graph: of the scores.
@@ -48,17 +49,25 @@ def strongest_paths(graph: Graph, scores: torch.Tensor, count: int) -> list[Path
         row, column = divmod(place, graph.readers)
         if len(found) == count or values[row, column] <= 0:
             break
-        way = [(row, column)]
-        while way[0][0] != 0:
-            into = values * owners[way[0][0]]
-            way.insert(0, divmod(int(into.argmax()), graph.readers))
-        while way[-1][1] != graph.readers - 1:
+        way, strength = [(row, column)], float(values[row, column])
+        while strength > 0 and way[0][0] != 0:
+            step, size = _strongest(values * owners[way[0][0]])
+            way.insert(0, step)
+            strength = min(strength, size)
+        while strength > 0 and way[-1][1] != graph.readers - 1:
             # A grouped key head makes several heads; the strongest way on goes through any of them.
-            mine = owners[:, way[-1][1]]
-            out = values * mine[:, None]
-            way.append(divmod(int(out.argmax()), graph.readers))
-        found.setdefault(tuple(way), min(float(values[one]) for one in way))
+            step, size = _strongest(values * owners[:, way[-1][1], None])
+            way.append(step)
+            strength = min(strength, size)
+        if strength > 0:
+            found.setdefault(tuple(way), strength)
     return sorted((Path(way, strength) for way, strength in found.items()), key=lambda one: -one.strength)
+
+
+def _strongest(values: torch.Tensor) -> tuple[tuple[int, int], float]:
+    """Row and column of the largest value, and the value."""
+    place = int(values.argmax())
+    return divmod(place, values.shape[1]), float(values.flatten()[place])
 
 
 def html(circuit: Circuit, count: int) -> str:

@@ -106,6 +106,10 @@ def test_strongest_paths_follow_the_strongest_edges() -> None:
     # Through a0.h0 by v, to m0 and out; then input to m0.
     assert first.edges == ((0, 2), (1, 3), (2, 4)) and first.strength == 2.0
     assert second.edges == ((0, 3), (2, 4)) and second.strength == 1.0
+    # What a0.h0 reads goes no further, and nothing goes into m0: there is one path, straight to the end.
+    ends = torch.tensor([[0, 0, -3.0, 0, 0.3], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
+    assert [(one.edges, one.strength) for one in page.strongest_paths(graph, ends, 5)] == [(((0, 4),), 0.3)]
+    assert page.strongest_paths(graph, torch.zeros(3, 5), 5) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ pairs
