@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `gim --help` answers at
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Annotated
 
 import typer
@@ -27,6 +26,8 @@ app = typer.Typer(
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
+    import importlib.metadata
+
     try:
         version = importlib.metadata.version("gim-kernels")
     except importlib.metadata.PackageNotFoundError:

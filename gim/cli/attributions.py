@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
-
 from gim.cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,10 +17,14 @@ if TYPE_CHECKING:
 @contextmanager
 def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar for each stage on standard error, with its tokens per second; nothing where that is not a terminal."""
+    from rich.console import Console
+
     err = Console(stderr=True)
     if not err.is_terminal:
         yield None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -49,6 +49,8 @@ def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None
 
 
 def show(attribution: Attribution, top: int) -> None:
+    from rich.console import Console
+
     from gim import render
 
     Console().print(render.terminal(attribution, top=top))
@@ -56,6 +58,9 @@ def show(attribution: Attribution, top: int) -> None:
 
 def write(attribution: Attribution, outputs: dict[str, Path], top: int) -> None:
     """Write every file that was asked for, and say so."""
+    from rich.console import Console
+    from rich.text import Text
+
     writers: dict[str, Callable[[Path], object]] = {
         "--html": lambda path: attribution.to_html(path, top=max(top, 20)),
         "--json": attribution.to_json,

@@ -8,10 +8,6 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gim.cli.errors import UserError, handled, refused
 from gim.cli.models import load, refuse_engine, rules_named
@@ -113,6 +109,11 @@ def _ran(report: AppliedReport) -> str:
 
 def _show_compared(rows: list[_Compared]) -> None:
     """Engines side by side."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     if not rows:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -130,6 +131,9 @@ def _show_compared(rows: list[_Compared]) -> None:
 
 def _show_kernels(device: Any) -> None:
     """What is known of the kernels on the device."""
+    from rich.console import Console
+    from rich.text import Text
+
     from gim_kernels.engines import checked_kernels
 
     known = checked_kernels(device)
@@ -139,6 +143,11 @@ def _show_kernels(device: Any) -> None:
 
 def _show_report(model: str, rules: Rules, report: AppliedReport, prompt: str) -> None:
     """What each rule would be applied to, modules that differ in their numbers only in one row."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from gim.applied import PARTS
     from gim.render import visible
 

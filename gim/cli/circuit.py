@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gim.cli.errors import UserError, check_outputs, handled, refused
 from gim.cli.models import load, rules_named
@@ -214,6 +210,9 @@ def _loaded(path: Path) -> Circuit:
 
 def _write(outputs: dict[str, Path], writers: dict[str, Callable[[Path], object]]) -> None:
     """Write every file that was asked for, and say so."""
+    from rich.console import Console
+    from rich.text import Text
+
     for name, path in outputs.items():
         with _asked():
             writers[name](path)
@@ -230,6 +229,11 @@ def _save_curve(curve: Curve, path: Path) -> None:
 
 def _show(found: Circuit, top: int, *, absolute: bool) -> None:
     """The strongest edges or nodes."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from gim.render import visible
 
     console = Console()
@@ -248,6 +252,11 @@ def _show(found: Circuit, top: int, *, absolute: bool) -> None:
 
 def _show_curve(curve: Curve) -> None:
     """The curve in both orders, and the two areas."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     areas = (("signed", curve.cpr, "CPR", "higher"), ("absolute", curve.cmd, "CMD", "lower"))
     for order, area, name, better in areas:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from gim.cli.attributions import progress_bar, show, write
 from gim.cli.errors import UserError, check_outputs, handled, refused
 from gim.cli.models import loading, quieten, rules_named, token_count
@@ -49,6 +44,11 @@ def command(
 
 def _show_demo(attribution: Attribution, prompt: Any) -> None:
     """The question, the model's answer, and where the statements of the asked fact rank."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from gim.render import number, one_line
 
     console = Console()

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class UserError(Exception):
@@ -46,6 +48,8 @@ def check_outputs(outputs: dict[str, Path | None]) -> dict[str, Path]:
 @contextmanager
 def handled(debug: bool) -> Iterator[None]:
     """Inside, an error of the user's becomes one line and exit code 2, and warnings one line each at the end."""
+    from rich.console import Console
+
     err = Console(stderr=True)
     failure: UserError | None = None
     with warnings.catch_warnings(record=not debug) as caught:
@@ -79,6 +83,8 @@ def refused() -> Iterator[None]:
 
 def _line(console: Console, word: str, style: str, message: str) -> None:
     """One line, however the message was laid out, with nothing in it that a terminal would obey."""
+    from rich.text import Text
+
     from gim.render import one_line
 
     text = Text.assemble((word, style), " ", one_line(" ".join(message.split())))

@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gim.cli.errors import UserError, check_outputs, handled, refused
 from gim.cli.models import load
@@ -131,6 +127,9 @@ def _evaluated(
 
 def _write(found: Evaluation, outputs: dict[str, Path], reference: str) -> None:
     """Write every file that was asked for, and say so."""
+    from rich.console import Console
+    from rich.text import Text
+
     writers: dict[str, Callable[[Path], object]] = {
         "--save": found.save,
         "--html": lambda path: found.to_html(path, reference=reference),
@@ -145,6 +144,11 @@ def _write(found: Evaluation, outputs: dict[str, Path], reference: str) -> None:
 
 def _show(found: Evaluation, reference: str) -> None:
     """A table for each measure and metric."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from gim.evaluation.measures import HIGHER_IS_BETTER
 
     console = Console()

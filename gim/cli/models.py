@@ -8,9 +8,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
-
 from gim.cli.errors import UserError
 from gim.cli.options import Dtype, EngineName
 
@@ -42,6 +39,9 @@ def _check_folder(name: str) -> None:
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Inside, a terminal says that something is loaded, which takes seconds before anything else shows."""
+    from rich.console import Console
+    from rich.text import Text
+
     err = Console(stderr=True)
     with err.status(Text(f"loading {what}")) if err.is_terminal else nullcontext():
         yield
@@ -104,6 +104,7 @@ def quieten() -> None:
     """Keep libraries from writing between our lines; what they raise and warn of is shown by us."""
     import huggingface_hub
     import transformers
+    from rich.console import Console
 
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()

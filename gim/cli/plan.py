@@ -6,10 +6,6 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gim.cli.errors import UserError, handled
 from gim.cli.models import loading, quieten, rules_named, twin_of
@@ -69,6 +65,11 @@ def _bytes(text: str) -> int:
 
 def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given: bool, rows: list[PlanRow]) -> None:
     """Every plan's predicted memory and cost, the one that `auto` would take marked."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from gim.memory import AUTO_SHARE, size
     from gim.parts import anatomy
     from gim.render import visible

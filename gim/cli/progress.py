@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int, float | None], None] | None]:
@@ -16,10 +13,21 @@ def counting(what: str) -> Iterator[Callable[[int, int, float | None], None] | N
     Args:
         what: is counted, such as ``examples``.
     """
+    from rich.console import Console
+
     err = Console(stderr=True)
     if not err.is_terminal:
         yield None
         return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=err, transient=True) as bars:
         bar = bars.add_task(what, total=None)

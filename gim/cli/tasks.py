@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from gim.cli.errors import UserError, handled
 
@@ -15,6 +13,9 @@ def command(
     name: Annotated[str | None, typer.Argument(help="A task, for its page; none to list them.")] = None,
 ) -> None:
     """List the tasks that gim evaluate has in the box, or show one: what it asks, its source, licence, examples."""
+    from rich.console import Console
+    from rich.text import Text
+
     from gim.evaluation.tasks import TASKS
 
     with handled(False):

@@ -362,10 +362,11 @@ def test_every_rank_says_the_same(case: str, name: str, rank: int, said: dict[tu
 @pytest.mark.slow
 def test_looking_at_placement_imports_nothing() -> None:
     code = (
-        "import sys, torch, gim\n"
+        "import sys, torch\n"
         "from torch import nn\n"
+        "from gim import GIM\n"
         "before = set(sys.modules)\n"
-        "with gim.GIM(nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 4))): pass\n"
+        "with GIM(nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 4))): pass\n"
         "new = set(sys.modules) - before\n"
         "print([m for m in new if m.startswith(('accelerate', 'torch.distributed', 'deepspeed'))])"
     )
