@@ -505,9 +505,8 @@ def test_public_names_are_loaded_when_asked_for() -> None:
 
 def test_a_terminal_says_that_something_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(
-        cli.models, "Console", lambda **_: Console(file=screen, force_terminal=True, width=60, color_system=None)
-    )
+    terminal = Console(file=screen, force_terminal=True, width=60, color_system=None)
+    monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
     with cli.models.loading("org/[bold]name"):
         pass
     assert "loading org/[bold]name" in screen.getvalue()
