@@ -138,12 +138,37 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | No
 _attention = operators.define(
     f"attention({_LIBRARY_ARGUMENTS}) -> (Tensor, Tensor)", _run_attention, _fake_attention, _save, _differentiate
 )
+
+
+def _backward_of_several(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
+    """The rule of the backward under ``torch.vmap``: several gradients of one output are rows of a batch to the engine
+    that computes the weights of equal rows once."""
+    grad_out, query, key, value, sinks, key_range, *options, engine, out, lse, needs = given
+    if not operators.is_of_one_output(in_dims) or engine != "blockwise" or query.shape[0] != 1 or needs[3]:
+        return _one_by_one(info, in_dims, *given)
+    count = info.batch_size
+    query, key, value, out, lse = (x.expand(count, -1, -1, -1) for x in (query, key, value, out, lse[..., None]))
+    if key_range is not None:
+        key_range = key_range.expand(count, -1)
+    grads = _attention_backward(
+        grad_out.movedim(in_dims[0], 0)[:, 0],
+        *(query, key, value, sinks, key_range),
+        *options,
+        *(engine, out, lse[..., 0], needs),
+    )
+    # What nobody asked for is empty, whatever the batch.
+    grads = tuple(grad[:, None] if need else grad.expand(count, 0) for grad, need in zip(grads, needs, strict=True))
+    return grads, (0,) * len(grads)
+
+
 _attention_backward = operators.define(
     f"attention_backward(Tensor grad_out, {_LIBRARY_ARGUMENTS}, Tensor out, Tensor lse, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run_attention_backward,
     _fake_attention_backward,
+    vmap=_backward_of_several,
 )
+_one_by_one = operators.one_by_one(torch.ops.gim_kernels.attention_backward.default)
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -137,6 +137,15 @@ def _ranges(key_range: torch.Tensor | None, batch: int, keys: int) -> list[tuple
     return [(max(0, int(first)), min(keys, int(end))) for first, end in key_range.tolist()]
 
 
+def _shared(ranges: list[tuple[int, int]], *tensors: torch.Tensor) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """The rows of a batch and their keys; together where all rows are one, and only their gradients differ."""
+    rows = list(range(len(ranges)))
+    if len(set(ranges)) == 1 and all(x.stride(0) == 0 for x in tensors):
+        yield rows, ranges[0]
+    else:
+        yield from (([row], keys) for row, keys in zip(rows, ranges, strict=True))
+
+
 def _is_matrix(x: torch.Tensor) -> bool:
     """Whether the last two dimensions of ``x`` ``[.., N, D]`` lie in memory as BLAS takes them, by rows or by columns.
 
@@ -302,10 +311,11 @@ def backward_workspace(
     """Bytes that :func:`attention_backward` holds besides its arguments and results, at most.
 
     Args:
-        query: ``[B, HQ, T, D]``; only its shape and dtype count, and the strides as well of ``key`` and ``value``
-            ``[B, HK, S, D]``.
+        query: ``[B, HQ, T, D]``; only its shape, dtype and whether its rows are one count, and the strides as well of
+            ``key`` and ``value`` ``[B, HK, S, D]``.
         options, softmax_backward, temperature: as in the backward.
     """
+    together = query.shape[0] if query.stride(0) == 0 else 1
     (heads, queries, size), (kv_heads, keys), wide = query.shape[1:], key.shape[1:3], _wide(query.dtype)
     tile = tile_of(queries, keys, kv_heads, heads // kv_heads, options)
     through_scores = softmax_backward != "constant"
@@ -314,8 +324,9 @@ def backward_workspace(
     # Copies of the heads' keys and values, and the sums of their gradients.
     copies = sum(keys for x in (key, value) if x.dtype != wide or not _is_matrix(x))
     for x in (key, value) if through_scores else (value,):
-        copies += 0 if _sums_in_place(torch.empty_like(x, device="meta"), wide) else keys
-    return tile.heads * (buffers * tile.rows * tile.keys + (copies + 4 * tile.rows) * size) * wide.itemsize
+        copies += 0 if _sums_in_place(torch.empty_like(x, device="meta"), wide) else together * keys
+    copies += (together + 4) * tile.rows
+    return tile.heads * (buffers * tile.rows * tile.keys + copies * size) * wide.itemsize
 
 
 def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options, plain: bool) -> bool:
@@ -485,7 +496,8 @@ def attention_backward(
     grad_scale: tuple[float, float, float],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See :class:`gim_kernels.types.AttentionEngine`.
+    """See :class:`gim_kernels.types.AttentionEngine`. Where all rows of the batch are one by their strides, and only
+    ``grad_out`` differs, weights are computed once for all of them.
 
     With ``e = exp((S - lse) / T)``, ``Z = rowsum(e)`` (the sink's share included) and ``dP = dO V^T``::
 
@@ -510,15 +522,15 @@ def attention_backward(
 
     tile = tile_of(queries, keys, kv_heads, group, options)
     buffers = _Buffers(tile.scores, wide, query.device)
-    for row, (first, end) in enumerate(_ranges(key_range, batch, keys)):
+    for row, (first, end) in _shared(_ranges(key_range, batch, keys), query, key, value, lse):
         for first_head in range(0, kv_heads, tile.heads):
             kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
             count = kv_head.stop - kv_head.start
             head = slice(kv_head.start * group, kv_head.stop * group)
-            k, v = _matrix(key[row, kv_head], wide), _matrix(value[row, kv_head], wide)  # [HEADS, S, D]
+            k, v = _matrix(key[row[0], kv_head], wide), _matrix(value[row[0], kv_head], wide)  # [HEADS, S, D]
             sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
-            sum_key = _sums(grad_key, row, kv_head, wide) if through_scores else None
-            sum_value = _sums(grad_value, row, kv_head, wide)
+            sums_key = [_sums(grad_key, one, kv_head, wide) if through_scores else None for one in row]
+            sums_value = [_sums(grad_value, one, kv_head, wide) for one in row]
             for block in blocks(queries, keys, options, first, end, tile.queries):
                 if block.keys == 0:
                     continue
@@ -526,40 +538,43 @@ def attention_backward(
                 seen = slice(block.first, block.end)
                 length = block.stop - block.start
                 flat = (count, group * length, block.keys)
-                q = _matrix(query[row, head, rows].reshape(count, group * length, size), wide)
-                grad = _matrix(grad_out[row, head, rows].reshape(count, group * length, size), wide)
-                row_lse = lse[row, head, rows].reshape(count, group * length, 1)
+                q = _matrix(query[row[0], head, rows].reshape(count, group * length, size), wide)
+                row_lse = lse[row[0], head, rows].reshape(count, group * length, 1)
                 sink_score = None if sink is None else sink.expand(-1, length, 1).reshape(row_lse.shape)
-                weights = _weights(
-                    q, k[:, seen], row_lse, sink_score, temperature, options, block, buffers, sum_value is not None
-                )
+                weights = _weights(q, k[:, seen], row_lse, sink_score, temperature, options, block, buffers, need_value)
                 e, z = weights.e, weights.z
-                if sum_value is not None:
-                    # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
-                    sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum)
+                grads = [_matrix(grad_out[one, head, rows].reshape(q.shape), wide) for one in row]
+                for grad, sum_value in zip(grads, sums_value, strict=True):
+                    if sum_value is not None:
+                        # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
+                        sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum)
                 if not through_scores:
                     continue
-                grad_p = torch.bmm(grad, v[:, seen].mT, out=buffers.get("p or dp", *flat)).mul_(e)
-                delta = grad_p.sum(-1, keepdim=True) / z
-                if grad_sinks is not None and weights.share is not None:
-                    grad_sinks[head] -= (weights.share * delta / z).view(count * group, length).sum(-1)
-                grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
-                if weights.slope is not None:
-                    grad_s.mul_(weights.slope)
-                if grad_query is not None:
-                    grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
-                    grad_query[row, head, rows] = grad_q.view(count * group, length, size).to(query.dtype)
-                if sum_key is not None:
-                    sum_key[:, seen].baddbmm_(grad_s.mT, q / z)
-            for sums, grads, factor in (
-                (sum_key, grad_key, options.scale * grad_scale[1]),
-                (sum_value, grad_value, grad_scale[2]),
+                # From here on P's buffer is dP's.
+                q_over_z = q / z
+                for one, grad, sum_key in zip(row, grads, sums_key, strict=True):
+                    grad_p = torch.bmm(grad, v[:, seen].mT, out=buffers.get("p or dp", *flat)).mul_(e)
+                    delta = grad_p.sum(-1, keepdim=True) / z
+                    if grad_sinks is not None and weights.share is not None:
+                        grad_sinks[head] -= (weights.share * delta / z).view(count * group, length).sum(-1)
+                    grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
+                    if weights.slope is not None:
+                        grad_s.mul_(weights.slope)
+                    if grad_query is not None:
+                        grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
+                        grad_query[one, head, rows] = grad_q.view(count * group, length, size).to(query.dtype)
+                    if sum_key is not None:
+                        sum_key[:, seen].baddbmm_(grad_s.mT, q_over_z)
+            for all_sums, of_all, factor in (
+                (sums_key, grad_key, options.scale * grad_scale[1]),
+                (sums_value, grad_value, grad_scale[2]),
             ):
-                if sums is not None and grads is not None:
-                    sums.mul_(factor)
-                    if not _sums_in_place(grads, wide):
-                        grads[row, kv_head] = sums.to(grads.dtype)
-            del k, v, sum_key, sum_value, sums  # copies, which would be alive beside the next heads'
+                for one, sums in zip(row, all_sums, strict=True):
+                    if sums is not None and of_all is not None:
+                        sums.mul_(factor)
+                        if not _sums_in_place(of_all, wide):
+                            of_all[one, kv_head] = sums.to(of_all.dtype)
+            del k, v, sums_key, sums_value, all_sums, sums  # copies, which would be alive beside the next heads'
     if grad_sinks is not None and sinks is not None:
         return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
     return grad_query, grad_key, grad_value, None

@@ -15,6 +15,8 @@ import torch
 
 _LIBRARY = torch.library.Library("gim_kernels", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+#: Of ``torch.autograd.grad(..., is_grads_batched=True)``, which no stack of interpreters knows.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 #: Tensors without code of their own.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
@@ -28,9 +30,30 @@ def _nobody_sees(tensors: Sequence[Any]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-        and all(type(x) in _PLAIN for x in tensors)
+        and all(type(x) in _PLAIN and not (x is not None and _is_batched(x)) for x in tensors)
         and (tensors[0].is_cuda or tensors[0].is_cpu)
     )
+
+
+def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of an operator under ``torch.vmap``, of one result or several: one call after the other."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
+        calls = [
+            operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(given, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], torch.Tensor):
+            return torch.stack(calls), 0
+        results = tuple(torch.stack(one) for one in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def is_of_one_output(in_dims: Sequence[Any]) -> bool:
+    """Whether the arguments of a backward under ``torch.vmap`` are several gradients, the first, of one output."""
+    return isinstance(in_dims[0], int) and not any(isinstance(dim, int) for dim in in_dims[1:])
 
 
 def define(
@@ -39,6 +62,7 @@ def define(
     fake: Callable[..., Any],
     save: Callable[..., None] | None = None,
     differentiate: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``gim_kernels::name`` and give what calls it.
 
@@ -49,6 +73,8 @@ def define(
         save: ``save(ctx, inputs, results)`` of an autograd function.
         differentiate: its ``backward(ctx, *grads)``, a gradient or None for each tensor among the arguments. Without
             it a gradient through the operator is an error.
+        vmap: its rule under ``torch.vmap``, as :func:`torch.library.register_vmap` takes it; None for one call after
+            the other.
 
     Returns:
         The operator, to be called with all arguments in the schema's order.
@@ -58,6 +84,7 @@ def define(
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gim_kernels::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.gim_kernels, name).default
+    torch.library.register_vmap(f"gim_kernels::{name}", vmap or one_by_one(operator), lib=_LIBRARY)
     tensors = [i for i, one in enumerate(operator._schema.arguments) if "Tensor" in str(one.type)]
     leading = len(tensors)  # of what has a gradient, all tensors come first
 

@@ -53,6 +53,14 @@ def _blocks(rows: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
+def _of_several(rows: int, count: int, width: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of ``rows`` rows, and where each lies in each of ``count`` tensors of such rows, one after another."""
+    step = _step(width)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), [slice(one * rows + start, one * rows + stop) for one in range(count)]
+
+
 def _work_tile(out: torch.Tensor) -> torch.Tensor:
     """Where a block of results is computed: in place, or in wider numbers that are rounded at the end."""
     wide = _wide_dtype(out.dtype)
@@ -123,7 +131,8 @@ def norm_backward(
     frozen: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """See :class:`gim_kernels.types.PointwiseEngine`."""
+    """See :class:`gim_kernels.types.PointwiseEngine`; ``grad_y`` may have one dimension more in front, where x alone
+    needs a gradient: several gradients of one output, for which what they share is computed once."""
     need_x, need_weight, need_bias = needs
     width, wide_dtype = grad_y.shape[-1], inverse.dtype
     grad_x = grad_y.new_empty(grad_y.shape) if need_x else None
@@ -131,26 +140,28 @@ def norm_backward(
     grad_bias = grad_y.new_zeros(width, dtype=wide_dtype) if need_bias else None
     factor = _factor(weight, weight_offset)
     rows, inverses = _rows(grad_y), _rows(inverse)
-    for block in _blocks(rows):
-        wide, scale = _wide(rows[block]), inverses[block]
-        normalised = None
+    several = rows.shape[0] // max(1, inverses.shape[0])
+    for block, places in _of_several(inverses.shape[0], several, width):
+        scale, normalised = inverses[block], None
         if x is not None and (need_weight or not frozen):
             given = _wide(_rows(x)[block])
             normalised = given * scale if mean is None else (given - _rows(mean)[block]).mul_(scale)
-        if grad_x is not None:
-            out = _rows(grad_x)[block]
-            tile = _work_tile(out)
-            _ = tile.copy_(wide) if factor is None else torch.mul(wide, factor, out=tile)
-            along = None if frozen or normalised is None else (tile * normalised).mean(-1, keepdim=True)
-            if mean is not None:
-                tile.sub_(tile.mean(-1, keepdim=True))
-            if along is not None and normalised is not None:
-                tile.addcmul_(normalised, along, value=-1)
-            _store(tile.mul_(scale), out)
-        if grad_weight is not None and normalised is not None:
-            grad_weight += normalised.mul_(wide).sum(0)
-        if grad_bias is not None:
-            grad_bias += wide.sum(0)
+        for place in places:
+            wide = _wide(rows[place])
+            if grad_x is not None:
+                out = _rows(grad_x)[place]
+                tile = _work_tile(out)
+                _ = tile.copy_(wide) if factor is None else torch.mul(wide, factor, out=tile)
+                along = None if frozen or normalised is None else (tile * normalised).mean(-1, keepdim=True)
+                if mean is not None:
+                    tile.sub_(tile.mean(-1, keepdim=True))
+                if along is not None and normalised is not None:
+                    tile.addcmul_(normalised, along, value=-1)
+                _store(tile.mul_(scale), out)
+            if grad_weight is not None and normalised is not None:
+                grad_weight += (normalised * wide).sum(0)
+            if grad_bias is not None:
+                grad_bias += wide.sum(0)
     return grad_x, grad_weight, grad_bias
 
 
@@ -181,27 +192,32 @@ def gated_backward(
     activation_backward: str,
     needs: tuple[bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """See :class:`gim_kernels.types.PointwiseEngine`."""
-    grad_gate, grad_up = (gate.new_empty(gate.shape) if need else None for need in needs)
+    """See :class:`gim_kernels.types.PointwiseEngine`; ``grad_y`` may have one dimension more in front: several
+    gradients of one output, for which what they share is computed once."""
+    grad_gate, grad_up = (grad_y.new_empty(grad_y.shape) if need else None for need in needs)
     grads, gates, ups = _rows(grad_y), _rows(gate), _rows(up)
-    for block in _blocks(gates):
-        grad, branch = grads[block], gates[block]
-        if grad_gate is not None:
-            tile = _rows(grad_gate)[block]
-            torch.mul(grad, ups[block], out=tile)
-            if activation_backward == "ratio":
-                tile.mul_(activation_ratio(branch, activation))
-            elif activation == "silu":
-                torch.ops.aten.silu_backward.grad_input(tile, branch, grad_input=tile)
-            else:
-                approximate = _APPROXIMATE[activation]
-                torch.ops.aten.gelu_backward.grad_input(tile, branch, approximate=approximate, grad_input=tile)
-            if grad_scale[0] != 1.0:
-                tile.mul_(grad_scale[0])
-        if grad_up is not None:
-            tile = _activate(branch, activation, _rows(grad_up)[block]).mul_(grad)
-            if grad_scale[1] != 1.0:
-                tile.mul_(grad_scale[1])
+    several = grads.shape[0] // max(1, gates.shape[0])
+    for block, places in _of_several(gates.shape[0], several, gates.shape[1]):
+        branch = gates[block]
+        ratio = activation_ratio(branch, activation) if needs[0] and activation_backward == "ratio" else None
+        for place in places:
+            grad = grads[place]
+            if grad_gate is not None:
+                tile = _rows(grad_gate)[place]
+                torch.mul(grad, ups[block], out=tile)
+                if ratio is not None:
+                    tile.mul_(ratio)
+                elif activation == "silu":
+                    torch.ops.aten.silu_backward.grad_input(tile, branch, grad_input=tile)
+                else:
+                    approximate = _APPROXIMATE[activation]
+                    torch.ops.aten.gelu_backward.grad_input(tile, branch, approximate=approximate, grad_input=tile)
+                if grad_scale[0] != 1.0:
+                    tile.mul_(grad_scale[0])
+            if grad_up is not None:
+                tile = _activate(branch, activation, _rows(grad_up)[place]).mul_(grad)
+                if grad_scale[1] != 1.0:
+                    tile.mul_(grad_scale[1])
     return grad_gate, grad_up
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gim_kernels
-from gim_kernels import engines, reference, types
+from gim_kernels import blockwise, engines, reference, types
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -218,12 +218,66 @@ def test_a_gradient_of_the_gradient_is_refused(name: str, engine: str) -> None:
 
 
 @every_operator
-@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
 def test_vmap_is_one_call_after_the_other(name: str, engine: str) -> None:
     function, inputs = OPERATORS[name]
     stacked = [torch.stack([x, x + 1, x * 2]) for x in inputs.values()]
     want = torch.stack([function(*(x[i] for x in stacked)) for i in range(3)])
     assert torch.equal(torch.vmap(function)(*stacked), want)
+
+
+BATCHED: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "torch.func.vmap": lambda y, inputs, grads: torch.func.vmap(
+        lambda grad: torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    )(grads),
+    "is_grads_batched": lambda y, inputs, grads: torch.autograd.grad(
+        y, inputs, grads, retain_graph=True, is_grads_batched=True
+    ),
+}
+
+
+@every_operator
+@pytest.mark.parametrize("way", BATCHED)
+@pytest.mark.parametrize("leading", [1, None], ids=["inputs", "parameters too"])
+def test_several_gradients_at_once_are_those_one_after_the_other(
+    name: str, way: str, leading: int | None, engine: str
+) -> None:
+    function, inputs = OPERATORS[name]
+    parameters = ("weight", "bias", "sinks")
+    given = {key: x.clone().requires_grad_(leading is None or key not in parameters) for key, x in inputs.items()}
+    wanted = tuple(x for x in given.values() if x.requires_grad)
+    y = function(*given.values())
+    grads = torch.stack([numbers(*y.shape, seed=seed) for seed in range(3)])
+    want = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for grad in grads]
+    for mine, theirs in zip(BATCHED[way](y, wanted, grads), zip(*want, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["exact", "temperature", "constant"])
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+def test_several_gradients_share_the_weights_of_attention(
+    dtype: torch.dtype, rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(1, 4, 300, 16), (1, 2, 300, 16), (1, 2, 300, 16)]
+    inputs = [numbers(*shape, seed=seed).to(dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    y = gim_kernels.attention(
+        *inputs, causal=True, softmax_backward=rule, temperature=temperature, engine="blockwise"
+    )  # fmt: skip
+    grads = torch.stack([numbers(*y.shape, seed=seed).to(dtype) for seed in range(3)])
+    counts: list[int] = []
+    weights = blockwise._weights
+
+    def counted(*given: Any) -> Any:
+        counts.append(1)
+        return weights(*given)
+
+    monkeypatch.setattr(blockwise, "_weights", counted)
+    want = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    alone = len(counts)
+    found = BATCHED["torch.func.vmap"](y, inputs, grads)
+    assert alone == 3 * (len(counts) - alone)
+    for mine, theirs in zip(found, zip(*want, strict=True), strict=True):
+        assert torch.equal(mine, torch.stack(theirs))
 
 
 @every_operator
