@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gim import circuits, rules, targets
+    from gim.answers import AnswerAttribution
     from gim.applied import AppliedReport, UnsupportedModelError
     from gim.attribution import Attribution
     from gim.context import GIM
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 #: Where each public name is defined; a module's own name stands for the module.
 _HOMES = {
     "GIM": "gim.context",
+    "AnswerAttribution": "gim.answers",
     "AppliedReport": "gim.applied",
     "Attribution": "gim.attribution",
     "EstimateError": "gim.memory",
@@ -41,6 +43,7 @@ _HOMES = {
 
 __all__ = [
     "GIM",
+    "AnswerAttribution",
     "AppliedReport",
     "Attribution",
     "EstimateError",

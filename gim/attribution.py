@@ -435,7 +435,7 @@ class Attribution:
         Raises:
             OSError: the file cannot be written.
         """
-        document = saved.to_document(self)
+        document = saved.to_document(self.to_dict())
         if path is not None:
             write_atomically(path, document.encode("ascii"))
         return document

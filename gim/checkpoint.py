@@ -24,7 +24,17 @@ from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
 from gim.parts.layers import attentions
 from gim.plan import MemoryPlan
-from gim.tokenwise import MLP, Forward, NormBefore, find_mlps, in_backward, in_tiles, norms_of, run_again
+from gim.tokenwise import (
+    MLP,
+    Forward,
+    NormBefore,
+    find_mlps,
+    in_backward,
+    in_tiles,
+    norms_of,
+    outside_transforms,
+    run_again,
+)
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
 MLPs = Mapping[str, list[MLP] | str]
@@ -85,6 +95,7 @@ def applied(
     watch: Watch | None = None,
     ahead: bool | None = None,
     every_tile: bool = True,
+    several: bool = False,
 ) -> Iterator[None]:
     """Inside, the model's layers spend memory by the plan. Must be inside a GIM context, parameters frozen.
 
@@ -100,6 +111,7 @@ def applied(
         watch: told ``("checkpoints" | "attention" | "host", tensor)`` of what is kept.
         ahead: as in :class:`gim.offload.Offload`.
         every_tile: as in :func:`gim.tokenwise.run_again`.
+        several: whether more than one backward follows a forward.
 
     Raises:
         ValueError: the plan acts on layers or MLPs that the model does not have; names them.
@@ -115,7 +127,7 @@ def applied(
         raise ValueError(reason)
     offload = None
     if plan.offload == "cpu":
-        offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead)
+        offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead, several)
     inner = Changes(session)
     layers = _Layers(plan, session, inner, offload, watch, every_tile)
     parts = anatomy.of(model)
@@ -190,7 +202,8 @@ class _Layers:
                 for place, x in zip(at, tensors, strict=True):
                     filled[place] = x
                 inputs, named = tree_unflatten(filled, spec)
-                return forward(*inputs, **named)
+                with outside_transforms():
+                    return forward(*inputs, **named)
 
             stash = _Stash(self, index)
             contexts = (stash.keeping, stash.reusing) if self._plan.keep_attention else (nullcontext, nullcontext)
@@ -329,14 +342,18 @@ class _Stash:
         self._layers = layers
         self._index = index
         self._kept: list[tuple[Any, ...]] = []
+        self._used = 0
 
     def keeping(self) -> TorchDispatchMode:
         """Inside, attention's outputs are kept."""
         return _AtAttention(self._forward)
 
     def reusing(self) -> TorchDispatchMode:
-        """Inside, attention does not run: its outputs are those kept, in the order they were."""
-        return _AtAttention(self._recompute)
+        """Inside, attention does not run: its outputs are those kept, in the order they were, each time anew."""
+        return _AtAttention(self._recompute, self._from_the_first)
+
+    def _from_the_first(self) -> None:
+        self._used = 0
 
     def _forward(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         out = run()
@@ -345,17 +362,21 @@ class _Stash:
         return out
 
     def _recompute(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        if not self._kept:
-            raise RuntimeError("attention's kept outputs were used already: a memory plan allows one backward")
-        return tuple(self._layers.give(x).detach() for x in self._kept.pop(0))
+        self._used += 1
+        return tuple(self._layers.give(x).detach() for x in self._kept[self._used - 1])
 
 
 class _AtAttention(TorchDispatchMode):
     """Hands every call of the attention operator to a function, below autograd."""
 
-    def __init__(self, handle: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, handle: Callable[[Callable[[], Any]], Any], entered: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self._handle = handle
+        self._entered = entered
+
+    def __enter__(self) -> Any:
+        self._entered()
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.gim_kernels.attention.default:
@@ -386,10 +407,19 @@ def _refuse_more(name: str, others: tuple[Any, ...], named: dict[str, Any]) -> N
         )
 
 
+def _all_of(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient ``[B, ...]``; under ``torch.vmap``, which hides several of them in one, as ``[N * B, ...]``."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(grad):
+        return grad
+    return functorch.get_unwrapped(grad).movedim(functorch.maybe_get_bdim(grad), 0).flatten(0, 1)
+
+
 def _refuse_elsewhere(grad: torch.Tensor, kept: Kept, name: str) -> None:
     """An error unless a gradient ``[B, T, ...]`` is 0 at every position that is not explained."""
     if grad.is_meta:
         return
+    grad = _all_of(grad)
     at = kept.among(grad.shape[1]).to(grad.device)
     elsewhere = torch.count_nonzero(grad) - torch.count_nonzero(grad.index_select(1, at))
     if bool(elsewhere):

@@ -43,6 +43,10 @@ __all__ = [
 AUTO_SHARE = 0.9
 #: Where this many times what a prompt's activations take by the config's numbers is free, nothing need be estimated.
 PLENTY = 6
+#: Gradients of one forward that are taken together: as many as give these tokens, within bounds. Measured on two cores
+#: with a model of 135M parameters: at 256 tokens 0.57 of single calls' time one by one, 0.49 by 4, 0.48 by 8; at 2,048,
+#: where attention's weights are most of what they share, 15 seconds each by 4 against 18.
+TOKENS_AT_ONCE, LEAST_AT_ONCE, MOST_AT_ONCE = 8192, 2, 16
 
 
 class OutOfMemoryError(torch.OutOfMemoryError):
@@ -171,6 +175,21 @@ class _Adviser:
             EstimateError: it cannot be told.
         """
         return self.twin.estimate(plan, self.tokens, batch=self.batch, explained=len(self._request.kept.positions))
+
+    def at_once(self, plan: MemoryPlan) -> int:
+        """How many gradients of one forward are taken together under a plan.
+
+        Enough to keep matrix products busy; the same part of the work is done once for all of them. Each needs about
+        what one layer keeps.
+        """
+        wanted = min(self._request.numbers, max(LEAST_AT_ONCE, min(MOST_AT_ONCE, TOKENS_AT_ONCE // self.tokens)))
+        if wanted == 1 or self.has_plenty or self.free is None:
+            return wanted
+        found, kept = self.try_estimate(plan), activation_bytes(self._model, self.tokens)
+        if found is None or kept is None:
+            return 1
+        room = AUTO_SHARE * self.free - found.activations
+        return max(1, min(wanted, 1 + int(room / (kept / max(1, len(self.parts.layers))))))
 
     def try_estimate(self, plan: MemoryPlan) -> MemoryEstimate | None:
         """What a plan would take, or None where it cannot be told."""
@@ -359,23 +378,23 @@ def run(
     else:
         plan = adviser.choose()
 
-    def attempt(plan: MemoryPlan) -> Result | str:
+    def attempt(plan: MemoryPlan, at_once: int) -> Result | str:
         """The result, or the message with which memory ran out; the exception would hold all that was allocated."""
         try:
-            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict, engine)
+            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict, engine, at_once)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    result = attempt(plan)
+    result = attempt(plan, adviser.at_once(plan))
     if isinstance(result, str):
         _release(ids.device)
         leaner = adviser.leaner(plan)
         if leaner is None:
             raise adviser.error(f"out of memory ({result})", plan, adviser.try_estimate(plan))
         warnings.warn(f"out of memory under plan {plan.name}; trying plan {leaner.name}", stacklevel=3)
-        result = attempt(leaner)
+        result = attempt(leaner, 1)
         if isinstance(result, str):
             _release(ids.device)
             raise adviser.error(f"out of memory twice ({result})", leaner, adviser.try_estimate(leaner))

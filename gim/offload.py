@@ -110,13 +110,20 @@ class Offload:
         device: where the tensors are.
         watch: told of each buffer, and of the copies that are under way.
         ahead: whether to hold copies under way as a GPU does; None to decide by the device.
+        several: whether tensors are wanted back more than once; buffers are then free at the end only.
     """
 
     def __init__(
-        self, pool: HostPool, device: torch.device, watch: Watch | None = None, ahead: bool | None = None
+        self,
+        pool: HostPool,
+        device: torch.device,
+        watch: Watch | None = None,
+        ahead: bool | None = None,
+        several: bool = False,
     ) -> None:
         self._pool = pool
         self._watch = watch
+        self._several = several
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._groups: dict[int, list[Parked]] = defaultdict(list)
@@ -150,7 +157,7 @@ class Offload:
         return parked
 
     def unpack(self, parked: Parked) -> torch.Tensor:
-        """The tensor, back on its device; its buffer is free again, so that this works once."""
+        """The tensor, back on its device; but where it is wanted again, its buffer is free and this works once."""
         self._under_way.clear()
         if self._ahead:
             for other in self._groups[parked.group]:
@@ -167,6 +174,8 @@ class Offload:
             current.wait_event(event)
             x.record_stream(current)
         parked.fetched = None
+        if self._several:
+            return x
         self._groups[parked.group].remove(parked)
         # On a GPU the next copy into this buffer runs on the same stream, so after this one out of it.
         self._pool.give(parked.host)

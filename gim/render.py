@@ -27,9 +27,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gim.targets import MEASURE_NAMES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from gim.answer_views import Said
     from gim.attribution import Attribution, RankedToken, Span
 
 # ------------------------------------------------------------------------------------------------------ colour
@@ -315,8 +318,8 @@ _KINDS = {
     "token": "the next token {}",
     "contrast": "{}",
     "continuation": "the continuation {}",
+    "answer": "the answer {}",
 }
-_MEASURES = {"logit": "logit", "logprob": "log-probability"}
 
 
 def heading(attribution: Attribution) -> str:
@@ -327,7 +330,7 @@ def heading(attribution: Attribution) -> str:
 def _answer(attribution: Attribution) -> list[tuple[str, str]]:
     """What stands on top of every picture: what is explained, what else may come next, what is not ranked."""
     target = attribution.target
-    facts = [("Target", f"{heading(attribution)}, {_MEASURES[target.measure]} {target.value:.4g}")]
+    facts = [("Target", f"{heading(attribution)}, {MEASURE_NAMES[target.measure]} {target.value:.4g}")]
     if attribution.next_tokens:
         facts.append(
             ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
@@ -407,12 +410,13 @@ def _template(name: str) -> str:
     return resources.files("gim").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
 
 
-def html(attribution: Attribution, *, top: int = 20) -> str:
+def html(attribution: Attribution, *, top: int = 20, said: Said | None = None) -> str:
     """One page that needs nothing else: no network, no font, no script from elsewhere.
 
     Args:
         attribution: what to show.
         top: rows of the table of the strongest tokens.
+        said: the answer that the attribution is of, whose tokens can then be asked one by one.
 
     Returns:
         The page, which can be encoded as UTF-8.
@@ -449,6 +453,7 @@ def html(attribution: Attribution, *, top: int = 20) -> str:
             strip=_strip(attribution, scale) if len(attribution) >= _STRIP_FROM else None,
             lines=_lines(attribution, scale),
             count=len(attribution),
+            said=said,
         )
     )
 

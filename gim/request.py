@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import nn
 
-from gim import prompts
+from gim import answering
 from gim import targets as target_kinds
+from gim.answers import AnswerAttribution
+from gim.asked import Asked, decoded, tokens_of
 from gim.attribution import Attribution
 from gim.context import resolve_rules
 from gim.inputs import (
     check_ids,
     check_length,
     check_positions,
-    check_segments,
     check_target,
     check_targets,
     check_token_id,
@@ -33,9 +32,8 @@ from gim.memory import MemoryPlan, run
 from gim.parts import anatomy
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
-from gim.rules import get as get_rules
 from gim.scoring import PREDICTION, Progress, Terms
-from gim.targets import Continuation, Contrast, Explained, Measure, NextToken, Target, TokenLike
+from gim.targets import Continuation, Contrast, Explained, Measure, Target, TokenLike
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -165,11 +163,61 @@ def explain(
     return result.scores[0] if result.scores.shape[0] == 1 else result.scores
 
 
+class Options(TypedDict, total=False):
+    """What :func:`attribute` takes besides what decides the type of its result."""
+
+    target: Target | TokenLike | Sequence[int] | None
+    baseline: TokenLike | None
+    position: int | None
+    rules: Rules | str
+    memory: MemoryPlan | str
+    progress: Progress | None
+    allow_extrapolation: bool
+    strict: bool
+    engine: Engine
+    measure: Measure | None
+    segments: Mapping[str, Sequence[int]] | None
+    template_arguments: Mapping[str, Any] | None
+
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    answer: None = None,
+    generate: None = None,
+    **options: Unpack[Options],
+) -> Attribution: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    answer: str | Sequence[int],
+    generate: None = None,
+    **options: Unpack[Options],
+) -> AnswerAttribution: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    answer: None = None,
+    generate: int,
+    **options: Unpack[Options],
+) -> AnswerAttribution: ...
 @_looked_at_once
 def attribute(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | Sequence[Mapping[str, Any]],
+    prompt: Prompt,
     *,
     target: Target | TokenLike | Sequence[int] | None = None,
     baseline: TokenLike | None = None,
@@ -183,7 +231,9 @@ def attribute(
     measure: Measure | None = None,
     segments: Mapping[str, Sequence[int]] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-) -> Attribution:
+    answer: str | Sequence[int] | None = None,
+    generate: int | None = None,
+) -> Attribution | AnswerAttribution:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
@@ -206,21 +256,26 @@ def attribute(
         strict: whether a part that a rule should act on and cannot is an error; with False it is in the result's
             ``report.unsupported``.
         engine: as in :func:`explain`; what ran is in the result's ``engine``, and for each part in ``report.engines``.
-        measure: ``"logit"`` or ``"logprob"``, in place of the target's own.
+        measure: ``"logit"``, ``"logprob"`` or ``"logodds"``, in place of the target's own.
         segments: parts of the text by name, each its first and one-past-last character, that do not overlap; None for
             the messages of a chat, by role.
         template_arguments: what the chat template is given besides the messages, such as ``tools`` or
             ``enable_thinking``.
+        answer: what follows the prompt, as text or ids; every token of it is explained, from one forward.
+        generate: the same of what the model itself says next, at most this many tokens, as its generation config says:
+            greedily where that says nothing. Tokens with which the model ends are left out.
 
     Returns:
-        The attribution. A continuation's own tokens but the last are inputs too, and are part of it. Tokens that are
-        the chat template's own have scores and are left out of ranks.
+        The attribution; with ``answer`` or ``generate`` a :class:`gim.AnswerAttribution`. A continuation's own tokens
+        but the last are inputs too, and are part of it. Tokens that are the chat template's own have scores and are
+        left out of ranks.
 
     Raises:
         UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
         ValueError: an empty prompt, a chat that is not all text or that the template refuses or changes, a token that
             is not one, an id out of range, a slow tokenizer, segments that are empty, overlap or lie outside the text,
-            template arguments for a text or of names that are not the template's.
+            template arguments for a text or of names that are not the template's; an empty answer, none within
+            ``generate`` tokens, or one of a model that says no next tokens.
         TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
             what the model needs.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
@@ -235,30 +290,59 @@ def attribute(
         >>> len(result.scores) == len(result.tokens)
         True
     """
-    engines.check_name(engine)
-    chosen = get_rules(rules)
-    encoded = prompts.encode(prompt, tokenizer, template_arguments)
-    text, token_ids, offsets = encoded.text, list(encoded.ids), list(encoded.offsets)
-    named = encoded.segments if segments is None else check_segments(segments, len(text))
+    if answer is not None or generate is not None:
+        for name, given in (("target", target), ("position", position)):
+            if given is not None:
+                raise ValueError(f"{name} is one token's: answer and generate explain every token of an answer")
+    asked = Asked.of(
+        model,
+        tokenizer,
+        prompt,
+        baseline=baseline,
+        rules=rules,
+        memory=memory,
+        progress=progress,
+        allow_extrapolation=allow_extrapolation,
+        strict=strict,
+        engine=engine,
+        segments=segments,
+        template_arguments=template_arguments,
+    )
+    if answer is not None or generate is not None:
+        return answering.attribute(asked, answer, generate, measure)
+    return _of_one(asked, target, position, measure)
+
+
+def _of_one(
+    asked: Asked, target: Target | TokenLike | Sequence[int] | None, position: int | None, measure: Measure | None
+) -> Attribution:
+    """The attribution of one explained number."""
+    model, tokenizer, token_ids, offsets, text = (
+        asked.model,
+        asked.tokenizer,
+        [*asked.ids],
+        [*asked.offsets],
+        asked.text,
+    )
     head = anatomy.of(model).head
     wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
     if measure is not None:
         wanted = dataclasses.replace(wanted, measure=measure)
-    baseline_id = (
-        infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
-    )
-    check_token_id(model, "baseline", baseline_id)
-
     last = _position(model, tokenizer, token_ids, position)
     if isinstance(wanted, Continuation):
+        added, targets, spans = tokens_of(model, "target", wanted.tokens, tokenizer)
         if head != "next token" or last != len(token_ids) - 1:
-            ids, *_ = _continuation(model, wanted, tokenizer)
-            pieces = [tokenizer.decode([one]) for one in ids]
+            pieces = [tokenizer.decode([one]) for one in targets]
             raise ValueError(
                 f"target must be one {head} at a position inside the prompt, got {wanted.tokens!r}, which is "
-                f"{len(ids)} tokens: {pieces}"
+                f"{len(targets)} tokens: {pieces}"
             )
-        targets, added, spans = _continuation(model, wanted, tokenizer)
+        # The last token is said and not read.
+        if isinstance(wanted.tokens, str):
+            spans = spans[:-1]
+            added = added[: max((end for _, end in spans), default=0)]
+        else:
+            added, spans = decoded(targets[:-1], tokenizer)
         token_ids += targets[:-1]
         offsets += [(len(text) + start, len(text) + end) for start, end in spans]
         text += added
@@ -272,48 +356,10 @@ def attribute(
     else:
         targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
 
-    ids_tensor, mask = check_ids(model, torch.tensor(token_ids), None)
-    check_length(model, ids_tensor, mask, allow_extrapolation)
-    scored = Terms(
-        positions=torch.tensor([positions], device=ids_tensor.device),
-        token_ids=torch.tensor([targets], device=ids_tensor.device),
-        signs=torch.tensor([signs], device=ids_tensor.device),
-        measure=wanted.measure,
-    )
-    result = run(model, ids_tensor, mask, scored, baseline_id, chosen, memory, progress, strict=strict, engine=engine)
+    result = asked.run(token_ids, positions, targets, signs, wanted.measure)
     found = [int(one) for one in result.token_ids[0]]
-
-    def words_of(ids: Sequence[int]) -> tuple[str, ...]:
-        return _class_labels(model, ids) if head == "class" else tuple(tokenizer.decode([one]) for one in ids)
-
-    words, likeliest = words_of(found), result.likeliest[0].tolist()
-    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, words)
-    special = set(tokenizer.all_special_ids)
-    return Attribution(
-        text=text,
-        tokens=tuple(
-            text[start:end] if end > start and one not in special else tokenizer.decode([one])
-            for one, (start, end) in zip(token_ids, offsets, strict=True)
-        ),
-        token_ids=tuple(token_ids),
-        offsets=tuple(offsets),
-        scores=result.scores[0].float().cpu(),
-        special=tuple(one in special for one in token_ids),
-        target=explained,
-        rules=chosen,
-        engine=result.report.engine,
-        report=result.report,
-        model=_model_name(model),
-        baseline=(baseline_id, tokenizer.decode([baseline_id])),
-        versions=_versions(),
-        memory=result.memory,
-        # A continuation's own tokens are nobody's template.
-        template=tuple(encoded.template) + (False,) * (len(token_ids) - len(encoded.template)),
-        segments=named,
-        next_tokens=tuple(
-            map(NextToken, likeliest, words_of(likeliest), [float(one) for one in result.probabilities[0]])
-        ),
-    )
+    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, asked.words(found))
+    return asked.attribution(text, token_ids, offsets, result.scores[0], explained, result)
 
 
 def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokenizer: Any) -> int:
@@ -328,11 +374,6 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
         found = target_kinds.token_id(token, tokenizer, argument)
     check_target(model, argument, found)
     return found
-
-
-def _class_labels(model: nn.Module, classes: Sequence[int]) -> tuple[str, ...]:
-    labels: Any = getattr(anatomy.of(model).config, "id2label", None) or {}
-    return tuple(str(labels.get(one, one)) for one in classes)
 
 
 def _class_number(model: nn.Module, target: Any) -> Any:
@@ -364,28 +405,6 @@ def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | 
     return masks[0]
 
 
-def _continuation(
-    model: nn.Module, target: Continuation, tokenizer: Any
-) -> tuple[list[int], str, list[tuple[int, int]]]:
-    """The checked ids of a continuation; the text of all but the last, and their offsets in it."""
-    if isinstance(target.tokens, str):
-        encoded = tokenizer(target.tokens, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"][:-1]]
-        text = target.tokens[: max((end for _, end in spans), default=0)]
-    else:
-        ids = list(target.tokens)
-        # Decoded together and measured one by one: a character may take several tokens.
-        lengths = [len(tokenizer.decode(ids[:count])) for count in range(len(ids))]
-        spans = [(min(start, end), end) for start, end in pairwise(lengths)]
-        text = tokenizer.decode(ids[:-1])
-    if not ids:
-        raise ValueError(f"target must have at least one token, got {target.tokens!r}, which has none")
-    for one in ids:
-        check_token_id(model, "target", one)
-    return ids, text, spans
-
-
 def _explained(
     target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any, tokens: tuple[str, ...]
 ) -> Explained:
@@ -397,19 +416,3 @@ def _explained(
         kind = "prediction" if target.token is None else "token"
         label = repr(tokens[0])
     return Explained(kind, label, tuple(ids), tokens, tuple(positions), target.measure, value)
-
-
-def _model_name(model: nn.Module) -> str:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
-    # A path on somebody's disk is nobody's business in a report; its last part names the model well enough.
-    return f"{type(model).__name__}" + (f" ({str(name).rstrip('/').rsplit('/', 1)[-1]})" if name else "")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("gim-kernels", "torch", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

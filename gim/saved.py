@@ -17,10 +17,12 @@ from gim.rules import Rules
 from gim.targets import MEASURES, Explained, NextToken
 
 if TYPE_CHECKING:
+    from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
 
-#: Name and version of the JSON form. The version grows when a reader of the one before could not read it.
+#: Names and version of the JSON forms. The version grows when a reader of the one before could not read it.
 SCHEMA = "gim-kernels/attribution"
+ANSWER_SCHEMA = "gim-kernels/answer"
 SCHEMA_VERSION = 1
 
 #: Bytes that are read, at most: about three million tokens, which Python holds in ten times that.
@@ -56,12 +58,38 @@ def to_fields(attribution: Attribution) -> dict[str, Any]:
     }
 
 
-def to_document(attribution: Attribution) -> str:
-    """The JSON text of an attribution, of ASCII characters."""
-    fields = to_fields(attribution)
+def answer_to_fields(answer: AnswerAttribution) -> dict[str, Any]:
+    """The fields of the JSON form of a whole answer's attribution, the prompt's own among them."""
+    return {
+        "schema": ANSWER_SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "answer": answer.answer,
+        "tokens": list(answer.tokens),
+        "offsets": [list(offset) for offset in answer.offsets],
+        "special": list(answer.special),
+        "scores": answer.scores.tolist(),
+        "total": answer.total.tolist(),
+        "targets": [target.to_dict() for target in answer.targets],
+        "next_tokens": [[dataclasses.asdict(one) for one in row] for row in answer.next_tokens],
+        "prompt": to_fields(answer.prompt),
+    }
+
+
+def to_document(fields: dict[str, Any]) -> str:
+    """The JSON text of fields, of ASCII characters."""
     # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
     lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def is_answer(source: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bool:
+    """Whether a JSON text, or a file with it, says that it is a whole answer's.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not JSON.
+    """
+    _, fields = _fields(source, max_bytes)
+    return isinstance(fields, dict) and fields.get("schema") == ANSWER_SCHEMA
 
 
 def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
@@ -71,29 +99,61 @@ def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: anything else; says what of the document is wrong.
     """
-    if isinstance(source, str) and _is_document(source):
-        name = "the text"
-        if len(source) > max_bytes:
-            raise ValueError(f"{name} is longer than {max_bytes:,} bytes")
-        fields = parse_json(name, source)
-    else:
-        name = str(source)
-        fields = read_json(source, max_bytes)
-    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-        raise ValueError(f"{name} is not an attribution: it has no field schema = {SCHEMA!r}")
+    return _attribution(*_fields(source, max_bytes))
+
+
+def read_answer(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
+    """The arguments of an :class:`gim.AnswerAttribution`, and of its ``prompt``; errors as of :func:`read`."""
+    name, given = _fields(source, max_bytes)
+    fields = _checked(name, given, ANSWER_SCHEMA, "an answer's attribution", _ANSWER_FIELDS)
+    width = len(fields["total"])
+    if any(len(row) != width for row in fields["scores"]):
+        raise ValueError(f"{name} is not an answer's attribution: field 'scores' must have {width} numbers in each row")
+    return {
+        "prompt": _attribution(f"prompt of {name}", fields["prompt"]),
+        "answer": fields["answer"],
+        "tokens": tuple(fields["tokens"]),
+        "offsets": tuple((start, end) for start, end in fields["offsets"]),
+        "special": tuple(fields["special"]),
+        "scores": torch.tensor(fields["scores"], dtype=torch.float32).reshape(-1, width),
+        "total": torch.tensor([float(one) for one in fields["total"]], dtype=torch.float32),
+        "targets": tuple(Explained.from_dict(one) for one in fields["targets"]),
+        "next_tokens": tuple(tuple(NextToken(**one) for one in row) for row in fields["next_tokens"]),
+    }
+
+
+def _fields(source: str | os.PathLike[str], max_bytes: int) -> tuple[str, Any]:
+    """What a JSON text or file is called in messages, and what it holds."""
+    if not isinstance(source, str) or not _is_document(source):
+        return str(source), read_json(source, max_bytes)
+    if len(source) > max_bytes:
+        raise ValueError(f"the text is longer than {max_bytes:,} bytes")
+    return "the text", parse_json("the text", source)
+
+
+def _checked(name: str, fields: Any, schema: str, what: str, checks: dict[str, Check]) -> dict[str, Any]:
+    """Fields of which each is what it must be."""
+    if not isinstance(fields, dict) or fields.get("schema") != schema:
+        raise ValueError(f"{name} is not {what}: it has no field schema = {schema!r}")
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{name} has schema version {fields.get('schema_version')!r:.40}; this version of gim-kernels "
             f"reads version {SCHEMA_VERSION}"
         )
-    fields = {**{name: kind() for name, kind in _LATER.items()}, **fields}
-    missing = [field for field in _FIELDS if field not in fields]
+    fields = {**{later: kind() for later, kind in _LATER.items()}, **fields}
+    missing = [field for field in checks if field not in fields]
     if missing:
-        raise ValueError(f"{name} is not a complete attribution: field {missing[0]!r} is missing")
-    for field, check in _FIELDS.items():
+        raise ValueError(f"{name} is not complete as {what}: field {missing[0]!r} is missing")
+    for field, check in checks.items():
         wrong = check(fields[field])
         if wrong is not None:
-            raise ValueError(f"{name} is not an attribution: field {field!r} {wrong}")
+            raise ValueError(f"{name} is not {what}: field {field!r} {wrong}")
+    return fields
+
+
+def _attribution(name: str, given: Any) -> dict[str, Any]:
+    """The arguments of an attribution from the fields of its JSON form."""
+    fields = _checked(name, given, SCHEMA, "an attribution", _FIELDS)
     try:
         return {
             **{field: fields[field] for field in ("text", "engine", "model", "memory")},
@@ -244,6 +304,17 @@ _FIELDS: dict[str, Check] = {
     "template": _list_of(_truth),
     "segments": _object_of(_pair_of(_count, _count), "pairs of numbers"),
     "next_tokens": _list_of(_fields_of(NextToken)),
+}
+_ANSWER_FIELDS: dict[str, Check] = {
+    "answer": _text,
+    "tokens": _list_of(_text),
+    "offsets": _list_of(_pair_of(_count, _count)),
+    "special": _list_of(_truth),
+    "scores": _list_of(_list_of(_number)),
+    "total": _list_of(_number),
+    "targets": _list_of(_target),
+    "next_tokens": _list_of(_list_of(_fields_of(NextToken))),
+    "prompt": _is(dict, "an object"),  # which is read as an attribution of its own
 }
 #: Fields that earlier documents of this version lack, and what they then are.
 _LATER: dict[str, Callable[[], Any]] = {"template": list, "segments": dict, "next_tokens": list}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -47,23 +49,28 @@ class Terms:
     """Terms of the explained number: for each row, at ``positions``, ``token_ids`` times ``signs`` are summed.
 
     ``token_ids`` of :data:`PREDICTION` stand for the model's own prediction. All are ``[B, P]``.
+
+    With ``total``, of a batch of one, each term is a number explained by itself, and after them all comes their sum
+    under the measure ``total``: N = P + 1 numbers of one forward.
     """
 
     positions: torch.Tensor
     token_ids: torch.Tensor
     signs: torch.Tensor
     measure: Measure
+    total: Measure | None = None
 
 
 class Numbers(NamedTuple):
-    """What one forward and backward tell.
+    """What one forward and its backward tell; with :attr:`Terms.total` N numbers take the place of the rows B.
 
     Args:
         scores: ``[B, L]``, float32 or float64.
         token_ids: ``[B, P]``, predictions filled in.
         values: ``[B]``, the explained numbers.
-        likeliest: ``[B, N]``, the ids of largest logits at each row's first position, largest first.
-        probabilities: ``[B, N]``, theirs.
+        likeliest: ``[B, 5]``, the ids of largest logits at each row's first position, largest first; with
+            :attr:`Terms.total` ``[P, 5]``, at every position.
+        probabilities: theirs.
     """
 
     scores: torch.Tensor
@@ -103,6 +110,11 @@ class Request:
     kept: Kept
     where: torch.Tensor
 
+    @property
+    def numbers(self) -> int:
+        """How many gradients are wanted."""
+        return self.where.shape[1] + 1 if self.scored.total else 1
+
     @classmethod
     def of(
         cls,
@@ -134,8 +146,12 @@ def run(
     progress: Progress | None,
     strict: bool = True,
     engine: Engine = "auto",
+    at_once: int = 1,
 ) -> Result:
-    """One forward and one backward over a checked batch, its memory spent by a plan."""
+    """One forward and one backward over a checked batch, its memory spent by a plan.
+
+    Where several numbers are explained, backwards take ``at_once`` of them together.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explain cannot run under torch.inference_mode(): gradients do not exist there")
     parts = anatomy.of(model)
@@ -148,24 +164,30 @@ def run(
         GIM(model, rules=rules, strict=strict, engine=engine) as report,
         ExitStack() as stack,
     ):
-        stack.enter_context(checkpoint.applied(plan, model, request.kept, request.rows.ids.device))
+        backwards = -(-request.numbers // at_once)
+        stack.enter_context(
+            checkpoint.applied(plan, model, request.kept, request.rows.ids.device, several=backwards > 1)
+        )
         if progress is not None:
-            stack.enter_context(_reporting(parts, progress))
-        numbers = passes(model, request, baseline_id, plan)
-    return Result(*numbers._replace(scores=request.rows.as_given(numbers.scores)), report, plan)
+            stack.enter_context(_reporting(parts, progress, backwards))
+        numbers = passes(model, request, baseline_id, plan, at_once=at_once)
+    scores = numbers.scores if request.scored.total else request.rows.as_given(numbers.scores)
+    return Result(*numbers._replace(scores=scores), report, plan)
 
 
-def passes(model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True) -> Numbers:
+def passes(
+    model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True, at_once: int = 1
+) -> Numbers:
     """Forward and backward inside a GIM context with its plan applied.
 
     ``check=False`` looks at no number, for tensors without any.
     """
     *others, last = _seeds(model)
     for seed in others:
-        found = _passes(model, request, baseline_id, plan, check, seed)
+        found = _passes(model, request, baseline_id, plan, check, seed, at_once)
         if found is not None:
             return found
-    found = _passes(model, request, baseline_id, plan, check, last, names=True)
+    found = _passes(model, request, baseline_id, plan, check, last, at_once, names=True)
     assert found is not None, "with names=True it raises instead"
     return found
 
@@ -185,6 +207,7 @@ def _passes(
     plan: MemoryPlan,
     check: bool,
     seed: float,
+    at_once: int,
     names: bool = False,
 ) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
@@ -202,7 +225,7 @@ def _passes(
             leaves=leaves,
             replace_forward=changes.replace_forward,
         )
-        total, wanted, values, *likeliest = _explained(parts, request, prepared, check)
+        numbers, wanted, *likeliest = _explained(parts, request, prepared, check)
         if len(leaves) != 1:
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
@@ -212,11 +235,23 @@ def _passes(
                 f"model must embed its input ids as they are, of shape {tuple(request.rows.ids.shape)}; it embedded "
                 f"{tuple(leaves[0].shape[:-1])} of them"
             )
-        if not total.requires_grad:
+        if not numbers.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
-        (grad,) = torch.autograd.grad(total, leaves[0], torch.full_like(total, seed))
-        del total
-        scores, finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
+        values, found, finite = numbers.detach(), [], True
+        # All rows of a batch together: none depends on another's tokens.
+        explained = numbers if request.scored.total else numbers.sum()[None]
+        del numbers
+        for grad in gradients(explained, leaves[0], seed, at_once):
+            scores, is_finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
+            finite = finite and is_finite
+            if not finite:
+                break
+            if mask is not None:
+                _refuse_padding_that_is_read(model, mask, grad)
+                scores = scores.masked_fill(~mask, 0.0)
+            found.append(scores)
+            del grad
+        del explained
         if not finite and not names:
             return None
         if not finite:
@@ -225,10 +260,7 @@ def _passes(
                 f"the gradient holds NaN or infinity; going backwards, the first module whose output's gradient has "
                 f"one is {module}"
             )
-        if mask is not None:
-            _refuse_padding_that_is_read(model, mask, grad)
-            scores = scores.masked_fill(~mask, 0.0)
-    return Numbers(scores / seed, wanted, values, *likeliest)
+    return Numbers(torch.cat(found) / seed, wanted, values, *likeliest)
 
 
 def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:
@@ -244,7 +276,7 @@ def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: tor
 
 
 def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool) -> tuple[torch.Tensor, ...]:
-    """The sum of the explained numbers, then all of :class:`Numbers` but the scores.
+    """The explained numbers, which can be differentiated, then all of :class:`Numbers` but scores and values.
 
     Logits go out of scope here, so that the backward does not run beside them.
     """
@@ -264,13 +296,28 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
         raise ValueError(
             f"target must be in 0..{chosen.shape[-1] - 1}, as many as there are logits, got {wanted.max()}"
         )
+    scored = request.scored
     with torch.no_grad():
-        probabilities, likeliest = chosen[:, 0].softmax(-1).topk(min(LIKELIEST, chosen.shape[-1]))
-    if request.scored.measure == "logprob":
-        chosen = torch.log_softmax(chosen, dim=-1)
-    terms = chosen.gather(-1, wanted[..., None])[..., 0] * request.scored.signs.to(device)
-    values = terms.sum(-1)
-    return values.sum(), wanted.detach(), values.detach(), likeliest, probabilities
+        told = chosen[0] if scored.total else chosen[:, 0]
+        probabilities, likeliest = told.softmax(-1).topk(min(LIKELIEST, chosen.shape[-1]))
+    signs = scored.signs.to(device)
+    terms = _measured(chosen, wanted, scored.measure) * signs
+    numbers = terms.sum(-1)
+    if scored.total:
+        whole = terms if scored.total == scored.measure else _measured(chosen, wanted, scored.total) * signs
+        numbers = torch.cat([terms[0], whole.sum(-1)])
+    return numbers, wanted.detach(), likeliest, probabilities
+
+
+def _measured(logits: torch.Tensor, wanted: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """Of logits ``[B, P, V]`` the number of each wanted token ``[B, P]``."""
+    at = wanted[..., None]
+    if measure == "logprob":
+        return torch.log_softmax(logits, dim=-1).gather(-1, at)[..., 0]
+    own = logits.gather(-1, at)[..., 0]
+    if measure == "logit":
+        return own
+    return own - logits.scatter(-1, at, -torch.inf).logsumexp(-1)
 
 
 @torch.no_grad()
@@ -278,12 +325,13 @@ def _scores(
     parts: Anatomy, embedded: torch.Tensor, grad: torch.Tensor, baseline_id: int, check: bool
 ) -> tuple[torch.Tensor, bool]:
     """``(embedding - baseline embedding) . gradient`` of every token ``[B, T]``, and whether the gradient is finite.
+    Of one row of embeddings there may be several gradients.
 
     In tiles of tokens: in half precision, whole products in float32 would be larger than what the backward kept.
     """
     baseline = parts.embedding(torch.full((1, 1), baseline_id, device=parts.device))
     wide = torch.promote_types(embedded.dtype, torch.float32)
-    scores = torch.empty(embedded.shape[:-1], dtype=wide, device=embedded.device)
+    scores = torch.empty(grad.shape[:-1], dtype=wide, device=embedded.device)
     finite = True
     for start in range(0, embedded.shape[1], SCORE_TILE):
         tokens = slice(start, start + SCORE_TILE)
@@ -292,6 +340,40 @@ def _scores(
         difference = embedded[:, tokens].to(wide) - baseline.to(wide)
         scores[:, tokens] = (difference * gradient.to(wide)).sum(-1)
     return scores, finite
+
+
+def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: int) -> Iterator[torch.Tensor]:
+    """The gradients of ``numbers`` ``[N]``, each times ``seed``, with respect to a leaf of one row ``[1, T, W]``, or of
+    one number with respect to any: ``at_once`` of them in a backward, as ``[at_once, T, W]``.
+
+    A checkpoint runs a layer again once for all that are taken together. Where a part of the model does not let several
+    be taken together, each is taken by itself, with a warning.
+    """
+    count = numbers.shape[0]
+
+    def backward(seeds: torch.Tensor, keep: bool = True) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(numbers, leaf, seeds, retain_graph=keep)
+        return grad
+
+    start = 0
+    while start < count:
+        stop = min(start + at_once, count)
+        seeds = torch.zeros(stop - start, count, dtype=numbers.dtype, device=numbers.device)
+        seeds[range(stop - start), range(start, stop)] = seed
+        if len(seeds) > 1:
+            try:
+                grad = torch.func.vmap(backward)(seeds)[:, 0]
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"gradients are taken one by one, for several at once are refused: {why}", stacklevel=2)
+                at_once = 1
+                continue
+        else:
+            grad = backward(seeds[0], keep=stop < count)
+        start = stop
+        yield grad
 
 
 @contextmanager
@@ -314,18 +396,25 @@ def _embedding_leaf(parts: Anatomy, session: Session) -> Iterator[list[torch.Ten
 
 
 @contextmanager
-def _reporting(parts: Anatomy, progress: Progress) -> Iterator[None]:
-    """Inside, ``progress`` hears of every layer that has finished its forward and its backward."""
+def _reporting(parts: Anatomy, progress: Progress, backwards: int) -> Iterator[None]:
+    """Inside, ``progress`` hears of every layer that has finished its forward and each of its backwards."""
     layers = parts.layers
     total = len(layers)
     handles = []
+    ended = Counter[int]()
+
+    def count(index: int) -> None:
+        # A backward that is tried with another seed is no further one.
+        before = min(ended[index], backwards - 1)
+        ended[index] += 1
+        progress("backward", before * total + total - index, backwards * total)
 
     def watch(index: int) -> Callable[..., None]:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = inputs[0] if inputs else named.get("hidden_states")
             if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
                 # The gradient of a layer's input exists once the layer's backward is done.
-                hidden.register_hook(lambda _: progress("backward", total - index, total))
+                hidden.register_hook(lambda _: count(index))
 
         return before
 

@@ -1,4 +1,4 @@
-"""What is explained: a token, a contrast of two tokens, or a continuation, as a logit or a log-probability."""
+"""What is explained: a token, a contrast of two tokens, or a continuation, and under which measure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-Measure = Literal["logit", "logprob"]
-MEASURES: tuple[Measure, ...] = ("logit", "logprob")
+Measure = Literal["logit", "logprob", "logodds"]
+MEASURES: tuple[Measure, ...] = ("logit", "logprob", "logodds")
+#: Each in words.
+MEASURE_NAMES: dict[Measure, str] = {"logit": "logit", "logprob": "log-probability", "logodds": "log-odds"}
 TokenLike = int | str
 
 
-def _check_measure(measure: str) -> None:
+def check_measure(measure: str) -> None:
+    """Raise a ValueError unless there is a measure of that name."""
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {MEASURES}, got {measure!r}")
 
@@ -25,14 +28,16 @@ class Token:
 
     Args:
         token: a token id, a string that is one token, or ``None`` for the model's own prediction.
-        measure: ``"logit"`` or ``"logprob"`` (natural logarithm of the softmax over the vocabulary).
+        measure: ``"logit"``; ``"logprob"``, the natural logarithm of the softmax over the vocabulary; or
+            ``"logodds"``, the logarithm of p / (1 - p): the logit minus the log-sum-exp of all others, which does not
+            saturate where p is near 1.
     """
 
     token: TokenLike | None = None
     measure: Measure = "logit"
 
     def __post_init__(self) -> None:
-        _check_measure(self.measure)
+        check_measure(self.measure)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Contrast:
     Args:
         token: the token whose score counts positively; ``None`` for the model's own prediction.
         against: the token whose score is subtracted.
-        measure: ``"logit"`` or ``"logprob"``; the two give the same difference.
+        measure: ``"logit"`` or ``"logprob"``, which give the same difference, or ``"logodds"``.
     """
 
     token: TokenLike | None
@@ -50,7 +55,7 @@ class Contrast:
     measure: Measure = "logit"
 
     def __post_init__(self) -> None:
-        _check_measure(self.measure)
+        check_measure(self.measure)
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,14 @@ class Continuation:
 
     Args:
         tokens: the continuation as text or token ids; it is appended to the prompt.
-        measure: ``"logprob"`` gives the log-probability of the whole continuation.
+        measure: as of :class:`Token`; ``"logprob"`` gives the log-probability of the whole continuation.
     """
 
     tokens: str | Sequence[int]
     measure: Measure = "logprob"
 
     def __post_init__(self) -> None:
-        _check_measure(self.measure)
+        check_measure(self.measure)
         if len(self.tokens) == 0:
             raise ValueError("tokens of a Continuation must not be empty")
         if not isinstance(self.tokens, str):
@@ -85,12 +90,12 @@ class Explained:
     """What was explained, after tokens were looked up and the model has run.
 
     Args:
-        kind: ``"token"``, ``"prediction"``, ``"contrast"`` or ``"continuation"``.
+        kind: ``"token"``, ``"prediction"``, ``"contrast"``, ``"continuation"`` or ``"answer"``.
         label: in words, for titles.
         token_ids: the ids whose scores count; for a contrast the positive one, then the negative one.
         tokens: those ids decoded.
         positions: the position in the sequence whose output gives each score.
-        measure: logit or log-probability.
+        measure: logit, log-probability or log-odds.
         value: the explained number itself.
     """
 

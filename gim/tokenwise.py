@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from gim.intercept.session import Changes, original_forward
@@ -171,6 +173,14 @@ def _rounding(y: torch.Tensor) -> float:
     return max(torch.finfo(computed).eps, torch.finfo(y.dtype).eps)
 
 
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Inside, no ``torch.vmap`` is known of: for what runs again for several gradients, and is the same for each.
+
+    Inside ``torch.vmap`` torch allows neither new leaves nor autograd functions written for no transform.
+    """
+    return cast(AbstractContextManager[Any], temporarily_clear_interpreter_stack())
+
+
 def in_backward() -> bool:
     """Whether a backward is running on this thread: what runs now is run again."""
     return torch._C._current_graph_task_id() != -1
@@ -205,12 +215,13 @@ class _Mark(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         (grad_y,) = grads
         tile = x.shape[1] if ctx.tile is None else min(ctx.tile, x.shape[1])
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if tile < x.shape[1] else None
+        # Of the gradient's kind: under torch.vmap that is several, and x one.
+        grad_x = grad_y.new_empty(x.shape) if tile < x.shape[1] else None
         starts = range(0, x.shape[1], tile)
         for start in starts if ctx.every_tile else starts[:2]:
             tokens = slice(start, start + tile)
-            leaf = x[:, tokens].detach().requires_grad_(True)
-            with torch.enable_grad():
+            with torch.enable_grad(), outside_transforms():
+                leaf = x[:, tokens].detach().requires_grad_(True)
                 y = ctx.forward(leaf)
             (grad,) = torch.autograd.grad(y, leaf, grad_y[:, tokens])
             del y

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gim.cli.errors import UserError
 
 if TYPE_CHECKING:
+    from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
 
 
@@ -48,15 +49,19 @@ def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None
         yield report
 
 
-def show(attribution: Attribution, top: int) -> None:
+def show(attribution: Attribution | AnswerAttribution, top: int) -> None:
     from rich.console import Console
 
-    from gim import render
+    from gim import answer_views, render
+    from gim.answers import AnswerAttribution
 
-    Console().print(render.terminal(attribution, top=top))
+    if isinstance(attribution, AnswerAttribution):
+        Console().print(answer_views.terminal(attribution, top=top))
+    else:
+        Console().print(render.terminal(attribution, top=top))
 
 
-def write(attribution: Attribution, outputs: dict[str, Path], top: int) -> None:
+def write(attribution: Attribution | AnswerAttribution, outputs: dict[str, Path], top: int) -> None:
     """Write every file that was asked for, and say so."""
     from rich.console import Console
     from rich.text import Text

@@ -33,6 +33,9 @@ from gim.cli.options import (
 if TYPE_CHECKING:
     from gim.targets import Target
 
+#: Tokens of a chat's answer that are explained where nothing else is asked for.
+CHAT_TOKENS = 32
+
 
 def command(
     model: ModelName,
@@ -51,16 +54,32 @@ def command(
     contrast: Annotated[
         str | None, typer.Option("--contrast", "-c", help="Explain the target minus this next token.")
     ] = None,
+    answer: Annotated[
+        str | None, typer.Option("--answer", "-a", help="Explain every token of this answer, and the whole of it.")
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option("--generate", "-g", help="The same of what the model itself answers, at most this many tokens."),
+    ] = None,
     measure: Annotated[
         Measure | None,
-        typer.Option(help="Score to explain; by default the logit, of a continuation the log-probability."),
+        typer.Option(
+            help="Score to explain; by default the logit, of a continuation the log-probability, of a whole answer the "
+            "log-odds."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The token that stands for nothing; by default a space, padding or unknown.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is what a user says: put it into the model's chat template.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="The prompt is what a user says: put it into the model's chat template, and explain the answer, 32 "
+            "tokens of it unless a target or an answer is given, or --next.",
+        ),
     ] = False,
+    next_token: Annotated[bool, typer.Option("--next", help="Explain the next token, in a chat too.")] = False,
     rules: RulesName = "GIM",
     temperature: Annotated[
         float | None, typer.Option(help="Temperature of the softmax backward, in place of the preset's.")
@@ -84,21 +103,28 @@ def command(
     with handled(debug):
         chosen = rules_named(rules, temperature)
         text = _read_prompt(source, prompt, prompt_file)
-        check_texts({"--target": target, "--contrast": contrast, "--baseline": baseline})
+        check_texts({"--target": target, "--contrast": contrast, "--answer": answer, "--baseline": baseline})
         outputs = check_outputs({"--html": html, "--json": json, "--png": png})
+        named = {"--target": target, "--contrast": contrast, "--answer": answer, "--generate": generate}
+        if chat and not next_token and all(given is None for given in named.values()):
+            generate = CHAT_TOKENS
+        whole = _whole_answer({**named, "--next": next_token or None}, answer, generate)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         refuse_engine(engine, loaded)
         with refused():
-            wanted = _target(target, contrast, measure, tokenizer, loaded)
             import gim
 
+            if whole:
+                wanted = {**whole, "measure": None if measure is None else measure.value}
+            else:
+                wanted = {"target": _target(target, contrast, measure, tokenizer, loaded)}
             asked = [{"role": "user", "content": text}] if chat else text
             with progress_bar(token_count(tokenizer, asked)) as progress:
                 attribution = gim.attribute(
                     loaded,
                     tokenizer,
                     asked,
-                    target=wanted,
+                    **wanted,
                     baseline=baseline,
                     rules=chosen,
                     memory=memory,
@@ -108,6 +134,16 @@ def command(
                 )
         show(attribution, top)
         write(attribution, outputs, top)
+
+
+def _whole_answer(named: dict[str, Any], answer: str | None, generate: int | None) -> dict[str, Any]:
+    """The arguments for a whole answer; none where a single number is to be explained."""
+    if answer is None and generate is None:
+        return {}
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} cannot both be given: each says what is explained")
+    return {"answer": answer} if generate is None else {"generate": generate}
 
 
 def _read_prompt(source: str | None, prompt: str | None, prompt_file: Path | None) -> str:

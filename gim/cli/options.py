@@ -14,6 +14,7 @@ class Measure(StrEnum):
 
     LOGIT = "logit"
     LOGPROB = "logprob"
+    LOGODDS = "logodds"
 
 
 class Dtype(StrEnum):

@@ -24,11 +24,14 @@ def command(
         outputs = check_outputs({"--html": html, "--png": png})
         if outputs and len(results) > 1:
             raise UserError(f"{next(iter(outputs))} is for one result, got {len(results)} of them")
+        from gim import saved
+        from gim.answers import AnswerAttribution
         from gim.attribution import Attribution
 
         for path in results:
             try:
-                attribution = Attribution.from_json(path)
+                kind = AnswerAttribution if saved.is_answer(path) else Attribution
+                attribution = kind.from_json(path)
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror or error}") from error
             except ValueError as error:

@@ -86,6 +86,48 @@
     go(token, { preventScroll: true });
   });
 
+  // A whole answer: the prompt is coloured for the token of it that is chosen, else for all of it.
+  const answer = document.getElementById("answer");
+  if (answer) {
+    const { prompt, levels, whole, rows } = JSON.parse(document.getElementById("said").textContent);
+    const parts = [...answer.querySelectorAll("span")];
+    const made = document.getElementById("made");
+    const lines = [...made.nextElementSibling.children];
+    const text = (score) => (score > 0 ? "+" : "") + Number(score.toPrecision(3)).toString().replace("-", "\u2212");
+    const paint = (span, score, limit) => {
+      const level = limit ? Math.round(levels * Math.max(-1, Math.min(1, score / limit))) : 0;
+      for (const name of [...span.classList]) if (/^[pn]\d+$/.test(name)) span.classList.remove(name);
+      if (level && !span.classList.contains("s")) span.classList.add((level > 0 ? "p" : "n") + Math.abs(level));
+    };
+    let chosen = -1;
+    const ask = (place) => {
+      chosen = place === chosen ? -1 : place;
+      const { limit, scores } = chosen < 0 ? whole : rows[chosen];
+      for (const token of tokens) {
+        token.dataset.s = text(scores[position(token)]);
+        paint(token, scores[position(token)], limit);
+      }
+      parts.forEach((part, index) => {
+        part.setAttribute("aria-pressed", String(index === chosen));
+        paint(part, chosen < 0 ? 0 : scores[prompt + index] || 0, limit);
+      });
+      const legend = document.querySelector(".legend");
+      if (legend) {
+        legend.firstElementChild.textContent = `${text(-limit)} lowers it`;
+        legend.lastElementChild.textContent = `${text(limit)} raises it`;
+      }
+      made.textContent = chosen < 0 ? "Shown: the whole answer." : lines[chosen].textContent;
+    };
+    const asked = (event) => event.target.closest("span[role=button]");
+    answer.addEventListener("click", (event) => { if (asked(event)) ask(parts.indexOf(asked(event))); });
+    answer.addEventListener("keydown", (event) => {
+      if (asked(event) && (event.key === "Enter" || event.key === " ")) {
+        event.preventDefault();
+        ask(parts.indexOf(asked(event)));
+      }
+    });
+  }
+
   const strip = document.getElementById("strip");
   if (!strip) return;
   const view = strip.querySelector(".view");

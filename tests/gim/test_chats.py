@@ -213,7 +213,7 @@ def test_a_measure_takes_the_place_of_the_targets(model: Any) -> None:
     found = gim.attribute(model, made, PROMPT, target=" cat", measure="logprob")
     assert found == gim.attribute(model, made, PROMPT, target=gim.targets.Token(" cat", measure="logprob"))
     with pytest.raises(ValueError, match="measure must be one of"):
-        gim.attribute(model, made, PROMPT, measure="loss")
+        gim.attribute(model, made, PROMPT, measure="loss")  # type: ignore[call-overload]
 
 
 def test_parts_of_a_text_by_name(model: Any) -> None:

@@ -1,0 +1,111 @@
+"""Whole answers: every token of what follows a prompt explained, from one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from gim.answers import AnswerAttribution
+from gim.asked import Asked, tokens_of
+from gim.parts import anatomy
+from gim.targets import Explained, Measure, check_measure, whole_number
+
+#: What a whole answer is explained under: see docs/measures.md.
+WHOLE_ANSWER: Measure = "logodds"
+
+
+def attribute(
+    asked: Asked, answer: str | Sequence[int] | None, generate: int | None, measure: Measure | None
+) -> AnswerAttribution:
+    """The attribution of an answer that is given or generated.
+
+    Args:
+        asked: the prompt.
+        answer, generate: as in :func:`gim.attribute`.
+        measure: of the single tokens and of the whole; None for logits, and for what serves a whole answer best.
+    """
+    if answer is not None and generate is not None:
+        raise ValueError("answer and generate cannot both be given: one says what the answer is, the other asks for it")
+    if measure is not None:
+        check_measure(measure)
+    head = anatomy.of(asked.model).head
+    name = "answer" if generate is None else "generate"
+    if head != "next token":
+        raise ValueError(f"{name} needs a model that says the next token, and {type(asked.model).__name__} says {head}")
+    given = _ids("answer", answer) if generate is None else generated(asked, generate)
+    text, ids, spans = tokens_of(asked.model, name, given, asked.tokenizer)
+    first = len(asked.ids)
+    positions = list(range(first - 1, first - 1 + len(ids)))
+    single, whole = measure or "logit", measure or WHOLE_ANSWER
+    result = asked.run([*asked.ids, *ids[:-1]], positions, ids, [1] * len(ids), single, whole)
+    scores = torch.nn.functional.pad(result.scores.float().cpu(), (0, 1))  # the last token explains nothing
+    words = asked.displayed(text, ids, spans)
+    values: list[float] = result.values.tolist()
+    prompt = asked.attribution(
+        asked.text,
+        asked.ids,
+        asked.offsets,
+        scores[-1, :first].clone(),
+        Explained("answer", repr(text), tuple(ids), words, tuple(positions), whole, values[-1]),
+        result,
+    )
+    return AnswerAttribution(
+        prompt=prompt,
+        answer=text,
+        tokens=words,
+        offsets=tuple(spans),
+        special=asked.special(ids),
+        scores=scores[:-1].clone(),
+        total=scores[-1].clone(),
+        targets=tuple(
+            Explained("token", repr(word), (one,), (word,), (position,), single, value)
+            for word, one, position, value in zip(words, ids, positions, values[:-1], strict=True)
+        ),
+        next_tokens=tuple(asked.likeliest(result, row) for row in range(len(ids))),
+    )
+
+
+def _ids(argument: str, given: Any) -> str | list[int]:
+    """Text, or ids as Python's integers."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Sequence | torch.Tensor) or (isinstance(given, torch.Tensor) and given.dim() != 1):
+        raise TypeError(f"{argument} must be text or a list of token ids, got {given!r:.80}")
+    ids = [whole_number(one) for one in given]
+    for one in ids:
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TypeError(f"{argument} must be text or a list of token ids, got {one!r:.80} among them")
+    return ids
+
+
+def generated(asked: Asked, count: Any) -> list[int]:
+    """What the model says next, without the tokens with which it ends."""
+    count = whole_number(count)
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"generate must be a number of tokens, got {count!r:.80}")
+    if count < 1:
+        raise ValueError(f"generate must be at least 1 token, got {count}")
+    model: Any = asked.model
+    if not callable(getattr(model, "generate", None)):
+        raise ValueError(f"generate needs a model that generates, and {type(model).__name__} does not: give answer")
+    ids = torch.tensor([asked.ids], device=anatomy.of(model).device)
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = {*ends} if isinstance(ends, Sequence) else {ends, asked.tokenizer.eos_token_id}
+    padding = getattr(config, "pad_token_id", None)
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            # Without one of its own transformers says that it takes the end's.
+            pad_token_id=min((one for one in ends if one is not None), default=0) if padding is None else padding,
+        )
+    found = getattr(found, "sequences", found)
+    new = list(takewhile(lambda one: one not in ends, found[0, len(asked.ids) :].tolist()))
+    if not new:
+        raise ValueError("generate: the model ends its answer at once, so there is nothing to explain")
+    return new

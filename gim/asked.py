@@ -1,0 +1,212 @@
+"""What is asked of a model, checked and as tokens, and the result that is made of what came of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from gim import prompts
+from gim import targets as target_kinds
+from gim.attribution import Attribution
+from gim.inputs import check_ids, check_length, check_segments, check_token_id, infer_baseline
+from gim.memory import MemoryPlan, run
+from gim.parts import anatomy
+from gim.rules import Rules
+from gim.rules import get as get_rules
+from gim.scoring import Progress, Result, Terms
+from gim.segments import Range
+from gim.targets import Explained, Measure, NextToken, TokenLike
+from gim_kernels import engines
+from gim_kernels.types import Engine
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as tokens, and how its attribution is to be computed; all but the prompt as in :func:`gim.attribute`.
+
+    Args:
+        text, ids, offsets, template, segments: as in :class:`gim.prompts.Encoded`.
+        baseline: id of the token that stands for "nothing".
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    text: str
+    ids: list[int]
+    offsets: list[Range]
+    template: list[bool]
+    segments: dict[str, Range]
+    baseline: int
+    rules: Rules
+    memory: MemoryPlan | str
+    progress: Progress | None
+    allow_extrapolation: bool
+    strict: bool
+    engine: Engine
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        prompt: Any,
+        *,
+        baseline: TokenLike | None,
+        rules: Rules | str,
+        memory: MemoryPlan | str,
+        progress: Progress | None,
+        allow_extrapolation: bool,
+        strict: bool,
+        engine: Engine,
+        segments: Mapping[str, Sequence[int]] | None,
+        template_arguments: Mapping[str, Any] | None,
+    ) -> Asked:
+        """The arguments of :func:`gim.attribute` of the same names, checked."""
+        engines.check_name(engine)
+        chosen = get_rules(rules)
+        encoded = prompts.encode(prompt, tokenizer, template_arguments)
+        named = encoded.segments if segments is None else check_segments(segments, len(encoded.text))
+        baseline_id = (
+            infer_baseline(tokenizer) if baseline is None else target_kinds.token_id(baseline, tokenizer, "baseline")
+        )
+        check_token_id(model, "baseline", baseline_id)
+        return cls(
+            *(model, tokenizer, encoded.text, encoded.ids, encoded.offsets, encoded.template, named, baseline_id),
+            *(chosen, memory, progress, allow_extrapolation, strict, engine),
+        )
+
+    def run(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        targets: Sequence[int],
+        signs: Sequence[int],
+        measure: Measure,
+        total: Measure | None = None,
+    ) -> Result:
+        """Scores of ``ids``, which begin with the prompt's, for the terms of :class:`gim.scoring.Terms`."""
+        row, mask = check_ids(self.model, torch.tensor(ids), None)
+        check_length(self.model, row, mask, self.allow_extrapolation)
+
+        def terms(numbers: Sequence[int]) -> torch.Tensor:
+            return torch.tensor([numbers], device=row.device)
+
+        scored = Terms(terms(positions), terms(targets), terms(signs), measure, total)
+        return run(
+            *(self.model, row, mask, scored, self.baseline, self.rules, self.memory, self.progress),
+            strict=self.strict,
+            engine=self.engine,
+        )
+
+    def words(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What the head's outputs stand for: tokens, or classes."""
+        parts = anatomy.of(self.model)
+        if parts.head != "class":
+            return tuple(self.tokenizer.decode([one]) for one in ids)
+        labels: Any = getattr(parts.config, "id2label", None) or {}
+        return tuple(str(labels.get(one, one)) for one in ids)
+
+    def likeliest(self, result: Result, row: int = 0) -> tuple[NextToken, ...]:
+        """The likeliest tokens of one row of a result."""
+        ids: list[int] = result.likeliest[row].tolist()
+        return tuple(map(NextToken, ids, self.words(ids), result.probabilities[row].tolist()))
+
+    def displayed(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[str, ...]:
+        """The tokens of a text as they are shown."""
+        special = set(self.tokenizer.all_special_ids)
+        return tuple(
+            text[start:end] if end > start and one not in special else self.tokenizer.decode([one])
+            for one, (start, end) in zip(ids, offsets, strict=True)
+        )
+
+    def special(self, ids: Sequence[int]) -> tuple[bool, ...]:
+        """Whether each token is a special one."""
+        special = set(self.tokenizer.all_special_ids)
+        return tuple(one in special for one in ids)
+
+    def attribution(
+        self,
+        text: str,
+        ids: Sequence[int],
+        offsets: Sequence[Range],
+        scores: torch.Tensor,
+        target: Explained,
+        result: Result,
+    ) -> Attribution:
+        """The result for tokens that begin with the prompt's."""
+        return Attribution(
+            text=text,
+            tokens=self.displayed(text, ids, offsets),
+            token_ids=tuple(ids),
+            offsets=tuple(offsets),
+            scores=scores.float().cpu(),
+            special=self.special(ids),
+            target=target,
+            rules=self.rules,
+            engine=result.report.engine,
+            report=result.report,
+            model=_model_name(self.model),
+            baseline=(self.baseline, self.tokenizer.decode([self.baseline])),
+            versions=_versions(),
+            memory=result.memory,
+            # What follows the prompt is nobody's template.
+            template=tuple(self.template) + (False,) * (len(ids) - len(self.template)),
+            segments=self.segments,
+            next_tokens=self.likeliest(result),
+        )
+
+
+def tokens_of(
+    model: nn.Module, argument: str, given: str | Sequence[int], tokenizer: Any
+) -> tuple[str, list[int], list[Range]]:
+    """Several tokens that follow a prompt: their text, checked ids, and the offsets of each in the text.
+
+    Raises:
+        ValueError: none, or ids out of range; names ``argument``.
+    """
+    if isinstance(given, str):
+        encoded = tokenizer(given, add_special_tokens=False, return_offsets_mapping=True)
+        text, ids = given, list(encoded["input_ids"])
+        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    else:
+        ids = list(given)
+        text, spans = decoded(ids, tokenizer)
+    if not ids:
+        raise ValueError(f"{argument} must have at least one token, got {given!r}, which has none")
+    for one in ids:
+        check_token_id(model, argument, one)
+    return text, ids, spans
+
+
+def decoded(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[Range]]:
+    """The text of ids, and the range of each in it.
+
+    Decoded together and measured one by one: a character may take several tokens, and its first ones alone may be
+    more characters than it is.
+    """
+    lengths = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
+    for place in range(len(ids) - 1, -1, -1):
+        lengths[place] = min(lengths[place], lengths[place + 1])
+    return tokenizer.decode(ids), list(pairwise(lengths))
+
+
+def _model_name(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
+    # A path on somebody's disk is nobody's business in a report; its last part names the model well enough.
+    return f"{type(model).__name__}" + (f" ({str(name).rstrip('/').rsplit('/', 1)[-1]})" if name else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("gim-kernels", "torch", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

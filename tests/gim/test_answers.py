@@ -1,0 +1,368 @@
+"""Whole answers: every row is what a call of its own gives, under any plan, from one forward."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import gim
+from gim import scoring
+from gim.answering import WHOLE_ANSWER
+from gim.inputs import check_ids
+from gim.plan import PLANS, MemoryPlan
+from gim.render import Scale
+from gim.targets import MEASURES
+from tests.families import FAMILIES, ids, make, text_model, tokenizer
+from tests.gim.test_cli import run
+from tests.gim.test_memory import EVERYTHING, LAYOUTS, SOME, every_plan
+from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
+
+PROMPT = "The cat sat on the mat and ate the"
+ANSWER = " rat. The cat"
+BASELINE, FIRST, COUNT = 3, 12, 5
+
+
+def several(
+    model: Any, tokens: torch.Tensor, plan: MemoryPlan, at_once: int, rules: str = "GIM", progress: Any = None
+) -> scoring.Result:
+    """The last COUNT positions of one row explained each by itself, and their sum as log-odds."""
+    row, _ = check_ids(model, tokens, None)
+    at = torch.arange(row.shape[1] - COUNT, row.shape[1])[None]
+    terms = scoring.Terms(at, torch.full_like(at, 7), torch.ones_like(at), "logit", "logodds")
+    request = scoring.Request.of(row, None, terms)
+    return scoring.run(model, request, BASELINE, gim.rules.get(rules), plan, progress, at_once=at_once)
+
+
+def alone(model: Any, tokens: torch.Tensor, rules: str = "GIM") -> torch.Tensor:
+    """The same rows by calls of their own, ``[COUNT, T]``."""
+    length = tokens.shape[1]
+    rows = []
+    for last in range(length - COUNT, length):
+        found = gim.explain(
+            model, tokens[:, : last + 1], target_token_id=7, baseline_token_id=BASELINE, rules=rules, memory="none"
+        )
+        rows.append(torch.nn.functional.pad(found, (0, length - 1 - last)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in LAYOUTS else pytest.mark.slow) for family in FAMILIES]
+)
+def test_rows_are_those_of_calls_of_their_own(family: str) -> None:
+    model, tokens = make(family), ids(1, FIRST + COUNT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = alone(model, tokens)
+        for plan, at_once in ((EVERYTHING, 1), (PLANS[0], 4), (MemoryPlan("layer", True), 4)):
+            found = several(model, tokens, plan, at_once)
+            assert_close64(found.scores[:COUNT], want, f"{plan.name} {at_once}", relative=FLOAT64_PLAN_RELATIVE)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "plans"),
+    [
+        pytest.param(4, SOME, id="4"),
+        *(pytest.param(count, SOME, id=str(count), marks=pytest.mark.slow) for count in (1, 2, COUNT + 1, 16)),
+        pytest.param(3, every_plan(), id="every plan", marks=pytest.mark.slow),
+    ],
+)
+def test_every_plan_gives_the_same_rows(at_once: int, plans: Sequence[MemoryPlan]) -> None:
+    model, tokens = make("llama"), ids(1, FIRST + COUNT)
+    want = several(model, tokens, EVERYTHING, 1)
+    for plan in plans:
+        found = several(model, tokens, plan, at_once)
+        assert_close64(found.scores, want.scores, plan.name, relative=FLOAT64_PLAN_RELATIVE)
+        assert_close64(found.values, want.values, plan.name, relative=FLOAT64_PLAN_RELATIVE)
+
+
+def test_one_forward_and_its_backwards_are_told_of() -> None:
+    heard: list[tuple[str, int, int]] = []
+    model = make("llama")
+    layers = len(model.model.layers)
+    several(model, ids(1, 20), MemoryPlan("layer"), 2, progress=lambda *told: heard.append(told))
+    backwards = [told for told in heard if told[0] == "backward"]
+    assert [told for told in heard if told[0] == "forward"][-1] == ("forward", layers, layers)
+    assert backwards == [("backward", done, 3 * layers) for done in range(1, 3 * layers + 1)]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_by_their_formulas(measure: str) -> None:
+    model, row, target = make("gpt2"), ids(1, 14), 7  # whose norms run in float64 where the model does
+    at = torch.tensor([[13]])
+    terms = scoring.Terms(at, torch.tensor([[target]]), torch.tensor([[1]]), measure)
+    got = scoring.run(model, scoring.Request.of(row, None, terms), BASELINE, gim.rules.GRADIENT, EVERYTHING, None)
+
+    embedding = model.get_input_embeddings()
+    leaf = embedding(row).detach().requires_grad_()
+    logits = model(inputs_embeds=leaf).logits[0, -1]
+    p = logits.softmax(-1)[target]
+    value = {"logit": logits[target], "logprob": p.log(), "logodds": (p / (1 - p)).log()}[measure]
+    (grad,) = torch.autograd.grad(value, leaf)
+    want = ((leaf - embedding(torch.tensor(BASELINE))) * grad).sum(-1).detach()
+    assert_close64(got.values, value.detach()[None], measure, relative=FLOAT64_PLAN_RELATIVE)
+    assert_close64(got.scores, want, measure, relative=FLOAT64_PLAN_RELATIVE)
+
+
+def test_log_odds_stay_finite_where_a_token_is_certain() -> None:
+    logits = torch.tensor([[[200.0, 0.0, -1.0]]], requires_grad=True)
+    value = scoring._measured(logits, torch.tensor([[0]]), "logodds")
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert float(value.detach()) == pytest.approx(200 - torch.tensor([0.0, -1.0]).logsumexp(-1).item())
+    assert grad[0, 0].tolist() == pytest.approx([1, *(-torch.tensor([0.0, -1.0]).softmax(-1)).tolist()])
+
+
+class Careful(torch.autograd.Function):
+    """The identity, whose backward looks at a number, which several gradients taken together do not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        assert grads[0].sum().item() == grads[0].sum().item()
+        return grads[0]
+
+
+def test_what_cannot_be_taken_together_is_taken_one_by_one() -> None:
+    model, tokens = make("llama"), ids(1, FIRST + COUNT)
+    want = several(model, tokens, EVERYTHING, 1)
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: forward(Careful.apply(x))
+    with pytest.warns(UserWarning, match="gradients are taken one by one, for several at once are refused: "):
+        found = several(model, tokens, EVERYTHING, 4)
+    assert torch.equal(found.scores, want.scores)
+
+
+def test_half_precision_finds_its_seed_for_all_rows() -> None:
+    model, tokens = make("llama", torch.float16), ids(1, FIRST + COUNT)
+    found = several(model, tokens, PLANS[0], 4)
+    for row, one in zip(found.scores, alone(model, tokens), strict=False):
+        torch.testing.assert_close(row, one, rtol=0.02, atol=0.02 * float(one.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------------- the result
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return text_model()
+
+
+@pytest.fixture(scope="module")
+def answer(model: Any) -> gim.AnswerAttribution:
+    return gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER)
+
+
+def test_an_answer_as_text_ids_and_rows(model: Any, answer: gim.AnswerAttribution) -> None:
+    made = tokenizer()
+    given = made.encode(ANSWER, add_special_tokens=False)
+    assert answer.prompt.target.token_ids == tuple(given) and answer.answer == ANSWER
+    assert answer.text == PROMPT + ANSWER and "".join(answer.tokens) == ANSWER
+    assert answer.scores.shape == (len(given), len(answer.prompt) + len(given))
+    assert gim.attribute(model, made, PROMPT, answer=given) == answer
+    assert gim.attribute(model, made, PROMPT, answer=torch.tensor(given)) == answer  # type: ignore[call-overload]
+    before = made(PROMPT).input_ids
+    for place, one in enumerate(given):
+        row = answer.row(place)
+        ids_before = torch.tensor([before + given[:place]])
+        want = gim.explain(model, ids_before, target_token_id=one, baseline_token_id=row.baseline[0], memory="none")
+        torch.testing.assert_close(row.scores, want.float(), rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        assert row.token_ids == tuple(before + given[:place]) and row.text == PROMPT + "".join(answer.tokens[:place])
+        assert row.target.token_ids == (one,) and row.target.measure == "logit"
+        assert not answer.scores[place, len(before) + place :].any()
+        likeliest = model(ids_before).logits[0, -1].softmax(-1).topk(5)
+        assert [one.token_id for one in row.next_tokens] == likeliest.indices.tolist()
+    with pytest.raises(IndexError, match="place must be in"):
+        answer.row(len(given))
+
+
+@pytest.mark.parametrize("measure", [None, *MEASURES])
+def test_the_whole_answer_is_the_sum_under_its_measure(model: Any, measure: Any) -> None:
+    made = tokenizer()
+    found = gim.attribute(model, made, PROMPT, answer=ANSWER, measure=measure)
+    whole = measure or WHOLE_ANSWER
+    want = gim.attribute(model, made, PROMPT, target=gim.targets.Continuation(ANSWER, whole))
+    torch.testing.assert_close(found.total[:-1], want.scores, rtol=1e-5, atol=1e-5 * float(want.scores.abs().max()))
+    assert found.prompt.target.measure == whole and found.targets[0].measure == (measure or "logit")
+    assert found.prompt.target.value == pytest.approx(want.target.value, rel=1e-9)
+    assert torch.equal(found.prompt.scores, found.total[: len(found.prompt)])
+    if measure is not None:
+        torch.testing.assert_close(found.scores.sum(0), found.total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_generated_answer_is_what_the_model_says(model: Any) -> None:
+    made = tokenizer()
+    found = gim.attribute(model, made, PROMPT, generate=6)
+    given = made(PROMPT, return_tensors="pt")
+    said = model.generate(**given, max_new_tokens=6, pad_token_id=0)[0, given.input_ids.shape[1] :].tolist()
+    ended = next((place for place, one in enumerate(said) if one == model.generation_config.eos_token_id), len(said))
+    assert list(found.prompt.target.token_ids) == said[:ended] and 0 < len(found) <= 6
+    assert found == gim.attribute(model, made, PROMPT, answer=said[:ended])
+
+
+def test_characters_of_several_tokens(model: Any) -> None:
+    made = tokenizer()
+    given = made.encode("日 \U0001f600", add_special_tokens=False)
+    found = gim.attribute(model, made, PROMPT, answer=given)
+    assert found.answer == "日 \U0001f600" and len(found) > 3
+    assert [found.row(place).text for place in range(len(found))][-1].startswith(PROMPT)
+    assert sum(span.score for span in found.to_table("word", "word").rows) == pytest.approx(
+        float(found.total[len(found.prompt) :].sum()), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("rows", ["token", "word", "sentence", "segment"])
+@pytest.mark.parametrize("columns", ["token", "word", "sentence", "segment"])
+def test_tables_add_up_and_never_mix_prompt_and_answer(model: Any, rows: Any, columns: Any) -> None:
+    parts = {"first": (0, 11), "second": (11, len(PROMPT))}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=parts)
+    table = found.to_table(rows, columns)
+    assert table.scores.shape == (len(table.rows), len(table.prompt) + len(table.answer))
+    first = len(found.prompt)
+    kept = torch.tensor([not (one and columns != "token") for one in found.prompt.aside])
+    want = found.scores[:, :first][:, kept].sum() + found.scores[:, first:].sum()
+    assert float(table.scores.sum()) == pytest.approx(float(want), abs=1e-4)
+    assert all(PROMPT[span.start : span.end].strip() == span.text.strip() for span in table.prompt if span.end)
+    assert all(ANSWER[span.start : span.end] == span.text for span in table.answer)
+    if columns == "segment":
+        assert [span.name for span in (*table.prompt, *table.answer)] == ["first", "second", "answer"]
+    # One cell by hand: the whole of the answer's last token for everything before it.
+    if rows == columns == "token":
+        assert torch.allclose(table.scores, found.scores)
+
+
+def test_answers_as_json_and_data_frames(answer: gim.AnswerAttribution, tmp_path: Any) -> None:
+    path = tmp_path / "answer.json"
+    assert answer.to_json(path) == path.read_text()
+    assert gim.AnswerAttribution.from_json(path) == answer == gim.AnswerAttribution.from_json(answer.to_json())
+    assert json.loads(answer.to_json()) == answer.to_dict()
+    frame = answer.to_dataframe()
+    pairs = [(row, column) for row in range(len(answer)) for column in range(len(answer.prompt) + row)]
+    assert list(zip(frame["answer_position"], frame["position"], strict=True)) == pairs
+    assert frame["score"].tolist() == [float(answer.scores[pair]) for pair in pairs]
+    assert set(frame[frame["part"] == "answer"]["token"]) <= set(answer.tokens)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("schema", "other", "is not an answer's attribution: it has no field schema"),
+        ("schema_version", 9, "has schema version 9"),
+        ("scores", [[1.0]], "field 'scores' must have"),
+        ("scores", [[float("nan")]], "not JSON|NaN|finite"),
+        ("total", "x", "field 'total' must be a list"),
+        ("tokens", ["a"], "entry for each|must be float32 of shape"),
+        ("offsets", [[0, 999]] * 5, "outside the answer|entry for each"),
+        ("prompt", {}, "prompt of the text is not an attribution"),
+        ("targets", [{}], "field 'targets' entry 0"),
+    ],
+)
+def test_documents_that_are_no_answers(answer: gim.AnswerAttribution, field: str, value: Any, message: str) -> None:
+    fields = {**answer.to_dict(), field: value}
+    with pytest.raises(ValueError, match=message):
+        gim.AnswerAttribution.from_json("\n" + json.dumps(fields))
+    missing = {name: one for name, one in answer.to_dict().items() if name != field}
+    with pytest.raises(ValueError, match="schema|is missing"):
+        gim.AnswerAttribution.from_json("\n" + json.dumps(missing))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"answer": ""}, ValueError, "answer must have at least one token"),
+        ({"answer": []}, ValueError, "answer must have at least one token"),
+        ({"answer": [1.5]}, TypeError, "answer must be text or a list of token ids, got 1.5"),
+        ({"answer": 3}, TypeError, "answer must be text or a list of token ids, got 3"),
+        ({"answer": [99999]}, ValueError, "answer must be a token id in"),
+        ({"generate": 0}, ValueError, "generate must be at least 1 token, got 0"),
+        ({"generate": 2.0}, TypeError, "generate must be a number of tokens"),
+        ({"generate": True}, TypeError, "generate must be a number of tokens"),
+        ({"answer": "a", "generate": 2}, ValueError, "answer and generate cannot both be given"),
+        ({"answer": "a", "target": " cat"}, ValueError, "target is one token's"),
+        ({"generate": 2, "position": -1}, ValueError, "position is one token's"),
+        ({"answer": "a", "measure": "loss"}, ValueError, "measure must be one of"),
+    ],
+)
+def test_what_is_no_answer(model: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gim.attribute(model, tokenizer(), PROMPT, **given)
+
+
+def test_models_that_give_no_answers() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    encoder = BertForMaskedLM(BertConfig(vocab_size=320, **sizes)).eval()
+    with pytest.raises(ValueError, match="answer needs a model that says the next token, and BertForMaskedLM says"):
+        gim.attribute(encoder, tokenizer(), PROMPT, answer=ANSWER)
+
+
+# ------------------------------------------------------------------------------------------------------------ looks
+
+
+def test_a_page_of_an_answer(answer: gim.AnswerAttribution, tmp_path: Any) -> None:
+    page = answer.to_html(tmp_path / "page.html")
+    assert page == (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('role="button"') == len(answer)
+    data = json.loads(page.split('id="said">')[1].split("</script>")[0])
+    assert data["prompt"] == len(answer.prompt) and len(data["rows"]) == len(answer)
+    for place, row in enumerate(data["rows"]):
+        want = answer.row(place)
+        assert row["limit"] == Scale.of(want).limit
+        assert row["scores"] == pytest.approx(want.scores.tolist(), rel=1e-3)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
+    found = gim.attribute(model, tokenizer(), PROMPT, answer="</script><b>\u202e")
+    page = found.to_html()
+    assert "</script><b>" not in page and "\u202e" not in page
+    assert found.prompt._repr_html_() == found._repr_html_()
+
+
+def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
+    folder, made = tmp_path / "model", tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    common = ("explain", "--model", str(folder), "--prompt", PROMPT, "--json")
+    asked: list[tuple[Sequence[str], dict[str, Any]]] = [
+        (("--answer", ANSWER), {"answer": ANSWER}),
+        (("--generate", "4", "--measure", "logprob"), {"generate": 4, "measure": "logprob"}),
+    ]
+    for arguments, same in asked:
+        out = run(*common, str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html"), *arguments)
+        assert out.code == 0, out.err
+        want = gim.attribute(model, made, PROMPT, **same)
+        found = gim.AnswerAttribution.from_json(tmp_path / "a.json")
+        assert found.answer == want.answer and "What each token was made of" in out.out
+        torch.testing.assert_close(found.scores, want.scores, rtol=1e-4, atol=1e-4)
+    shown = run("show", str(tmp_path / "a.json"))
+    assert shown.code == 0 and shown.out in out.out
+
+    chat = [{"role": "user", "content": PROMPT}]
+    assert run(*common, str(tmp_path / "c.json"), "--chat").code == 0
+    found = gim.AnswerAttribution.from_json(tmp_path / "c.json")
+    assert found.answer == gim.attribute(model, made, chat, generate=32).answer
+    assert run(*common, str(tmp_path / "n.json"), "--chat", "--next").code == 0
+    one = gim.Attribution.from_json(tmp_path / "n.json")
+    assert one.target.token_ids == gim.attribute(model, made, chat).target.token_ids
+
+    for arguments, message in (
+        (("--answer", ANSWER, "--generate", "3"), "--answer and --generate cannot both be given"),
+        (("--answer", ANSWER, "--target", " cat"), "--target and --answer cannot both be given"),
+        (("--generate", "3", "--next"), "--generate and --next cannot both be given"),
+        (("--answer", ""), "--answer must not be empty"),
+        (("--generate", "0"), "generate must be at least 1 token, got 0"),
+    ):
+        refused = run(*common, str(tmp_path / "x.json"), *arguments)
+        assert refused.code == 2 and message in refused.err, refused.err
