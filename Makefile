@@ -1,5 +1,5 @@
 # make demo | make test | make test-all | make real GIM_MODELS=dir | make faithfulness GIM_MODELS=dir |
-# make circuits GIM_MODELS=dir | make lint | make bench; each creates .venv itself when
+# make circuits GIM_MODELS=dir | make answers GIM_MODELS=dir | make lint | make bench; each creates .venv itself when
 # it is missing. make gpu OUT=dir installs nothing: it runs what needs a GPU with the Python that is there.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ LIGHT := .venv/.demo
 CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)
 PACKAGES := gim gim_kernels tests benchmarks examples
 
-.PHONY: demo test test-all real faithfulness circuits lint format bench gpu gpu-cache clean
+.PHONY: demo test test-all real faithfulness circuits answers lint format bench gpu gpu-cache clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -69,6 +69,13 @@ faithfulness: $(STAMP)
 circuits: STATE := build/circuits
 circuits: $(STAMP)
 	$(BIN)/python -m benchmarks.circuits --models '$(GIM_MODELS)' --state $(STATE)
+	$(BIN)/python -m benchmarks.documents
+
+# What the documents say of measures for whole answers, likewise; the state is one file.
+answers: STATE := build/answers.jsonl
+answers: $(STAMP)
+	mkdir -p $(dir $(STATE))
+	$(BIN)/python -m benchmarks.answer_measures --models '$(GIM_MODELS)' --state $(STATE)
 	$(BIN)/python -m benchmarks.documents
 
 OUT ?= gpu-results

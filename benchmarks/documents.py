@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import circuits_tables, coverage, faithfulness_tables
+from benchmarks import answer_tables, circuits_tables, coverage, faithfulness_tables
 from benchmarks.report import milliseconds, roofline_line, spread
 from benchmarks.results import Results, Row, default_name, growth, load
 
@@ -265,6 +265,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "faithfulness-all": lambda: faithfulness_tables.everything(latest("faithfulness")) or NOT_MEASURED,
     "faithfulness-ranks": lambda: faithfulness_tables.ranks(latest("faithfulness")) or NOT_MEASURED,
     "tasks": faithfulness_tables.tasks_table,
+    "answers": lambda: answer_tables.summary(latest("answers")) or NOT_MEASURED,
     "circuits": lambda: circuits_tables.summary(latest("circuits")) or NOT_MEASURED,
 }
 

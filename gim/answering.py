@@ -13,7 +13,7 @@ from gim.asked import Asked, tokens_of
 from gim.parts import anatomy
 from gim.targets import Explained, Measure, check_measure, whole_number
 
-#: What a whole answer is explained under: see docs/measures.md.
+#: What a whole answer is explained under; benchmarks/answer_measures.py compares.
 WHOLE_ANSWER: Measure = "logodds"
 
 
