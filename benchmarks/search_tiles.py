@@ -26,8 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gim_kernels.triton import tiles
-from gim_kernels.triton.attention_backward import grad_key_value_variant, grad_query_variant
 from gim_kernels.triton.attention_forward import forward_variant
+from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
+from gim_kernels.triton.attention_grad_query import grad_query_variant
 from gim_kernels.triton.tiles import Tile, Variant, Work
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

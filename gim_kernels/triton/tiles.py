@@ -17,6 +17,9 @@ import triton
 
 #: What a program accumulates decides its tile: the output; A and B or, with T = 1, A alone; two gradients or one.
 Work = Literal["forward", "grad_query", "grad_query_exact", "grad_key_value", "grad_key", "grad_value"]
+#: How a kernel finds the softmax at temperature T. ``exact``: T = 1, delta from the output. ``square``: T = 2, whose
+#: square is the softmax at T = 1. ``warm``: any T >= 1. ``sharp``: T < 1, where exp((S' - LSE) / T) would underflow.
+Rule = Literal["constant", "exact", "square", "warm", "sharp"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import gim_kernels
-from gim_kernels import aot
+from gim_kernels.aot.variants import shipped
 from gim_kernels.triton import dispatch, selfcheck, tiles
 from gim_kernels.types import Options
 
@@ -234,7 +234,7 @@ def handed_over() -> dict[str, bool]:
 def checks() -> dict[str, Any]:
     """Which variants of the library are not among what their own check launches."""
     missed = []
-    entries = aot.shipped("cuda:90:32", (64, 256))
+    entries = shipped("cuda:90:32", (64, 256))
     variants = {entry.variant.name: entry.variant for entry in entries}
     for variant in variants.values():
         with selfcheck._undisturbed(), dispatch.noted() as names:
