@@ -11,6 +11,7 @@ from typing import Any
 import triton
 
 from gim_kernels.aot.compiled import Compiled
+from gim_kernels.aot.resources import whole_tile_stores
 from gim_kernels.aot.variants import UNLIMITED
 
 
@@ -35,10 +36,9 @@ def _resources(row: dict[str, Any] | None) -> str:
     return f"{row['registers']} | {row['stack']} | {row['spills']} | {stores}"
 
 
-def whole_tile_stores(row: dict[str, Any]) -> int:
-    """Stores to local memory in the loops without a mask: all, or every second one."""
-    passes = row["passes"] + row["key"].endswith("/sharp")  # one more, for the maximum
-    return sum(row["loop_stores"][:: max(1, len(row["loop_stores"]) // passes)])
+def _stores(row: dict[str, Any]) -> int:
+    """Stores to local memory in the loops over whole tiles."""
+    return whole_tile_stores(row["loop_stores"], row["passes"] + row["key"].endswith("/sharp"))
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def markdown(report: dict[str, Any]) -> str:
             here = [row for row in all_rows if row["target"] == target]
             if here:
                 worst = [str(max(row[name] for row in here)) for name in ("registers", "stack", "spills")]
-                worst.append(str(max(map(whole_tile_stores, here))))
+                worst.append(str(max(map(_stores, here))))
                 worst.append(f"{max(row['shared'] for row in here) / 1024:g}")
                 lines.append(f"| {target} | {version} | {len(here)} | {' | '.join(worst)} |")
     for target in targets:

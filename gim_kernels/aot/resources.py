@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from triton import knobs
@@ -42,6 +43,16 @@ def loop_stores(code: str) -> list[int]:
         if not inner and (products >= _MANY_PRODUCTS or any(map(_MATRIX.search, body))):
             found.append(sum(bool(re.search(r"\bSTL\b", text)) for text in body))
     return found
+
+
+def whole_tile_stores(loops: Sequence[int], passes: int) -> int:
+    """Those of :func:`loop_stores` in loops without a mask: all, or every second one.
+
+    Args:
+        loops: what it found.
+        passes: how often the code goes over its tiles; with a temperature below 1 once more, for the maximum.
+    """
+    return sum(loops[:: max(1, len(loops) // passes)])
 
 
 def of_nvidia(image: bytes) -> dict[str, Any]:
