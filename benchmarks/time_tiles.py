@@ -31,6 +31,8 @@ from benchmarks.measure import DTYPES, Stopwatch, environment, interleaved
 from benchmarks.results import SCHEMA, save
 from gim_kernels.budget import relative_error
 from gim_kernels.triton import attention_backward, attention_forward, launch, tiles
+from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
+from gim_kernels.triton.attention_grad_query import grad_query_variant
 from gim_kernels.triton.dispatch import Launch
 from gim_kernels.triton.tiles import Tile, Work
 from gim_kernels.types import Options
@@ -55,7 +57,7 @@ def forget() -> None:
     """Forget which tile any layout got."""
     _FORWARD.forward_plans.clear()
     _BACKWARD.backward_plans.clear()
-    for variant in (_FORWARD.forward_variant, _BACKWARD.grad_query_variant, _BACKWARD.grad_key_value_variant):
+    for variant in (_FORWARD.forward_variant, grad_query_variant, grad_key_value_variant):
         variant.cache_clear()
 
 

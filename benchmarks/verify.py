@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from gim_kernels import aot
+from gim_kernels.aot import variants
 from gim_kernels.triton import selfcheck, tiles, verified
 from gim_kernels.triton.selfcheck import KernelError
 
@@ -31,9 +31,9 @@ def main(
     index = -1 if device.index is None else device.index
     architecture = tiles.architecture_of(torch.empty(0, device=device))
     sizes, dtype = ((16,), "fp16") if tiny else ((128, 64), "bf16")
-    entries = [*aot._norms(dtype), *aot._gated(dtype)]
+    entries = [*variants.norms(dtype), *variants.gated_products(dtype)]
     for size in sizes:
-        entries += aot._attention(architecture, size, dtype)
+        entries += variants.attention(architecture, size, dtype)
     entries.sort(key=lambda entry: ("/plain" not in entry.key, "attention" not in entry.key))
     right: list[str] = []
     wrong = 0

@@ -97,7 +97,7 @@ def _run_attention_backward(
             needs=(needs[0], needs[1], needs[2], needs[3]),
         )
     # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
-    first, second, third, fourth = (query.new_empty(0) if grad is None else grad for grad in grads)
+    first, second, third, fourth = [query.new_empty(0) if grad is None else grad for grad in grads]
     return first, second, third, fourth
 
 
@@ -130,9 +130,9 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: torch.Tensor | No
     if grad_out is None:
         return (None,) * 5
     query, key, value, sinks, key_range, out, lse = ctx.saved_tensors
-    needs = [bool(need) for need in ctx.needs_input_grad[:4]]
+    needs = list(ctx.needs_input_grad[:4])
     grads = _attention_backward(grad_out, query, key, value, sinks, key_range, *ctx.options, out, lse, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None)
+    return (*[grad if need else None for grad, need in zip(grads, needs, strict=True)], None)
 
 
 _attention = operators.define(
@@ -183,18 +183,20 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
         if x.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value must have key's shape, got key {tuple(key.shape)} and value {tuple(value.shape)}")
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"key must have query's batch size {query.shape[0]}, got {key.shape[0]}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"key must have query's head size {query.shape[3]}, got {key.shape[3]}")
-    if query.shape[3] == 0:
+    # Each look at a shape makes an object.
+    (batch, heads, _, size), shape = query.shape, key.shape
+    if shape != value.shape:
+        raise ValueError(f"value must have key's shape, got key {tuple(shape)} and value {tuple(value.shape)}")
+    key_batch, key_heads, _, key_size = shape
+    if batch != key_batch:
+        raise ValueError(f"key must have query's batch size {batch}, got {key_batch}")
+    if size != key_size:
+        raise ValueError(f"key must have query's head size {size}, got {key_size}")
+    if size == 0:
         raise ValueError("query must have a head size of at least 1, got 0")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+    if key_heads == 0 or heads % key_heads != 0:
         raise ValueError(
-            "query heads must be a multiple of key heads, "
-            f"got {query.shape[1]} query heads and {key.shape[1]} key heads"
+            f"query heads must be a multiple of key heads, got {heads} query heads and {key_heads} key heads"
         )
 
 

@@ -43,6 +43,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
+@functools.cache
 def attention(engine: Engine) -> AttentionEngine:
     """The engine of that name, other than ``"auto"``, for attention.
 
@@ -53,6 +54,7 @@ def attention(engine: Engine) -> AttentionEngine:
     return found
 
 
+@functools.cache
 def pointwise_of(engine: Engine) -> PointwiseEngine:
     """The same for norms and gated products."""
     found: PointwiseEngine = _module(POINTWISE[engine])
@@ -142,12 +144,14 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
-    if not torch._C._is_any_autocast_enabled():
-        return contextlib.nullcontext()
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
+    if not torch._C._is_any_autocast_enabled() or not autocasts(x.device.type):
+        return _NOTHING
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
@@ -165,8 +169,11 @@ def check_transforms(operator: str, *tensors: torch.Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+    levels = torch._C._functorch.get_interpreter_stack()
     inside = forward_ad._current_level >= 0  # of a level of forward-mode derivatives, without which there is no tangent
+    if not levels and not inside:
+        return
+    kinds = {level.key().name for level in levels or ()}
     found = None
     if "Jvp" in kinds or (
         inside and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -71,6 +71,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
         (f"gim_kernels.{one}", tuple(f"gim_kernels.{other}" for other in (*ENGINES, "engines") if other != one))
         for one in ENGINES
     ),
+    ("gim_kernels.triton", ("gim_kernels.aot",)),
     ("gim_kernels.types", ("gim_kernels",)),
     ("gim_kernels.told", ("gim_kernels",)),
     *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "request", "render", "context")),
@@ -126,6 +127,7 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim_kernels.engines", "from gim.rules import Rules"),
         ("gim_kernels.triton.launch", "def late():\n    from gim_kernels.blockwise import forward_workspace"),
         ("gim_kernels.pointwise", "import importlib\nimportlib.import_module('gim_kernels.triton.norm')"),
+        ("gim_kernels.triton.tiles", "from gim_kernels.aot.variants import shipped"),
         ("gim_kernels.composed", "from gim_kernels.blockwise import blocks"),
         ("gim_kernels.reference_engine", "from gim_kernels import engines"),
         ("gim.rules", "from gim_kernels import engines"),

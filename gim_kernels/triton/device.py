@@ -72,8 +72,11 @@ def check(**tensors: torch.Tensor | None) -> None:
             )
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def guard(x: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which launches go to the device of ``x`` and to its current stream."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _NOTHING

@@ -1,9 +1,9 @@
 """How a launch costs little host time: all of it but the addresses is worked out once for each layout of the tensors.
 
 triton binds, describes and looks up every argument of every launch again. A :class:`Launch` does so once for each
-alignment of its pointers, and from then on hands the compiled kernel what triton would hand it. Where somebody listens
-to launches, during a capture, on AMD GPUs (whose kernels also depend on how much memory a pointer leads to) and in the
-interpreter, triton launches.
+alignment of its pointers, and from then on hands the compiled kernel what triton would hand it, addresses in place of
+tensors. Where somebody listens to launches, during a capture, on AMD GPUs (whose kernels also depend on how much memory
+a pointer leads to) and in the interpreter, triton launches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from triton import knobs
@@ -105,6 +105,28 @@ def _listens(hook: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
+def _odd(tensors: Sequence[torch.Tensor | None]) -> int:
+    """A bit for each tensor whose address is not aligned."""
+    return sum(1 << i for i, x in enumerate(tensors) if x is not None and x.data_ptr() % ALIGNMENT)
+
+
+class _Compiled(NamedTuple):
+    """What a launch hands over.
+
+    Args:
+        run, function, metadata: of the compiled kernel.
+        device: the number of that on which it is loaded.
+        described: of each descriptor its place among the kernel's arguments, that of its tensor among the tensors, and
+            what it holds besides.
+    """
+
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    device: int
+    described: tuple[tuple[int, int, dict[str, Any]], ...]
+
+
 class Launch:
     """A launch of a variant with everything given but its tensors.
 
@@ -125,9 +147,8 @@ class Launch:
         #: The kernel's pointers, and the places of all its pointers and of its descriptors among its arguments.
         self._pointers = [name for name in names if name.endswith("_ptr")]
         self._places = [names.index(name) for name in self._pointers]
-        self._described = [names.index(name) for name in self._boxes]
-        #: What triton compiled for each alignment of the pointers, with what its descriptors hold besides a tensor.
-        self._compiled: dict[int, tuple[Any, list[dict[str, Any]]]] = {}
+        #: For each alignment of the pointers what triton compiled, as :meth:`_by_triton` left it.
+        self._compiled: dict[int, _Compiled] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Run on the current device, where the tensors are, and its current stream.
@@ -136,25 +157,24 @@ class Launch:
             tensors: of the kernel's pointers, in its order; None for those that the variant does not have.
         """
         values = self._values.copy()
-        odd, bit = 0, 1  # a bit for each pointer that is not aligned
+        together = 0
         for place, x in zip(self._places, tensors, strict=True):
-            values[place] = x
-            if x is not None and x.data_ptr() % ALIGNMENT:
-                odd |= bit
-            bit <<= 1
+            if x is not None:
+                values[place] = address = x.data_ptr()
+                together |= address
+        odd = _odd(tensors) if together % ALIGNMENT else 0
         known = self._compiled.get(odd)
         if known is None or self._triton_must():
             self._by_triton(tensors, odd)
             return
-        compiled, described = known
-        for place, fields in zip(self._described, described, strict=True):
+        for place, which, fields in known.described:
             descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__ = {**fields, "base": values[place]}
+            descriptor.__dict__ = {**fields, "base": tensors[which]}
             values[place] = descriptor
         active: Any = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        run, function = compiled.run, compiled.function  # in this order: the first one loads the second
-        run(self.programs, 1, 1, stream, function, compiled.packed_metadata, None, None, None, *values)
+        stream = active.get_current_stream(known.device)
+        # Triton takes an address for a tensor, and asks the driver no more whose it is.
+        known.run(self.programs, 1, 1, stream, known.function, known.metadata, None, None, None, *values)
 
     def _triton_must(self) -> bool:
         runtime = knobs.runtime
@@ -169,6 +189,7 @@ class Launch:
 
     def _by_triton(self, tensors: Sequence[torch.Tensor | None], odd: int) -> None:
         given: dict[str, Any] = dict(zip(self._pointers, tensors, strict=True))
+        first = next(x for x in tensors if x is not None)
         for name, box in self._boxes.items():
             given[name] = box.around(given[name])
         if _notes.names is not None:
@@ -176,12 +197,17 @@ class Launch:
         else:
             from gim_kernels.triton import selfcheck  # which runs the operators, and so this
 
-            selfcheck.first_use(self.variant, next(x for x in tensors if x is not None))
+            selfcheck.first_use(self.variant, first)
         compiled = self.variant.launch(self.programs, **given, **self._arguments)
         if compiled is None or interpreted() or torch.version.hip is not None:
             return
-        fields = [
-            {field: value for field, value in vars(given[name]).items() if field != "base"} for name in self._boxes
-        ]
-        # What is built in the background is there now.
-        self._compiled[odd] = (compiled.result() if hasattr(compiled, "result") else compiled, fields)
+        described = []
+        for name in self._boxes:
+            which = self._pointers.index(name)
+            fields = {field: value for field, value in vars(given[name]).items() if field != "base"}
+            described.append((self._places[which], which, fields))
+        # What is built in the background is there now, and loaded.
+        built = compiled.result() if hasattr(compiled, "result") else compiled
+        self._compiled[odd] = _Compiled(
+            built.run, built.function, built.packed_metadata, first.get_device(), tuple(described)
+        )

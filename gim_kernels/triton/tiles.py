@@ -17,6 +17,9 @@ import triton
 
 #: What a program accumulates decides its tile: the output; A and B or, with T = 1, A alone; two gradients or one.
 Work = Literal["forward", "grad_query", "grad_query_exact", "grad_key_value", "grad_key", "grad_value"]
+#: How a kernel finds the softmax at temperature T. ``exact``: T = 1, delta from the output. ``square``: T = 2, whose
+#: square is the softmax at T = 1. ``warm``: any T >= 1. ``sharp``: T < 1, where exp((S' - LSE) / T) would underflow.
+Rule = Literal["constant", "exact", "square", "warm", "sharp"]
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,8 @@ def attention_tile(
         split = head_size > 128 and work in ("grad_query", "grad_key_value")
         return Tile(64, 32, 4, 2, "for the interpreter: any tile runs, large ones run faster", split)
     width = dtype.itemsize
-    # float32 runs on the ordinary cores, which are alike everywhere. Three products of TF32 on tensor cores would keep
-    # the budget of errors (tests/gim_kernels/test_tf32.py), but want tiles of their own, and no such tile was compiled.
+    # float32 runs on the ordinary cores, which are alike everywhere. Whether three products of TF32 on tensor cores
+    # keep the budget of errors depends on how those round (tests/gim_kernels/test_tf32.py), which only a GPU can tell.
     rows = ("cuda:80" if width == 4 else _family(architecture), width, max(64, padded_head(head_size)))
     tile = _TABLE[rows][work]
     if shared_memory(architecture) > 160 * 1024:

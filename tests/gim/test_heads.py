@@ -104,7 +104,7 @@ def test_the_command_line_knows_heads_and_chats(tmp_path: Path, words: Any) -> N
     causal = text_model(torch.float32)
     causal.resize_token_embeddings(len(words))
     models = {"class": classifier, "mask": make("ForMaskedLM", words), "chat": causal}
-    asked = {"class": ["--target", "good"], "mask": [], "chat": ["--chat"]}
+    asked = {"class": ["--target", "good"], "mask": [], "chat": ["--chat", "--next"]}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         words.save_pretrained(tmp_path / name)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gim_kernels import aot
+from gim_kernels.aot.variants import Entry, shipped
 from gim_kernels.triton import order
 
 _POINTED = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
@@ -81,8 +81,8 @@ class Replay:
     """Runs launches of a build folder's kernels; ``launched`` counts them by key."""
 
     def __init__(self, folder: Path, target: str, head_sizes: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        entries = {(entry.key, entry.limit): entry for entry in aot.shipped(target, head_sizes, dtypes)}
-        self.kernels: dict[bytes, tuple[aot.Entry, dict[str, Any]]] = {}
+        entries = {(entry.key, entry.limit): entry for entry in shipped(target, head_sizes, dtypes)}
+        self.kernels: dict[bytes, tuple[Entry, dict[str, Any]]] = {}
         for path in sorted((folder / target.replace(":", "_")).glob("*.json")):
             described = json.loads(path.read_text())
             entry = entries[described["key"], described["limit"]]
@@ -102,7 +102,7 @@ class Replay:
             return 1
         return 0
 
-    def _run(self, entry: aot.Entry, grid: int, parameters: Any) -> None:
+    def _run(self, entry: Entry, grid: int, parameters: Any) -> None:
         variant = entry.variant
         given: dict[str, Any] = dict(variant.constants)
         kinds = [(name, kind) for name, kind in variant.signature.items() if kind != "constexpr"]

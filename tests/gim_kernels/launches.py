@@ -13,7 +13,10 @@ import importlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -24,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import gim_kernels
-from gim_kernels import aot
+from gim_kernels.aot.variants import shipped
 from gim_kernels.triton import dispatch, selfcheck, tiles
 from gim_kernels.types import Options
 
@@ -46,7 +49,7 @@ class Driver:
 
 
 class Compiled:
-    """A kernel that triton compiled: it notes its launches."""
+    """A kernel that triton compiled: it notes its last launch."""
 
     packed_metadata, function = None, 0
 
@@ -60,7 +63,7 @@ class Compiled:
         launched.append((self, given))
 
 
-launched: list[tuple[Compiled, tuple[Any, ...]]] = []
+launched: deque[tuple[Compiled, tuple[Any, ...]]] = deque(maxlen=1)
 #: What triton was asked to compile otherwise than a variant says: arguments that are absent, or that are not.
 otherwise: list[str] = []
 _variants: list[tiles.Variant] = []
@@ -169,6 +172,28 @@ def times() -> dict[str, list[float]]:
     return best
 
 
+def calls() -> dict[str, int]:
+    """How many functions, Python's and C's, the package itself calls for each subject where its layout is known."""
+    package = str(Path(gim_kernels.__file__).parent)
+    found: dict[str, int] = {}
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        caller = {"call": frame.f_back, "c_call": frame}.get(event)
+        if caller is not None and caller.f_code.co_filename.startswith(package):
+            found[name] += 1
+
+    with mock.patch.object(dispatch, "interpreted", lambda: False):
+        for name, call in subjects().items():
+            found[name] = 0
+            call()
+            sys.setprofile(note)
+            try:
+                call()
+            finally:
+                sys.setprofile(None)
+    return found
+
+
 def compilations_by_length() -> dict[str, int]:
     """How many kernels are compiled for eight lengths of one width, one of them 1."""
     found: dict[str, int] = {}
@@ -234,7 +259,7 @@ def handed_over() -> dict[str, bool]:
 def checks() -> dict[str, Any]:
     """Which variants of the library are not among what their own check launches."""
     missed = []
-    entries = aot.shipped("cuda:90:32", (64, 256))
+    entries = shipped("cuda:90:32", (64, 256))
     variants = {entry.variant.name: entry.variant for entry in entries}
     for variant in variants.values():
         with selfcheck._undisturbed(), dispatch.noted() as names:
@@ -252,7 +277,8 @@ def main(arguments: list[str]) -> None:
         if arguments == ["checks"]:
             json.dump(checks(), sys.stdout)
             return
-        seen = {"times": times(), "compilations": compilations_by_length(), "arguments": handed_over()}
+        seen = {"times": times(), "calls": calls(), "compilations": compilations_by_length()}
+        seen["arguments"] = handed_over()
     json.dump({**seen, "otherwise": otherwise}, sys.stdout)
 
 

@@ -17,7 +17,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from gim_kernels import aot
+from gim_kernels.aot import variants
+from gim_kernels.aot.__main__ import main
+from gim_kernels.aot.report import markdown
+from gim_kernels.aot.resources import loop_stores
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "compile_report.json"
@@ -130,9 +133,9 @@ def check(row: dict[str, Any]) -> None:
 
 
 def test_every_shipped_variant_is_in_the_committed_report() -> None:
-    for target in aot.TARGETS:
-        shipped = [(entry.key, entry.limit) for entry in aot.shipped(target)]
-        limit = {None: aot.UNLIMITED}
+    for target in variants.TARGETS:
+        shipped = [(entry.key, entry.limit) for entry in variants.shipped(target)]
+        limit = {None: variants.UNLIMITED}
         reported = [(row["key"], limit.get(row["limit"], row["limit"])) for row in rows_of(committed(), target)]
         assert reported == shipped, (
             f"{target}: {set(reported) ^ set(shipped)}: python -m gim_kernels.aot report "
@@ -140,7 +143,7 @@ def test_every_shipped_variant_is_in_the_committed_report() -> None:
         )
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", variants.TARGETS)
 def test_no_whole_tile_spills_and_all_use_the_tensor_cores(target: str) -> None:
     rows = rows_of(committed(), target)
     for row in rows + rows_of(committed()["beside"], target):
@@ -197,7 +200,7 @@ def test_the_bounds_can_fail() -> None:
 
 def test_the_markdown_holds_every_row_of_the_json() -> None:
     text = REPORT.with_suffix(".md").read_text()
-    assert text == aot._markdown(committed())
+    assert text == markdown(committed())
 
 
 def test_a_report_shows_two_versions_of_triton_or_one() -> None:
@@ -208,9 +211,9 @@ def test_a_report_shows_two_versions_of_triton_or_one() -> None:
     }  # fmt: skip
     alone: dict[str, Any] = {"triton": "3.7.1", "variants": [row, {**row, "key": "fold"}], "beside": {}}
     want = "| attention_forward/bf16/128/causal/plain | 128x128 8w 2s | 245 | 0 | 0 | 0 1 | 1 | 32 HGMMA | 132 |"
-    assert want in aot._markdown(alone).splitlines()
+    assert want in markdown(alone).splitlines()
     both = {**alone, "beside": {"triton": "3.6.0", "variants": [{**row, "registers": 163}]}}
-    lines = aot._markdown(both).splitlines()
+    lines = markdown(both).splitlines()
     assert f"{want} 163 | 0 | 0 | 0 1 |" in lines and "| cuda:90:32 | 3.6.0 | 1 | 163 | 0 | 0 | 0 | 1 |" in lines
     columns = {line.count("|") for line in lines[lines.index("## cuda:90:32") + 2 :] if line}
     assert len(columns) == 1
@@ -235,9 +238,9 @@ def test_stores_are_counted_in_the_loops_that_hold_them() -> None:
         "        /*00a0*/               @P3 BRA `(.L_x_3) ;",
         "        /*00b0*/                   EXIT ;",
     ]
-    assert aot._loop_stores("\n".join(lines)) == [0, 1]
+    assert loop_stores("\n".join(lines)) == [0, 1]
     lines[4] = lines[4].replace("LDL R2, [R1]", "STL [R1], R2")
-    assert aot._loop_stores("\n".join(lines)) == [1, 1]
+    assert loop_stores("\n".join(lines)) == [1, 1]
 
 
 @pytest.mark.slow
@@ -316,7 +319,7 @@ def test_library_needs_no_driver_and_names_no_path_of_this_machine(library: Path
     for path in (ROOT, Path(sys.prefix), library):
         assert str(path).encode() not in content
     names = [
-        entry.key for entry in aot.shipped("cuda:90:32", (16,), ("fp16",), tuple(SELECTION["GIM_ONLY"].split(";")))
+        entry.key for entry in variants.shipped("cuda:90:32", (16,), ("fp16",), tuple(SELECTION["GIM_ONLY"].split(";")))
     ]
     for name in names:
         assert f"cuda:90:32 {name}".encode() in content
@@ -333,7 +336,7 @@ def test_library_launches_what_the_interpreter_finds_right(library: Path) -> Non
     assert "0 failures" in done.stdout
     launched = set(json.loads(done.stdout.splitlines()[-1]))
     only = tuple(SELECTION["GIM_ONLY"].split(";"))
-    assert launched == {entry.key for entry in aot.shipped("cuda:90:32", (16,), ("fp16",), only)}
+    assert launched == {entry.key for entry in variants.shipped("cuda:90:32", (16,), ("fp16",), only)}
 
 
 @pytest.mark.slow
@@ -371,14 +374,14 @@ def test_an_unchanged_kernel_is_not_compiled_again(library: Path, tmp_path: Path
 def test_bad_options_are_refused_before_anything_is_compiled(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert aot.main(["build", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main(["build", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 def test_keys_are_unique_and_sorted() -> None:
-    for target in (*aot.TARGETS, "hip:gfx942:64"):
-        entries = aot.shipped(target)
+    for target in (*variants.TARGETS, "hip:gfx942:64"):
+        entries = variants.shipped(target)
         keys = [(entry.key, entry.limit) for entry in entries]
         assert keys == sorted(set(keys))
         stems = [entry.stem for entry in entries]
@@ -389,13 +392,13 @@ def test_keys_are_unique_and_sorted() -> None:
 
 def test_every_option_of_attention_is_shipped() -> None:
     """For each head size: every rule, with and without a causal mask, alone and with everything that hides keys."""
-    keys = {entry.key for entry in aot.shipped("cuda:90:32")}
-    for dtype in aot.DTYPES:
-        for size in aot.HEAD_SIZES:
+    keys = {entry.key for entry in variants.shipped("cuda:90:32")}
+    for dtype in variants.DTYPES:
+        for size in variants.HEAD_SIZES:
             for causal in ("causal", "full"):
                 where = f"{dtype}/{size}/{causal}/general"
                 assert {f"attention_forward/{where}", f"attention_grad_value/{where}"} <= keys
-                for rule in aot.RULES:
+                for rule in variants.RULES:
                     assert f"attention_grad_query/{where}/{rule}" in keys
                     if rule != "sharp":
                         both, alone = (

@@ -49,6 +49,23 @@ def test_a_call_like_an_earlier_one_costs_little(subject: str, seen: dict[str, A
     assert anew / kept > SAVED[subject], f"{kept:.0f} us, and {anew:.0f} us without what is kept"
 
 
+#: How many functions of Python and C the package itself calls, at most; autograd's own are not counted.
+CALLS = {
+    "attention": 98,
+    "attention step": 210,
+    "norm": 72,
+    "norm step": 138,
+    "gated": 70,
+    "gated step": 132,
+}
+
+
+@pytest.mark.parametrize("subject", CALLS)
+def test_a_call_like_an_earlier_one_does_little(subject: str, seen: dict[str, Any]) -> None:
+    """What it costs without a clock: no load of the machine changes it."""
+    assert 0 < seen["calls"][subject] <= CALLS[subject]
+
+
 def test_a_length_compiles_nothing_anew(seen: dict[str, Any]) -> None:
     """Eight lengths: a kernel each; a norm's step has four."""
     assert set(seen["compilations"]) == {"norm", "layer norm", "gated", "fused gated", "attention", "norm step"}

@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from gim_kernels import aot, engines
+from gim_kernels import engines
+from gim_kernels.aot import variants
 from gim_kernels.triton import attention_forward, norm, pointwise_tiles, selfcheck, verified
 from gim_kernels.triton.selfcheck import KernelError
 from tests.gim_kernels import test_attention as contract
@@ -98,7 +99,7 @@ def test_what_is_verified_or_cannot_be_compared_is_not_checked(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     attend(None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    names = [entry.variant.name for entry in aot._attention("interpreter", 16, "fp32")]
+    names = [entry.variant.name for entry in variants.attention("interpreter", 16, "fp32")]
     name = "gim_attention_forward_fp32_d16_causal_no_window_no_inner_no_key_range_no_sinks"
     monkeypatch.setattr(verified, "on_device", lambda _: frozenset([*names, name]))
     attend(None)
@@ -144,9 +145,9 @@ def test_what_is_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", aot.DTYPES)
+@pytest.mark.parametrize("dtype", variants.DTYPES)
 def test_every_variant_passes_its_check(dtype: str) -> None:
-    entries = [*aot._norms(dtype), *aot._gated(dtype), *aot._attention("interpreter", 16, dtype)]
+    entries = [*variants.norms(dtype), *variants.gated_products(dtype), *variants.attention("interpreter", 16, dtype)]
     for variant in {entry.variant.name: entry.variant for entry in entries}.values():
         # float32 has no exact rule of its own but in the C library: see rule_of.
         if dtype != "fp32" or variant.constants.get("RULE") != "exact":
