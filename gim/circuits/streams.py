@@ -18,7 +18,7 @@ from gim.circuits.graph import Graph
 from gim.circuits.wiring import Wiring, first_tensor, picked, statistic, with_stream
 
 #: Bytes of the writers of one tile of tokens, in the stream's width. One token is a tile at least.
-TILE_BYTES = 2**26
+TILE_BYTES = 2**25
 #: Readers whose products are made at once, at least: fewer keep no machine busy.
 READERS = 96
 
@@ -131,6 +131,9 @@ class Heard:
         self.gradients: dict[tuple[int, str], torch.Tensor] = {}
         #: The gradient ``[N, C]`` of what the last layer puts out.
         self.end: torch.Tensor | None = None
+        #: By layer, ``[N, C]``: what the norm in front of attention multiplies gradients by, channel by channel; None
+        #: for one that does more.
+        self._factors: dict[int, torch.Tensor | None] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -180,37 +183,60 @@ class Heard:
 
     # -- by tiles of tokens
 
-    def readers(self, index: int, tokens: slice) -> torch.Tensor:
-        """Gradients ``[3 * HQ + 1, n, C]`` of a layer's readers by the stream: q, k and v of every query head, the MLP.
+    def readers(self, index: int, tokens: slice, out: torch.Tensor) -> None:
+        """Write the gradients of a layer's readers by the stream: q, k and v of every query head, the MLP.
 
         The GIM context that is open says what the backward of norms does.
+
+        Args:
+            index: of the layer.
+            tokens: of them.
+            out: ``[3 * HQ + 1, n, C]``.
         """
         layer = self.wiring.layers[index]
-        wide = []
-        for name, branch in layer.branches.items():
+        for (name, branch), rows in zip(layer.branches.items(), out[:-1].split(layer.q.heads), strict=True):
             grad = self.gradients.get((index, name))
             if grad is None:  # a constant softmax tells q and k nothing
-                wide.append(branch.weight.new_zeros(layer.q.heads, tokens.stop - tokens.start, self.wiring.width))
+                rows.zero_()
                 continue
             if layer.group == 1 or name == "q":
                 mine = picked(grad[tokens].T, branch.columns).mT  # [HQ, n, D]
             else:
                 mine = grad[tokens].unflatten(-1, (layer.q.heads, -1)).transpose(0, 1)
-            wide.append(_by_heads(mine, branch.weight, layer.q.heads // branch.heads))
-        mlp = self.gradients[index, "mlp"][tokens][None]
-        if layer.shares_norm:
-            return self._through(index, torch.cat([*wide, mlp]), tokens)
-        return torch.cat([self._through(index, torch.cat(wide), tokens), mlp])
+            rows.copy_(_by_heads(mine, branch.weight, layer.q.heads // branch.heads))
+        out[-1] = self.gradients[index, "mlp"][tokens]
+        if layer.before_attention is not None:
+            self._through(index, layer.before_attention, tokens, out if layer.shares_norm else out[:-1])
 
-    def _through(self, index: int, grad: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """Gradients ``[R, n, C]`` behind the norm in front of attention as those in front of it."""
-        norm = self.wiring.layers[index].before_attention
-        if norm is None:
-            return grad
-        x = self.streams[index][tokens].expand_as(grad).contiguous().requires_grad_(True)
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(norm(x), x, grad)
-        return found
+    def _through(self, index: int, norm: nn.Module, tokens: slice, grad: torch.Tensor) -> None:
+        """Make gradients ``[R, n, C]`` behind the norm in front of attention those in front of it.
+
+        Where its backward goes channel by channel, as under a constant statistic without a mean, every reader's is one
+        number a channel times what it was told, and the norm runs for none of them. Then what only some channels are
+        told reaches no other, to the last bit in every dtype.
+        """
+        if index not in self._factors:
+            x = self.streams[index]
+            some = (torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(0)) < 0.5).to(x)
+            factor, found = _backward(norm, x, torch.stack([torch.ones_like(x), some.expand_as(x)]))
+            self._factors[index] = None
+            if torch.equal(found, factor * some):
+                self._factors[index] = factor
+                del self.streams[index]  # of which nothing more is asked
+        factors = self._factors[index]
+        if factors is not None:
+            grad *= factors[tokens]
+        else:
+            x = self.streams[index][tokens]
+            grad.copy_(_backward(norm, x, grad.to(x.dtype)))
+
+
+def _backward(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Gradients ``[R, n, C]`` behind a norm of ``x`` ``[n, C]`` as those in front of it."""
+    x = x.expand_as(grad).contiguous().requires_grad_(True)
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(norm(x), x, grad)
+    return found
 
 
 def _by_heads(grad: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -254,26 +280,29 @@ class Tiles:
                 buffer[0] = self.parts[0][tokens]
                 self._done = 1
             elif place == 0:
+                self._heads(layer, tokens, buffer[self._done : self._done + self._graph.heads])
                 self._done += self._graph.heads
-                buffer[self._done - self._graph.heads : self._done] = self._heads(layer, tokens)
             else:
                 buffer[self._done] = self.parts[mlp_part(layer)][tokens]
                 self._done += 1
         return buffer[:count]
 
-    def _heads(self, index: int, tokens: slice) -> torch.Tensor:
+    def _heads(self, index: int, tokens: slice, out: torch.Tensor) -> None:
         layer = self._wiring.layers[index]
         heads = self.parts[heads_part(index)][tokens].unflatten(-1, (self._graph.heads, -1)).transpose(0, 1)
-        wide = torch.bmm(heads, layer.out.weight.T.unflatten(0, (self._graph.heads, -1)))  # [HQ, n, C]
-        return wide if layer.scale is None else wide * layer.scale
+        weight = layer.out.weight.T.unflatten(0, (self._graph.heads, -1))
+        torch.bmm(heads.to(self.dtype), weight.to(self.dtype), out=out)  # [HQ, n, C]
+        if layer.scale is not None:
+            out *= layer.scale
 
 
 def products(tiles: Tiles, heard: Heard, graph: Graph) -> torch.Tensor:
     """Every edge's sum over tokens and channels of writer times reader: ``[writers, readers]``, float64."""
     found = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
-    together = max(1, -(-READERS // graph.of_layer))
+    together = min(graph.layers, max(1, -(-READERS // graph.of_layer)))
     end = heard.end
     assert end is not None, "a backward has run"
+    buffer = end.new_empty(together * graph.of_layer, tiles.size, graph.width, dtype=tiles.dtype)
     for tokens in tiles.slices:
         writers = tiles.writers(tokens, graph.writers).flatten(1)
 
@@ -282,8 +311,11 @@ def products(tiles: Tiles, heard: Heard, graph: Graph) -> torch.Tensor:
 
         for first in range(0, graph.layers, together):
             layers = range(first, min(first + together, graph.layers))
+            readers = buffer[: len(layers) * graph.of_layer, : tokens.stop - tokens.start]
+            for layer, out in zip(layers, readers.split(graph.of_layer), strict=True):
+                heard.readers(layer, tokens, out)
             columns = slice(first * graph.of_layer, (layers[-1] + 1) * graph.of_layer)
-            add(graph.mlp(layers[-1]), columns, torch.cat([heard.readers(layer, tokens) for layer in layers]))
+            add(graph.mlp(layers[-1]), columns, readers)
         if bool(end[tokens].any()):
             add(graph.writers, slice(graph.readers - 1, graph.readers), end[tokens][None])
     return found * graph.edges

@@ -18,6 +18,8 @@ from gim.parts import anatomy
 PACKAGES = ("gim-kernels", "torch", "transformers", "triton", "captum", "scikit-learn")
 #: Numbers of each weight whose places count too.
 SAMPLED = 4096
+#: Bytes of a weight that are summed at once.
+SUMMED = 2**20
 
 
 def versions() -> dict[str, str]:
@@ -56,8 +58,10 @@ def of_model(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(part.shape)} {part.dtype} ".encode())
             content = part.contiguous().view(-1).view(torch.uint8) if part.numel() else part.new_empty(0)
             step = max(1, len(content) // SAMPLED)
-            # A sum of whole numbers does not depend on the order in which they are added.
-            digest.update(f"{int(content.sum(dtype=torch.int64))} {content[::step].tolist()}".encode())
+            # A sum of whole numbers does not depend on the order in which they are added. By parts: torch makes eight
+            # bytes of each that it adds.
+            total = sum(int(some.sum(dtype=torch.int64)) for some in content.split(SUMMED))
+            digest.update(f"{total} {content[::step].tolist()}".encode())
     return digest.hexdigest()[:16]
 
 
