@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import gim
 import gim.demo
-from gim.circuits import Circuit, Curve, Graph, Pair, attribute, page, read, scores
+from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, page, read, scores
 from gim.circuits.curve import MIB_SIZES
 from gim.cli import app
 from gim.evaluation import tasks
@@ -387,6 +387,49 @@ def test_a_search_goes_on_from_its_file(
     with pytest.raises(ValueError, match="is no file of a search for a circuit"):
         attribute(demo[0], PAIRS, **named)
     assert file.read_bytes() == b"something else"
+
+
+def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path) -> None:
+    sizes, file = (0.1, 1.0), tmp_path / "score.jsonl"
+    named: dict[str, Any] = {"sizes": sizes, "batch_tokens": 1, "resume": file}
+
+    def stop_after(pairs: int) -> Any:
+        def stop(done: int, total: int, left: float | None) -> None:
+            if done == pairs:
+                raise KeyboardInterrupt
+
+        return stop
+
+    whole = circuit.faithfulness(PAIRS, sizes, batch_tokens=1).to_dict()
+    with pytest.raises(CurveInterrupted) as caught:
+        circuit.faithfulness(PAIRS, progress=stop_after(2), **named)
+    found = caught.value.curve
+    assert found is not None and found.to_dict()["values"] == {
+        order: several[:2] for order, several in whole["values"].items()
+    }
+    seen: list[int] = []
+    again = circuit.faithfulness(PAIRS, progress=lambda done, *_: seen.append(done), **named)
+    assert seen == [2, 3] and again.to_dict() == whole
+    with pytest.raises(CurveInterrupted) as caught:
+        circuit.faithfulness(PAIRS, sizes, batch_tokens=1, progress=stop_after(1))
+    assert caught.value.curve is not None and caught.value.curve.cpr.n == 1
+
+
+def test_an_interrupted_measurement_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circuit: Circuit) -> None:
+    measured, saved = Circuit.faithfulness, tmp_path / "circuit.parquet"
+    circuit.save(saved)
+    finished: list[Any] = []
+
+    def stopped(self: Circuit, data: Any, **named: Any) -> Any:
+        raise CurveInterrupted(measured(self, PAIRS[:2], **named) if finished else None)
+
+    monkeypatch.setattr(Circuit, "faithfulness", stopped)
+    call = ["circuit", "score", str(saved), "agreement", "--model", str(DEMO), "--device", "cpu"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 130 and "CPR" not in result.output
+    finished.append(True)
+    result = CliRunner().invoke(app, [*call, "--save", str(tmp_path / "curve.json")])
+    assert result.exit_code == 130 and "CPR" in result.output and (tmp_path / "curve.json").exists()
 
 
 def test_a_constant_softmax_warns_and_is_said_in_the_result(demo: tuple[Any, Any]) -> None:
