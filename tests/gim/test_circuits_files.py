@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -231,6 +232,24 @@ def test_files_of_eap_ig_and_mib_load_as_they_are(tmp_path: Path, demo: tuple[An
     path.write_text("clean,corrupted\na,b\n")
     with pytest.raises(ValueError, match="eap.csv, row 0: neither clean, corrupted, answer and wrong, nor a row of"):
         read(path, cut)
+
+
+def test_eap_igs_years_are_those_after_the_one_in_the_prompt(tmp_path: Path, demo: tuple[Any, Any]) -> None:
+    path = tmp_path / "years.csv"
+    prompt, other = "It lasted from the year 1604 to the year 16", "It lasted from the year 1601 to the year 16"
+    path.write_text(f"clean,corrupted,label\n{prompt},{other},4\n")
+    with pytest.raises(ValueError, match="years.csv holds 0 pairs"):  # a year is two tokens
+        read(path, demo[1])
+    cut = copy.deepcopy(demo[1])
+    cut.add_tokens([f"{year:02d}" for year in range(100)])
+    (pair,) = read(path, cut).pairs
+    assert (pair.clean, pair.corrupted) == (prompt, other)
+    assert pair.wrong == ["00", "01", "02", "03", "04"]
+    assert pair.answer == [f"{year:02d}" for year in range(5, 100)]
+    for line in (f"{prompt},{other},5", f"{prompt.replace('04', '99')},{other},99", "no,year,4"):
+        path.write_text(f"clean,corrupted,label\n{line}\n")
+        with pytest.raises(ValueError, match=r"years.csv, row 0: .* is no year of its prompt that another"):
+            read(path, cut)
 
 
 # ----------------------------------------------------------------------------------------------------------- curves
