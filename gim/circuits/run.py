@@ -119,7 +119,8 @@ def attribute(
         The circuit, with scores in float64.
 
     Raises:
-        UnsupportedModelError: the model's writers and readers are not all found; names the layer.
+        UnsupportedModelError: the model's writers and readers are not all found, or a norm in front of attention has
+            hooks of the user's, which would run for every reader; names the layer.
         ValueError, TypeError: an argument that does not fit; pairs of unequal length or answers that are no single
             token, with the pair's place and the argument.
         FloatingPointError: numbers that are not finite.
