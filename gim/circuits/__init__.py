@@ -5,13 +5,14 @@ from gim.circuits.graph import Graph
 from gim.circuits.metrics import logit_difference, probability_difference
 from gim.circuits.pairs import Pair, read
 from gim.circuits.result import Circuit, Edge
-from gim.circuits.run import CircuitInterrupted, attribute
+from gim.circuits.run import CircuitInterrupted, CurveInterrupted, attribute
 
 __all__ = [
     "MIB_SIZES",
     "Circuit",
     "CircuitInterrupted",
     "Curve",
+    "CurveInterrupted",
     "Edge",
     "Graph",
     "Pair",

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from gim.targets import TokenLike, whole_number
 TASK_PAIRS = 100
 #: The counterfactual that MIB takes of each of its tasks, by the columns that tell the task.
 COUNTERFACTUALS = ("s2_io_flip_counterfactual", "symbol_counterfactual", "random_counterfactual")
+#: A year, and at the end of the prompt its century again: the model is to say a later one's last two digits.
+YEARS = re.compile(r"(\d\d)(\d\d)\D+\1$")
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def batches(model: nn.Module, pairs: Sequence[Encoded], batch_tokens: int) -> It
 
 @dataclass(frozen=True)
 class Read:
-    """Pairs, and how many rows of a file of MIB's were passed by, whose tokens do not make a pair on this tokenizer."""
+    """Pairs, and how many rows of a file of MIB's, or of greater-than, do not make a pair on this tokenizer."""
 
     pairs: list[Pair]
     passed_by: int = 0
@@ -180,7 +183,8 @@ def read(data: Any, tokenizer: Any, *, seed: int = 0, limit: int | None = None, 
     Args:
         data: the name of a task with pairs; a file ``.jsonl``, ``.csv`` or ``.parquet``, or a folder that ``datasets``
             saved, of rows ``clean``, ``corrupted``, ``answer``, ``wrong``, of EAP-IG's rows ``clean``, ``corrupted``,
-            ``correct_idx``, ``incorrect_idx``, or of MIB's data sets as they are; or pairs.
+            ``correct_idx``, ``incorrect_idx``, of its greater-than ``clean``, ``corrupted``, ``label``, or of MIB's
+            data sets as they are; or pairs.
         tokenizer: cuts texts.
         seed: of a task.
         limit: pairs, at most; None for all, and for :data:`TASK_PAIRS` of a task.
@@ -224,7 +228,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _pair(row: Any, where: str) -> tuple[Pair, bool]:
-    """A row as a pair, and whether it is one of MIB's data sets."""
+    """A row as a pair, and whether it is of a data set some of whose rows may not fit a tokenizer."""
     if not isinstance(row, Mapping):
         raise TypeError(f"{where} must be a mapping, got {row!r:.80}")
     try:
@@ -234,6 +238,8 @@ def _pair(row: Any, where: str) -> tuple[Pair, bool]:
                 return _of_mib(row, name, other), True
         if "correct_idx" in row and "incorrect_idx" in row:
             return Pair(row["clean"], row["corrupted"], *_indices(row)), False
+        if "label" in row and "answer" not in row:
+            return _of_years(row), True
         return Pair(row["clean"], row["corrupted"], row["answer"], row["wrong"]), False
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(
@@ -259,9 +265,18 @@ def _of_mib(row: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> Pair
     return Pair(row["prompt"], other["prompt"], str(row["label"]), str(other["label"]))
 
 
+def _of_years(row: Mapping[str, Any]) -> Pair:
+    """A row of EAP-IG's greater-than: later years of the century are right, the label and those before it wrong."""
+    said, label = YEARS.search(row["clean"]), int(row["label"])
+    if said is None or int(said[2]) != label or label == 99:
+        raise ValueError(f"label {label} is no year of its prompt that another of the century comes after")
+    years = [f"{year:02d}" for year in range(100)]
+    return Pair(row["clean"], row["corrupted"], years[label + 1 :], years[: label + 1])
+
+
 def _fits(pair: Pair, tokenizer: Any) -> bool:
-    """Whether both prompts of a row of MIB's have as many tokens, and both answers one."""
+    """Whether both prompts of a row of MIB's have as many tokens, and each answer one."""
     clean, corrupted = (len(prompts.encode(one, tokenizer).ids) for one in (pair.clean, pair.corrupted))
-    answers = (pair.answer, pair.wrong)
+    answers = [one for given in (pair.answer, pair.wrong) for one in (given if isinstance(given, list) else [given])]
     single = all(len(tokenizer.encode(one, add_special_tokens=False)) == 1 for one in answers)
     return clean == corrupted and single and pair.answer != pair.wrong

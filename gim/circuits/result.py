@@ -161,6 +161,7 @@ class Circuit:
             ValueError: there is no model, or its writers and readers are others; the metric does not differ between
                 clean and corrupted prompts.
             ImportError: scipy is missing.
+            CurveInterrupted: Ctrl-C; what is finished is in its ``curve``.
         """
         from gim.circuits.run import faithfulness
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ class CircuitInterrupted(KeyboardInterrupt):
     def __init__(self, circuit: Circuit | None) -> None:
         super().__init__("the search for a circuit was interrupted")
         self.circuit = circuit
+
+
+class CurveInterrupted(KeyboardInterrupt):
+    """Ctrl-C came while a circuit was measured.
+
+    Args:
+        curve: over the pairs that were finished; None where there is none.
+    """
+
+    def __init__(self, curve: Curve | None) -> None:
+        super().__init__("the measurement of a circuit was interrupted")
+        self.curve = curve
 
 
 def attribute(
@@ -107,7 +119,8 @@ def attribute(
         The circuit, with scores in float64.
 
     Raises:
-        UnsupportedModelError: the model's writers and readers are not all found; names the layer.
+        UnsupportedModelError: the model's writers and readers are not all found, or a norm in front of attention has
+            hooks of the user's, which would run for every reader; names the layer.
         ValueError, TypeError: an argument that does not fit; pairs of unequal length or answers that are no single
             token, with the pair's place and the argument.
         FloatingPointError: numbers that are not finite.
@@ -167,18 +180,28 @@ def attribute(
             )  # fmt: skip
 
         try:
-            _run(scorer, encoded, tokens, sums, progress)
+            _run(
+                model, encoded, tokens, sums.done, progress,
+                lambda places, batch: sums.add(places, scorer.scores(batch)),
+            )  # fmt: skip
         except KeyboardInterrupt as error:
             raise CircuitInterrupted(result() if sums.done else None) from error
     return result()
 
 
-def _run(scorer: Scorer, pairs: Sequence[Encoded], tokens: int, sums: _Sums, progress: Progress | None) -> None:
-    """Score every pair that is not in the sums."""
-    ticks = _Ticks(progress, len(pairs), len(sums.done))
-    left = [index for index in range(len(pairs)) if index not in sums.done]
-    for places, batch in batches(scorer.model, [pairs[index] for index in left], tokens):
-        sums.add([left[place] for place in places], scorer.scores(batch))
+def _run(
+    model: nn.Module,
+    pairs: Sequence[Encoded],
+    tokens: int,
+    done: Container[int],
+    progress: Progress | None,
+    finish: Callable[[list[int], Batch], None],
+) -> None:
+    """Have every pair that is not done finished, batch by batch, each with its places."""
+    left = [index for index in range(len(pairs)) if index not in done]
+    ticks = _Ticks(progress, len(pairs), len(pairs) - len(left))
+    for places, batch in batches(model, [pairs[index] for index in left], tokens):
+        finish([left[place] for place in places], batch)
         ticks.done(len(places))
 
 
@@ -282,29 +305,30 @@ def faithfulness(
         }  # fmt: skip
         store = None if resume is None else Store(resume, settings, digests)
         records: dict[int, Any] = {} if store is None else store.records
-        left = [index for index in range(len(encoded)) if index not in records]
-        ticks = _Ticks(progress, len(encoded), len(records))
-        patcher = Patcher(model, found, whole, engine)
-        tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
-        for places, batch in batches(model, [encoded[index] for index in left], tokens):
-            for place, record in zip(places, _measured(patcher, batch, cuts, metric), strict=True):
-                index = left[place]
+
+        def result() -> Curve:
+            rows = [records[index] for index in sorted(records)]
+            clean, corrupted, *values = ([row[name] for row in rows] for name in ("clean", "corrupted", *ORDERS))
+            edges: dict[str, Sequence[int]] = {
+                order: [int(one.sum()) for one in several] for order, several in kept.items()
+            }
+            return Curve(clean, corrupted, dict(zip(ORDERS, values, strict=True)), sizes, counts, edges, seed)
+
+        def finish(places: list[int], batch: Batch) -> None:
+            for index, record in zip(places, _measured(patcher, batch, cuts, metric), strict=True):
                 record |= {"example": index, "digest": digests[index]}
                 if store is None:
                     records[index] = record
                 else:
                     store.add(record)
-            ticks.done(len(places))
-    rows = [records[index] for index in sorted(records)]
-    return Curve(
-        [row["clean"] for row in rows],
-        [row["corrupted"] for row in rows],
-        {order: [row[order] for row in rows] for order in ORDERS},
-        sizes,
-        counts,
-        {order: [int(one.sum()) for one in several] for order, several in kept.items()},
-        seed,
-    )
+
+        patcher = Patcher(model, found, whole, engine)
+        tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
+        try:
+            _run(model, encoded, tokens, records, progress, finish)
+        except KeyboardInterrupt as error:
+            raise CurveInterrupted(result() if records else None) from error
+    return result()
 
 
 def _measured(

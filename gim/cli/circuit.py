@@ -121,20 +121,32 @@ def score(
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how faithful a circuit is at MIB's sizes, by patching edges: the curve, CPR and CMD."""
+    """Measure how faithful a circuit is at MIB's sizes, by patching edges: the curve, CPR and CMD.
+
+    Ctrl-C keeps what is finished.
+    """
     with handled(debug):
         outputs = check_outputs({"--save": save})
         found = _loaded(circuit)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
+        from gim.circuits import CurveInterrupted
         from gim.circuits.metrics import METRICS
 
+        finished = True
         with _asked(), counting("pairs") as progress:
-            curve = found.faithfulness(
-                data, model=loaded, tokenizer=tokenizer, metric=METRICS[metric.value], batch_tokens=batch_tokens,
-                progress=progress, resume=resume, limit=pairs, skip=skip, seed=seed,
-            )  # fmt: skip
+            try:
+                curve = found.faithfulness(
+                    data, model=loaded, tokenizer=tokenizer, metric=METRICS[metric.value], batch_tokens=batch_tokens,
+                    progress=progress, resume=resume, limit=pairs, skip=skip, seed=seed,
+                )  # fmt: skip
+            except CurveInterrupted as error:
+                if error.curve is None:
+                    raise
+                curve, finished = error.curve, False
         _show_curve(curve)
         _write(outputs, {"--save": lambda path: _save_curve(curve, path)})
+    if not finished:
+        raise typer.Exit(130)
 
 
 @app.command("export")

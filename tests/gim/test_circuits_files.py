@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import gim
 import gim.demo
-from gim.circuits import Circuit, Curve, Graph, Pair, attribute, page, read, scores
+from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, page, read, scores
 from gim.circuits.curve import MIB_SIZES
 from gim.cli import app
 from gim.evaluation import tasks
@@ -233,6 +234,24 @@ def test_files_of_eap_ig_and_mib_load_as_they_are(tmp_path: Path, demo: tuple[An
         read(path, cut)
 
 
+def test_eap_igs_years_are_those_after_the_one_in_the_prompt(tmp_path: Path, demo: tuple[Any, Any]) -> None:
+    path = tmp_path / "years.csv"
+    prompt, other = "It lasted from the year 1604 to the year 16", "It lasted from the year 1601 to the year 16"
+    path.write_text(f"clean,corrupted,label\n{prompt},{other},4\n")
+    with pytest.raises(ValueError, match="years.csv holds 0 pairs"):  # a year is two tokens
+        read(path, demo[1])
+    cut = copy.deepcopy(demo[1])
+    cut.add_tokens([f"{year:02d}" for year in range(100)])
+    (pair,) = read(path, cut).pairs
+    assert (pair.clean, pair.corrupted) == (prompt, other)
+    assert pair.wrong == ["00", "01", "02", "03", "04"]
+    assert pair.answer == [f"{year:02d}" for year in range(5, 100)]
+    for line in (f"{prompt},{other},5", f"{prompt.replace('04', '99')},{other},99", "no,year,4"):
+        path.write_text(f"clean,corrupted,label\n{line}\n")
+        with pytest.raises(ValueError, match=r"years.csv, row 0: .* is no year of its prompt that another"):
+            read(path, cut)
+
+
 # ----------------------------------------------------------------------------------------------------------- curves
 
 
@@ -387,6 +406,49 @@ def test_a_search_goes_on_from_its_file(
     with pytest.raises(ValueError, match="is no file of a search for a circuit"):
         attribute(demo[0], PAIRS, **named)
     assert file.read_bytes() == b"something else"
+
+
+def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path) -> None:
+    sizes, file = (0.1, 1.0), tmp_path / "score.jsonl"
+    named: dict[str, Any] = {"sizes": sizes, "batch_tokens": 1, "resume": file}
+
+    def stop_after(pairs: int) -> Any:
+        def stop(done: int, total: int, left: float | None) -> None:
+            if done == pairs:
+                raise KeyboardInterrupt
+
+        return stop
+
+    whole = circuit.faithfulness(PAIRS, sizes, batch_tokens=1).to_dict()
+    with pytest.raises(CurveInterrupted) as caught:
+        circuit.faithfulness(PAIRS, progress=stop_after(2), **named)
+    found = caught.value.curve
+    assert found is not None and found.to_dict()["values"] == {
+        order: several[:2] for order, several in whole["values"].items()
+    }
+    seen: list[int] = []
+    again = circuit.faithfulness(PAIRS, progress=lambda done, *_: seen.append(done), **named)
+    assert seen == [2, 3] and again.to_dict() == whole
+    with pytest.raises(CurveInterrupted) as caught:
+        circuit.faithfulness(PAIRS, sizes, batch_tokens=1, progress=stop_after(1))
+    assert caught.value.curve is not None and caught.value.curve.cpr.n == 1
+
+
+def test_an_interrupted_measurement_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circuit: Circuit) -> None:
+    measured, saved = Circuit.faithfulness, tmp_path / "circuit.parquet"
+    circuit.save(saved)
+    finished: list[Any] = []
+
+    def stopped(self: Circuit, data: Any, **named: Any) -> Any:
+        raise CurveInterrupted(measured(self, PAIRS[:2], **named) if finished else None)
+
+    monkeypatch.setattr(Circuit, "faithfulness", stopped)
+    call = ["circuit", "score", str(saved), "agreement", "--model", str(DEMO), "--device", "cpu"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 130 and "CPR" not in result.output
+    finished.append(True)
+    result = CliRunner().invoke(app, [*call, "--save", str(tmp_path / "curve.json")])
+    assert result.exit_code == 130 and "CPR" in result.output and (tmp_path / "curve.json").exists()
 
 
 def test_a_constant_softmax_warns_and_is_said_in_the_result(demo: tuple[Any, Any]) -> None:
