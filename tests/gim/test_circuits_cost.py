@@ -21,7 +21,7 @@ from tests.oracle import CIRCUIT_BYTES, CIRCUIT_PEAKS, CIRCUIT_TIMES
 pytestmark = pytest.mark.slow
 
 TOKENS = 1024
-ROUNDS = 3
+ROUNDS = 5
 RIGHT, WRONG = 5, 9
 
 
