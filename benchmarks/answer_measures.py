@@ -196,6 +196,7 @@ def write(folder: Path, answered: list[Answered]) -> Path:
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "machine": None,
         "complete": True,
+        "not_reached": [],
         "tokens": TOKENS,
         "replacements": list(REPLACEMENTS),
         "seed": SEED,
