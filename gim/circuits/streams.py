@@ -221,7 +221,7 @@ class Heard:
             factor, found = _backward(norm, x, torch.stack([torch.ones_like(x), some.expand_as(x)]))
             self._factors[index] = None
             if torch.equal(found, factor * some):
-                self._factors[index] = factor
+                self._factors[index] = factor.clone()  # a view would keep both
                 del self.streams[index]  # of which nothing more is asked
         factors = self._factors[index]
         if factors is not None:
