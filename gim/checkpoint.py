@@ -362,6 +362,8 @@ class _Stash:
         return out
 
     def _recompute(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        if self._used == len(self._kept):
+            raise torch_checkpoint.CheckpointError(f"Attention ran {self._used} times at first, and more often again.")
         self._used += 1
         return tuple(self._layers.give(x).detach() for x in self._kept[self._used - 1])
 

@@ -400,6 +400,24 @@ def test_a_model_without_layers_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         explain(model, ids(1, 5), MemoryPlan("layer"))
 
 
+def test_attention_that_runs_more_often_again_is_named() -> None:
+    model, calls = make("llama"), []
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def more(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        out = forward(*given, **named)
+        return out if len(calls) == 1 else forward(*given, **named)
+
+    attention.forward = more
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"model\.layers\.1: the layer does not do the same .* Attention ran 1 times",
+    ):
+        explain(model, ids(1, 5), MemoryPlan("layer", True, head="all"))
+
+
 def test_a_layer_that_does_not_repeat_itself_is_named() -> None:
     model, calls = make("llama"), []
 
