@@ -140,25 +140,20 @@ _attention = operators.define(
 )
 
 
-def _backward_of_several(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
-    """The rule of the backward under ``torch.vmap``: several gradients of one output are rows of a batch to the engine
-    that computes the weights of equal rows once."""
-    grad_out, query, key, value, sinks, key_range, *options, engine, out, lse, needs = given
-    if not operators.is_of_one_output(in_dims) or engine != "blockwise" or query.shape[0] != 1 or needs[3]:
-        return _one_by_one(info, in_dims, *given)
-    count = info.batch_size
-    query, key, value, out, lse = (x.expand(count, -1, -1, -1) for x in (query, key, value, out, lse[..., None]))
+def _backward_of_several(
+    grads: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...] | None:
+    """The backward for ``[N, 1, HQ, T, D]``: rows of a batch, all of one query, key and value."""
+    sinks, key_range, *options, engine, out, lse, needs = others
+    if not engines.takes_several(engine) or query.shape[0] != 1 or needs[3]:
+        return None
+    count = grads.shape[0]
+    query, key, value, out = (x.expand(count, -1, -1, -1) for x in (query, key, value, out))
     if key_range is not None:
         key_range = key_range.expand(count, -1)
-    grads = _attention_backward(
-        grad_out.movedim(in_dims[0], 0)[:, 0],
-        *(query, key, value, sinks, key_range),
-        *options,
-        *(engine, out, lse[..., 0], needs),
-    )
-    # What nobody asked for is empty, whatever the batch.
-    grads = tuple(grad[:, None] if need else grad.expand(count, 0) for grad, need in zip(grads, needs, strict=True))
-    return grads, (0,) * len(grads)
+    inputs = (query, key, value, sinks, key_range)
+    found = _attention_backward(grads[:, 0], *inputs, *options, engine, out, lse.expand(count, -1, -1), needs)
+    return tuple(grad[:, None] if need else grad for grad, need in zip(found, needs, strict=True))
 
 
 _attention_backward = operators.define(
@@ -166,9 +161,8 @@ _attention_backward = operators.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run_attention_backward,
     _fake_attention_backward,
-    vmap=_backward_of_several,
+    several=_backward_of_several,
 )
-_one_by_one = operators.one_by_one(torch.ops.gim_kernels.attention_backward.default)
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -54,6 +54,11 @@ def attention(engine: Engine) -> AttentionEngine:
     return found
 
 
+def takes_several(engine: Engine) -> bool:
+    """Whether an engine's backwards compute once what several gradients of one output share."""
+    return engine == "blockwise"
+
+
 @functools.cache
 def pointwise_of(engine: Engine) -> PointwiseEngine:
     """The same for norms and gated products."""

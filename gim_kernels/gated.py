@@ -85,15 +85,10 @@ _gated = operators.define(
 )
 
 
-def _backward_of_several(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
-    """The rule of the backward under ``torch.vmap``: blockwise takes several gradients of one output at once."""
-    grad_y, *others = given
-    *_, engine, needs = others
-    if not operators.is_of_one_output(in_dims) or engine != "blockwise":
-        return _one_by_one(info, in_dims, *given)
-    grads = _run_gated_backward(grad_y.movedim(in_dims[0], 0), *others)
-    # What nobody asked for is empty.
-    return grads, tuple(0 if need else None for need in needs)
+def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...] | None:
+    """The backward for gradients with one dimension more in front."""
+    *_, engine, _ = others
+    return _run_gated_backward(grads, *others) if engines.takes_several(engine) else None
 
 
 _gated_backward = operators.define(
@@ -101,9 +96,8 @@ _gated_backward = operators.define(
     "str activation_backward, str engine, bool[] needs) -> (Tensor, Tensor)",
     _run_gated_backward,
     _fake_gated_backward,
-    vmap=_backward_of_several,
+    several=_backward_of_several,
 )
-_one_by_one = operators.one_by_one(torch.ops.gim_kernels.gated_backward.default)
 
 
 def gated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,15 +150,10 @@ _layer_norm = operators.define(
 )
 
 
-def _backward_of_several(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
-    """The rule of the backward under ``torch.vmap``: blockwise takes several gradients of one output at once."""
-    grad_y, *others = given
+def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...] | None:
+    """The backward for gradients with one dimension more in front."""
     *_, engine, needs = others
-    if not operators.is_of_one_output(in_dims) or engine != "blockwise" or needs[1] or needs[2]:
-        return _one_by_one(info, in_dims, *given)
-    grads = _run_norm_backward(grad_y.movedim(in_dims[0], 0), *others)
-    # What nobody asked for is empty.
-    return grads, tuple(0 if need else None for need in needs)
+    return _run_norm_backward(grads, *others) if engines.takes_several(engine) and not (needs[1] or needs[2]) else None
 
 
 _norm_backward = operators.define(
@@ -167,9 +161,8 @@ _norm_backward = operators.define(
     "bool frozen, str engine, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _run_norm_backward,
     _fake_norm_backward,
-    vmap=_backward_of_several,
+    several=_backward_of_several,
 )
-_one_by_one = operators.one_by_one(torch.ops.gim_kernels.norm_backward.default)
 
 
 def _check(x: torch.Tensor, eps: float, **parameters: torch.Tensor | None) -> None:

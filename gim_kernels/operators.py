@@ -37,12 +37,21 @@ def _nobody_sees(tensors: Sequence[Any]) -> bool:
     )
 
 
-def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of an operator under ``torch.vmap``, of one result or several: one call after the other."""
+def _vmap_rule(operator: Callable[..., Any], several: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The rule of an operator under ``torch.vmap``: one call after the other, but where ``several`` takes several
+    gradients of one output together."""
 
     def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
+        batched = [isinstance(dim, int) for dim in in_dims]
+        if several is not None and batched[0] and not any(batched[1:]):
+            found = several(given[0].movedim(in_dims[0], 0), *given[1:])
+            if found is not None:
+                # What nobody asked for is empty, whatever the batch.
+                return found, tuple(0 if need else None for need in given[-1])
         calls = [
-            operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(given, in_dims, strict=True)))
+            operator(
+                *(x.select(dim, i) if is_one else x for x, dim, is_one in zip(given, in_dims, batched, strict=True))
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], torch.Tensor):
@@ -53,18 +62,13 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def is_of_one_output(in_dims: Sequence[Any]) -> bool:
-    """Whether the arguments of a backward under ``torch.vmap`` are several gradients, the first, of one output."""
-    return isinstance(in_dims[0], int) and not any(isinstance(dim, int) for dim in in_dims[1:])
-
-
 def define(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
     save: Callable[..., None] | None = None,
     differentiate: Callable[..., Any] | None = None,
-    vmap: Callable[..., Any] | None = None,
+    several: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``gim_kernels::name`` and give what calls it.
 
@@ -75,8 +79,9 @@ def define(
         save: ``save(ctx, inputs, results)`` of an autograd function.
         differentiate: its ``backward(ctx, *grads)``, a gradient or None for each tensor among the arguments. Without
             it a gradient through the operator is an error.
-        vmap: its rule under ``torch.vmap``, as :func:`torch.library.register_vmap` takes it; None for one call after
-            the other.
+        several: of a backward, whose first argument is a gradient and whose last is ``bool[] needs``: computes the
+            results for several gradients ``[N, ...]`` of one output together, each with N in front, or gives None where
+            one call after the other is as good.
 
     Returns:
         The operator, to be called with all arguments in the schema's order.
@@ -86,7 +91,7 @@ def define(
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gim_kernels::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.gim_kernels, name).default
-    torch.library.register_vmap(f"gim_kernels::{name}", vmap or one_by_one(operator), lib=_LIBRARY)
+    torch.library.register_vmap(f"gim_kernels::{name}", _vmap_rule(operator, several), lib=_LIBRARY)
     tensors = [i for i, one in enumerate(operator._schema.arguments) if "Tensor" in str(one.type)]
     tensors_of = itemgetter(*tensors)
     leading = len(tensors)  # of what has a gradient, all tensors come first
