@@ -346,8 +346,8 @@ def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: i
     """The gradients of ``numbers`` ``[N]``, each times ``seed``, with respect to a leaf of one row ``[1, T, W]``, or of
     one number with respect to any: ``at_once`` of them in a backward, as ``[at_once, T, W]``.
 
-    A checkpoint runs a layer again once for all that are taken together. Where a part of the model does not let several
-    be taken together, each is taken by itself, with a warning.
+    A checkpoint runs a layer again once for all that are taken together. Where several together fail, for memory or
+    because a part of the model does not let them, each is taken by itself, with a warning.
     """
     count = numbers.shape[0]
 
@@ -363,11 +363,9 @@ def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: i
         if len(seeds) > 1:
             try:
                 grad = torch.func.vmap(backward)(seeds)[:, 0]
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, MemoryError) as error:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"gradients are taken one by one, for several at once are refused: {why}", stacklevel=2)
+                warnings.warn(f"gradients are taken one by one, for several at once fail: {why}", stacklevel=2)
                 at_once = 1
                 continue
         else:

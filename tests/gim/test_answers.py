@@ -134,7 +134,23 @@ def test_what_cannot_be_taken_together_is_taken_one_by_one() -> None:
     want = several(model, tokens, EVERYTHING, 1)
     forward = model.lm_head.forward
     model.lm_head.forward = lambda x: forward(Careful.apply(x))
-    with pytest.warns(UserWarning, match="gradients are taken one by one, for several at once are refused: "):
+    with pytest.warns(UserWarning, match="gradients are taken one by one, for several at once fail: "):
+        found = several(model, tokens, EVERYTHING, 4)
+    assert torch.equal(found.scores, want.scores)
+
+
+def test_memory_that_is_too_little_for_several_may_be_enough_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make("llama"), ids(1, FIRST + COUNT)
+    want = several(model, tokens, EVERYTHING, 1)
+    backward = torch.autograd.grad
+
+    def too_large(numbers: Any, leaf: Any, seeds: Any, **named: Any) -> Any:
+        if torch._C._functorch.is_batchedtensor(seeds):
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate")
+        return backward(numbers, leaf, seeds, **named)
+
+    monkeypatch.setattr(torch.autograd, "grad", too_large)
+    with pytest.warns(UserWarning, match="several at once fail: out of memory"):
         found = several(model, tokens, EVERYTHING, 4)
     assert torch.equal(found.scores, want.scores)
 
