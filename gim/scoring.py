@@ -371,7 +371,9 @@ def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: i
         else:
             grad = backward(seeds[0], keep=stop < count)
         start = stop
-        yield grad
+        given = [grad]
+        del grad
+        yield given.pop()  # held by nobody here while the next is found
 
 
 @contextmanager

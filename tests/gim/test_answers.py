@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
-from gim import scoring
+from gim import memory, scoring
 from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
@@ -20,6 +21,7 @@ from gim.targets import MEASURES
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, LAYOUTS, SOME, every_plan
+from tests.live import peak_bytes
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
 
 PROMPT = "The cat sat on the mat and ate the"
@@ -160,6 +162,29 @@ def test_half_precision_finds_its_seed_for_all_rows() -> None:
     found = several(model, tokens, PLANS[0], 4)
     for row, one in zip(found.scores, alone(model, tokens), strict=False):
         torch.testing.assert_close(row, one, rtol=0.02, atol=0.02 * float(one.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["none", "layer", "layer+attention+tile=64"])
+def test_an_answer_takes_one_attributions_memory_and_its_gradients(plan: str) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 9}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=3, **settings)).eval()
+    length = 256
+    row, at = ids(1, length), torch.arange(length - COUNT, length)[None]
+
+    def peak(total: Any, at_once: int) -> int:
+        terms = scoring.Terms(at, torch.full_like(at, 7), torch.ones_like(at), "logit", total)
+        request = scoring.Request.of(row, None, terms)
+        chosen = MemoryPlan.parse(plan)
+        run = lambda: scoring.run(model, request, BASELINE, gim.rules.GIM, chosen, None, at_once=at_once)  # noqa: E731
+        run()
+        return peak_bytes(run)[0]
+
+    alone, each = peak(None, 1), memory.gradient_bytes(model, length)
+    assert each is not None
+    for at_once in (1, 2, COUNT):
+        assert peak("logodds", at_once) <= alone + at_once * each, at_once
 
 
 # ------------------------------------------------------------------------------------------------------- the result
