@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gim import saved
-from gim.attribution import Attribution, Span, write_atomically
+from gim.attribution import Attribution, Span, data_frame, write_atomically
 from gim.segments import Range
 from gim.targets import Explained, NextToken
 
@@ -203,14 +203,10 @@ class AnswerAttribution:
         Raises:
             ImportError: pandas, which the extra ``evaluate`` installs, is missing.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("a data frame needs pandas: pip install gim-kernels[evaluate]") from error
         first = len(self.prompt)
         tokens = [*self.prompt.tokens, *self.tokens]
         pairs = [(place, position) for place in range(len(self)) for position in range(first + place)]
-        return pandas.DataFrame(
+        return data_frame(
             {
                 "answer_position": [place for place, _ in pairs],
                 "answer_token": [self.tokens[place] for place, _ in pairs],

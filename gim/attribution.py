@@ -399,12 +399,8 @@ class Attribution:
         Raises:
             ImportError: pandas, which the extra ``evaluate`` installs, is missing.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("a data frame needs pandas: pip install gim-kernels[evaluate]") from error
         starts, ends = ([offset[side] for offset in self.offsets] for side in (0, 1))
-        return pandas.DataFrame(
+        return data_frame(
             {
                 "position": range(len(self)),
                 "token": self.tokens,
@@ -512,6 +508,19 @@ class Attribution:
             f"Attribution({len(self)} tokens, model={self.model!r}, target={self.target.label!r}, "
             f"rules={self.rules.name}, engine={self.engine!r}, strongest: {strongest or 'none'})"
         )
+
+
+def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
+    """Columns as a data frame.
+
+    Raises:
+        ImportError: pandas, which the extra ``evaluate`` installs, is missing.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("a data frame needs pandas: pip install gim-kernels[evaluate]") from error
+    return pandas.DataFrame(columns)
 
 
 def _share(visible: Sequence[int], offset: tuple[int, int], start: int, end: int) -> float:
