@@ -1,8 +1,8 @@
 """Circuits on real models: `python -m benchmarks.circuits --models DIR --state DIR`, or `make circuits`.
 
 Every job is one model on one task with one method: edges are scored on some pairs, and circuits of MIB's sizes are
-measured on others. What is finished is kept in the folder of the state, and the same command goes on from there. Jobs
-that are whole are written to `benchmarks/results`.
+measured on others. What is finished is kept in the folder of the state, and the same command goes on from there. A job
+that is whole is written to `benchmarks/results` and not run again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 
 from benchmarks import results
 from benchmarks.faithfulness import MODELS, load
-from benchmarks.measure import commit, device_name, peak_bytes
+from benchmarks.jobs import Jobs
+from benchmarks.measure import peak_bytes
 from gim import circuits
 from gim.circuits import Circuit, Curve
 from gim.circuits.curve import ORDERS
-from gim.evaluation import fingerprint, tasks
+from gim.evaluation import tasks
 from gim.files import write_atomically
 
 #: Rules and points of EAP-IG by the name of a method; None for scores that are drawn.
@@ -153,44 +154,28 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     options.state.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", message="gim.circuits: the softmax is constant")  # it is what is measured
-    rows: list[dict[str, Any]] = []
-    done: list[Job] = []
     loaded: tuple[str, Any] = ("", None)
+    jobs = Jobs(options.json, "circuits", [job.name for job in JOBS], conditions(options.pairs))
     for job in JOBS:
-        if options.only not in job.name:
+        if options.only not in job.name or job.name in jobs.read()["jobs"]:
             continue
         if loaded[0] != job.model:
             loaded = job.model, load(options.models / job.model)
         model, tokenizer = loaded[1]
         found = find(job, model, tokenizer, options.pairs, options.state)
         curve = measure(job, found, model, tokenizer, options.pairs, options.state)
-        rows.append(row(job, found, curve, cost(job, model, tokenizer, options.state)))
-        done.append(job)
-        write(options.json, rows, done, options.pairs)
+        jobs.add(job.name, [row(job, found, curve, cost(job, model, tokenizer, options.state))])
     return 0
 
 
-def write(folder: Path, rows: list[dict[str, Any]], done: list[Job], pairs: int) -> Path:
-    """The results of the jobs that are whole."""
-    found: results.Results = {
-        "schema": results.SCHEMA,
-        "suite": "circuits",
-        "device": device_name(torch.device("cpu")),
-        "versions": fingerprint.versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "machine": None,
-        "complete": len(done) == len(JOBS),
+def conditions(pairs: int) -> dict[str, Any]:
+    """What the numbers depend on beside the job."""
+    return {
         "pairs": pairs,
         "seed": SEED,
-        "models": {name: MODELS[name] for name in dict.fromkeys(job.model for job in done)},
-        "tasks": {name: tasks.TASKS[name].source for name in dict.fromkeys(job.task for job in done)},
-        "not_reached": [job.name for job in JOBS if job not in done],
-        "rows": rows,
+        "models": MODELS,
+        "tasks": {name: tasks.TASKS[name].source for name in TASKS},
     }
-    path = folder / results.default_name(found)
-    results.save(path, found)
-    return path
 
 
 if __name__ == "__main__":

