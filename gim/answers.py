@@ -249,9 +249,9 @@ class AnswerAttribution:
         Raises:
             OSError: the file cannot be written.
         """
-        from gim import answer_views
+        from gim.report import answers
 
-        page = answer_views.html(self, top=top)
+        page = answers.page(self, top=top)
         if path is not None:
             write_atomically(path, page.encode("utf-8"))
         return page
@@ -265,9 +265,9 @@ class AnswerAttribution:
         return self.prompt._repr_html_()
 
     def __rich__(self) -> RenderableType:
-        from gim import answer_views
+        from gim.report import answers
 
-        return answer_views.terminal(self)
+        return answers.view(self)
 
     def __repr__(self) -> str:
         strongest = ", ".join(f"{token.token!r} {token.score:+.3g}" for token in self.prompt.top(3))

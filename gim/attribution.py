@@ -470,9 +470,9 @@ class Attribution:
         Raises:
             OSError: the file cannot be written.
         """
-        from gim import render
+        from gim.report import html
 
-        page = render.html(self, top=top)
+        page = html.page(self, top=top)
         if path is not None:
             write_atomically(path, page.encode("utf-8"))
         return page
@@ -488,19 +488,19 @@ class Attribution:
             ImportError: matplotlib, which the extra ``report`` installs, is missing.
             OSError: the file cannot be written.
         """
-        from gim import render
+        from gim.report import picture
 
-        write_atomically(path, render.png(self, top=top))
+        write_atomically(path, picture.png(self, top=top))
 
     def _repr_html_(self) -> str:
-        from gim import render
+        from gim.report import notebook
 
-        return render.notebook(self)
+        return notebook.cell(self)
 
     def __rich__(self) -> RenderableType:
-        from gim import render
+        from gim.report import terminal
 
-        return render.terminal(self)
+        return terminal.view(self)
 
     def __repr__(self) -> str:
         strongest = ", ".join(f"{token.token!r} {token.score:+.3g}" for token in self.top(3))

@@ -74,14 +74,14 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gim_kernels.triton", ("gim_kernels.aot",)),
     ("gim_kernels.types", ("gim_kernels",)),
     ("gim_kernels.told", ("gim_kernels",)),
-    *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "request", "render", "context")),
+    *((f"gim.{one}", ("gim.cli",)) for one in ("scoring", "memory", "request", "report", "context")),
     # An evaluation asks for attributions and for forwards; how rules get in is none of its business, nor who shows it.
     ("gim.evaluation", (
-        "gim.cli", "gim.render", "gim.attribution", "gim.intercept", "gim.context", "gim.memory",
+        "gim.cli", "gim.report", "gim.attribution", "gim.intercept", "gim.context", "gim.memory",
         "gim.scoring", "gim.circuits", "gim_kernels", "typer", "rich",
     )),
     # Circuits run forwards of their own inside a context; they attribute no tokens and show nothing.
-    ("gim.circuits", ("gim.cli", "gim.render", "gim.attribution", "gim.request", "typer", "rich")),
+    ("gim.circuits", ("gim.cli", "gim.report", "gim.attribution", "gim.request", "typer", "rich")),
     *((f"gim.circuits.{one}", ("gim.circuits.run", "gim.circuits.result", "gim.circuits.export", "gim.circuits.page"))
       for one in ("graph", "wiring", "streams", "scores", "patching", "metrics", "pairs", "curve")),
     ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("request", "parts", "rules", "inputs"))),
@@ -90,7 +90,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     )),
     *((f"gim.{one}", ("gim.evaluation", "gim.circuits")) for one in (
         "applied", "attribution", "checkpoint", "context", "demo", "estimate", "files", "inputs", "ledger",
-        "loading", "memory", "nonfinite", "offload", "plan", "prompts", "render", "request", "rules", "saved",
+        "loading", "memory", "nonfinite", "offload", "plan", "prompts", "report", "request", "rules", "saved",
         "scoring", "segments", "targets", "tokenwise",
     )),
     # Commands share what stands beside them, which knows none of them.

@@ -52,13 +52,13 @@ def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None
 def show(attribution: Attribution | AnswerAttribution, top: int) -> None:
     from rich.console import Console
 
-    from gim import answer_views, render
     from gim.answers import AnswerAttribution
+    from gim.report import answers, terminal
 
     if isinstance(attribution, AnswerAttribution):
-        Console().print(answer_views.terminal(attribution, top=top))
+        Console().print(answers.view(attribution, top=top))
     else:
-        Console().print(render.terminal(attribution, top=top))
+        Console().print(terminal.view(attribution, top=top))
 
 
 def write(attribution: Attribution | AnswerAttribution, outputs: dict[str, Path], top: int) -> None:

@@ -149,7 +149,7 @@ def _show_report(model: str, rules: Rules, report: AppliedReport, prompt: str) -
     from rich.text import Text
 
     from gim.applied import PARTS
-    from gim.render import visible
+    from gim.report.text import visible
 
     console = Console()
     console.print(Text.assemble((visible(model), "bold"), "\n", (rules.describe(), "dim")))

@@ -246,7 +246,7 @@ def _show(found: Circuit, top: int, *, absolute: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from gim.render import visible
+    from gim.report.text import visible
 
     console = Console()
     console.print(Text(visible(repr(found)), "dim"), soft_wrap=True)

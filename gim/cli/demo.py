@@ -49,7 +49,7 @@ def _show_demo(attribution: Attribution, prompt: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from gim.render import number, one_line
+    from gim.report.text import number, one_line
 
     console = Console()
     answer = "".join(attribution.target.tokens)

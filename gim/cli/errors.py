@@ -85,7 +85,7 @@ def _line(console: Console, word: str, style: str, message: str) -> None:
     """One line, however the message was laid out, with nothing in it that a terminal would obey."""
     from rich.text import Text
 
-    from gim.render import one_line
+    from gim.report.text import one_line
 
     text = Text.assemble((word, style), " ", one_line(" ".join(message.split())))
     console.print(text, soft_wrap=True)

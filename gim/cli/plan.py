@@ -72,7 +72,7 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
 
     from gim.memory import AUTO_SHARE, size
     from gim.parts import anatomy
-    from gim.render import visible
+    from gim.report.text import visible
 
     console = Console()
     where = "GPU" if twin.device == "cuda" else "CPU"

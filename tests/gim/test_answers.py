@@ -16,7 +16,7 @@ from gim import memory, scoring
 from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
-from gim.render import Scale
+from gim.report.scale import Scale
 from gim.targets import MEASURES
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.gim.test_cli import run

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import gim
-from gim import prompts, render
+from gim import prompts
 from gim.attribution import Attribution
+from gim.report.facts import answer_facts
+from gim.report.text import number
 from tests.families import text_model, tokenizer
 from tests.oracle import LIBRARIES_RELATIVE
 
@@ -263,9 +265,9 @@ def test_a_data_frame_has_a_row_for_each_token(attributed: Attribution) -> None:
 def test_every_view_says_what_is_set_aside(attributed: Attribution) -> None:
     first = replace(attributed, special=(True, *attributed.special[1:]))
     rest = [p for p, aside in enumerate(first.aside) if aside and not first.special[p]]
-    total = render.number(sum(first.scores[p].item() for p in rest))
+    total = number(sum(first.scores[p].item() for p in rest))
     line = (
-        f"the first token {first.tokens[0]!r} (attention sink) {render.number(first.scores[0].item())}, "
+        f"the first token {first.tokens[0]!r} (attention sink) {number(first.scores[0].item())}, "
         f"{len(rest)} tokens of the chat template {total}"
     )
-    assert dict(render._answer(first))["Set aside"] == line
+    assert dict(answer_facts(first))["Set aside"] == line

@@ -11,8 +11,9 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
-from gim import render
-from gim.render import Scale, number, one_line, visible
+from gim.report import html, terminal
+from gim.report.scale import LEVELS, Scale
+from gim.report.text import number, one_line, visible
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ class Said:
     data: str
 
 
-def html(answer: AnswerAttribution, *, top: int = 20) -> str:
-    """One page that needs nothing else, as :func:`gim.render.html`; a token of the answer can be clicked."""
+def page(answer: AnswerAttribution, *, top: int = 20) -> str:
+    """One page that needs nothing else, as :func:`gim.report.html.page`; a token of the answer can be clicked."""
     rows = [answer.row(place) for place in range(len(answer))]
     whole = Scale.of(answer.prompt)
     data: dict[str, Any] = {
         "prompt": len(answer.prompt),
-        "levels": render.LEVELS,
+        "levels": LEVELS,
         "whole": {"limit": whole.limit, "scores": _rounded(answer.prompt.scores.tolist())},
         "rows": [{"limit": Scale.of(row).limit, "scores": _rounded(row.scores.tolist())} for row in rows],
     }
@@ -57,7 +58,7 @@ def html(answer: AnswerAttribution, *, top: int = 20) -> str:
         lines=[_line(answer, place) for place in range(len(answer))],
         data=json.dumps(data, separators=(",", ":"), allow_nan=False),
     )
-    return render.html(answer.prompt, top=top, said=said)
+    return html.page(answer.prompt, top=top, said=said)
 
 
 def _rounded(scores: list[float]) -> list[float]:
@@ -111,9 +112,9 @@ class AnswerReport:
         if len(answer) > _TERMINAL_ROWS:
             yield Text(f"and {len(answer) - _TERMINAL_ROWS:,} more tokens", style="dim")
         yield Text()
-        yield render.terminal(answer.prompt, top=self.top)
+        yield terminal.view(answer.prompt, top=self.top)
 
 
-def terminal(answer: AnswerAttribution, *, top: int = 10) -> AnswerReport:
+def view(answer: AnswerAttribution, *, top: int = 10) -> AnswerReport:
     """The answer's attribution for :meth:`rich.console.Console.print`."""
     return AnswerReport(answer, top)

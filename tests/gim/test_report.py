@@ -16,10 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from gim import render, rules
+from gim import rules
 from gim.applied import Application, AppliedReport
 from gim.attribution import Attribution
-from gim.render import DARK, LEVELS, LIGHT, Scale, Theme
+from gim.report import html, picture
+from gim.report.pieces import context, pieces
+from gim.report.scale import DARK, LEVELS, LIGHT, Scale, Theme
+from gim.report.text import one_line, visible
 from gim.targets import Explained
 
 HOSTILE = (
@@ -146,7 +149,7 @@ def test_page_shows_the_text_and_nothing_of_it_is_markup(result: Attribution) ->
     page = Page(source)
     assert page.open == []
     special = "".join(t for t, s in zip(result.tokens, result.special, strict=True) if s)
-    assert page.prompt == special + render.visible(result.text)
+    assert page.prompt == special + visible(result.text)
     # Each line end has an element in front that a style sheet shows as a sign.
     assert len(page.attributes("b")) == result.text.count("\n")
     assert list(page.tokens) == [f"t{index}" for index in range(len(result))]
@@ -197,7 +200,7 @@ def test_page_says_what_it_shows() -> None:
 def test_white_space_between_and_shared_characters() -> None:
     # A tokenizer that trims offsets, one that puts a space in front, and three bytes of one character.
     result = attribution("two  wörds 日", [1.0] * 6, offsets=[(0, 0), (0, 3), (5, 10), (11, 12), (11, 12), (11, 12)])
-    shown = [(piece.text, piece.position, piece.in_text) for piece in render.pieces(result)]
+    shown = [(piece.text, piece.position, piece.in_text) for piece in pieces(result)]
     assert shown == [
         ("·", 0, False),
         ("two", 1, True),
@@ -207,9 +210,9 @@ def test_white_space_between_and_shared_characters() -> None:
         ("·", 5, False),
     ]
     gap = attribution("ab cd ef", [1.0, 2.0], offsets=[(0, 2), (6, 8)])
-    assert [(p.text, p.position) for p in render.pieces(gap)] == [("ab", 0), (" cd ", None), ("ef", 1)]
+    assert [(p.text, p.position) for p in pieces(gap)] == [("ab", 0), (" cd ", None), ("ef", 1)]
     for one in (result, gap):
-        assert "".join(piece.text for piece in render.pieces(one) if piece.in_text) == one.text
+        assert "".join(piece.text for piece in pieces(one) if piece.in_text) == one.text
 
 
 def test_ten_thousand_tokens_fit_a_page() -> None:
@@ -303,29 +306,29 @@ def test_scale() -> None:
 
 
 def test_visible_leaves_nothing_hidden() -> None:
-    shown = render.visible(HOSTILE + "\ufeff\u2066\x7f\ufdd0\U0001fffe\u00ad")
+    shown = visible(HOSTILE + "\ufeff\u2066\x7f\ufdd0\U0001fffe\u00ad")
     shown.encode("utf-8")
     for character in "\x00\x1b\x9b\r\x7f\u202e\u202c\u200b\u2028\ufeff\u2066\ud800\ufdd0\U0001fffe\u00ad":
         assert character not in shown
     assert "⟨U+202E⟩evil" in shown
     assert "␛[31mred" in shown
     for kept in ("العربية", "日本語", "👩\u200d👧", "🇩🇪", "\ufffd", "\n", "naïve \u0645\u06cc\u200c\u062e\u0648\u0627"):
-        assert render.visible(kept) == kept
-    assert render.one_line("a\n\tb\r") == "a↵⇥b␍"
+        assert visible(kept) == kept
+    assert one_line("a\n\tb\r") == "a↵⇥b␍"
 
 
 def test_templates_show_nothing_raw() -> None:
-    shown = render._environment().from_string("{{ text }}").render(text="<b>\u202e&\x00")
+    shown = html.environment().from_string("{{ text }}").render(text="<b>\u202e&\x00")
     assert shown == "&lt;b&gt;⟨U+202E⟩&amp;␀"
 
 
 def test_context_fits_and_marks_what_it_cuts() -> None:
     text = "before " * 9 + "lantern" + " after" * 9
     result = attribution(text, [1.0], offsets=[(62, 70)])
-    found = render.context(result, result.top(1)[0], 10)
+    found = context(result, result.top(1)[0], 10)
     assert (found.before, found.token, found.after) == ("…re before ", "lantern", " after aft…")
     wide = attribution("日" * 40, [1.0], offsets=[(20, 21)])
-    assert render.context(wide, wide.top(1)[0], 10).before == "…" + "日" * 5
+    assert context(wide, wide.top(1)[0], 10).before == "…" + "日" * 5
 
 
 # --------------------------------------------------- notebook
@@ -402,7 +405,7 @@ def test_terminal_of_a_long_prompt_is_short_and_shows_the_strongest() -> None:
 def test_degenerate_attributions_can_be_drawn(result: Attribution) -> None:
     assert "Every score is 0." in printed(result)
     assert "Every score is 0." in result._repr_html_()
-    assert render.png(result)[:4] == b"\x89PNG"
+    assert picture.png(result)[:4] == b"\x89PNG"
 
 
 # --------------------------------------------------- picture
@@ -435,7 +438,7 @@ def test_picture_has_the_colours_of_its_tokens(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("text", [HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 60])
 def test_picture_of_a_hostile_text(text: str, recwarn: pytest.WarningsRecorder) -> None:
-    assert render.png(attribution(text, bos=5.0, label=HOSTILE))[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.png(attribution(text, bos=5.0, label=HOSTILE))[:8] == b"\x89PNG\r\n\x1a\n"
     assert not recwarn.list
 
 

@@ -1,0 +1,1 @@
+"""Results to look at. Nothing here is imported before something is drawn."""

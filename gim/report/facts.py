@@ -1,0 +1,77 @@
+"""What every view says of an attribution in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gim.report.text import number
+from gim.targets import MEASURE_NAMES
+
+if TYPE_CHECKING:
+    from gim.attribution import Attribution
+
+_KINDS = {
+    "prediction": "the model\u2019s prediction {}",
+    "token": "the next token {}",
+    "contrast": "{}",
+    "continuation": "the continuation {}",
+    "answer": "the answer {}",
+}
+
+
+def heading(attribution: Attribution) -> str:
+    """What is explained, in a few words."""
+    return _KINDS.get(attribution.target.kind, "{}").format(attribution.target.label)
+
+
+def answer_facts(attribution: Attribution) -> list[tuple[str, str]]:
+    """What stands on top of every picture: what is explained, what else may come next, what is not ranked."""
+    target = attribution.target
+    facts = [("Target", f"{heading(attribution)}, {MEASURE_NAMES[target.measure]} {target.value:.4g}")]
+    if attribution.next_tokens:
+        facts.append(
+            ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
+        )
+    if any(attribution.aside):
+        facts.append(("Set aside", _set_aside(attribution)))
+    return facts
+
+
+def method_facts(attribution: Attribution) -> list[tuple[str, str]]:
+    """How it was found: name and value of each fact."""
+    facts = [
+        ("Model", attribution.model),
+        ("Rules", attribution.rules.describe()),
+        ("Engine", attribution.engine or "not recorded"),
+        ("Applied to", attribution.report.summary()),
+        ("Baseline", f"token {attribution.baseline[0]}, {attribution.baseline[1]!r}"),
+        ("Prompt", f"{len(attribution):,} tokens"),
+    ]
+    if attribution.memory:
+        facts.append(("Memory", attribution.memory))
+    if attribution.versions:
+        facts.append(("Versions", ", ".join(f"{name} {v}" for name, v in attribution.versions.items())))
+    return facts
+
+
+def _set_aside(attribution: Attribution) -> str:
+    """What the tokens that are not ranked add up to: a first special token, which attention rests on where it finds
+    nothing, other special tokens, and a chat template's own."""
+    scores = attribution.scores.tolist()
+    groups: dict[str, list[int]] = {}
+    for position, is_aside in enumerate(attribution.aside):
+        if is_aside and position == 0 and attribution.special[0]:
+            groups[f"the first token {attribution.tokens[0]!r} (attention sink)"] = [0]
+        elif is_aside:
+            groups.setdefault("special" if attribution.special[position] else "template", []).append(position)
+    names = {"special": "{} special token{}", "template": "{} token{} of the chat template"}
+    return ", ".join(
+        f"{names.get(name, name).format(f'{len(group):,}', 's' if len(group) > 1 else '')} "
+        f"{number(sum(scores[position] for position in group))}"
+        for name, group in groups.items()
+    )
+
+
+def uncovered(attribution: Attribution) -> list[str]:
+    """Parts of the model that a rule was meant for and does not act on."""
+    return [f"{name}: {reason}" for name, reason in attribution.report.unsupported]
