@@ -1,6 +1,6 @@
 # make demo | make test | make test-all | make real GIM_MODELS=dir | make faithfulness GIM_MODELS=dir |
-# make circuits GIM_MODELS=dir | make answers GIM_MODELS=dir | make lint | make bench; each creates .venv itself when
-# it is missing. make gpu OUT=dir installs nothing: it runs what needs a GPU with the Python that is there.
+# make circuits GIM_MODELS=dir | make answers GIM_MODELS=dir | make facts GIM_MODELS=dir | make lint | make bench; each
+# creates .venv itself when it is missing. make gpu OUT=dir installs nothing: it runs what needs a GPU with the Python that is there.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,7 +8,7 @@ LIGHT := .venv/.demo
 CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "gim-kernels needs Python 3.11 or newer, found " + sys.version)
 PACKAGES := gim gim_kernels tests benchmarks examples
 
-.PHONY: demo test test-all real faithfulness circuits answers lint format bench gpu gpu-cache clean
+.PHONY: demo test test-all real faithfulness circuits answers facts lint format bench gpu gpu-cache clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -76,6 +76,11 @@ answers: STATE := build/answers.jsonl
 answers: $(STAMP)
 	mkdir -p $(dir $(STATE))
 	$(BIN)/python -m benchmarks.answer_measures --models '$(GIM_MODELS)' --state $(STATE)
+	$(BIN)/python -m benchmarks.documents
+
+# How often a fact's subject comes first: half an hour.
+facts: $(STAMP)
+	$(BIN)/python -m benchmarks.facts --models '$(GIM_MODELS)'
 	$(BIN)/python -m benchmarks.documents
 
 OUT ?= gpu-results

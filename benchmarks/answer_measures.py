@@ -27,7 +27,7 @@ from benchmarks import results
 from benchmarks.faithfulness import MODELS, load
 from benchmarks.measure import commit, device_name
 from gim.answering import generated
-from gim.asked import Asked
+from gim.asked import Asked, Wanted
 from gim.evaluation import fingerprint
 from gim.targets import MEASURES, Measure
 
@@ -123,7 +123,8 @@ def ask(name: str, model: Any, tokenizer: Any, question: str) -> Answered:
         against = others if candidate == "runner-up" else []
         signs = [1] * len(answer) + [-1] * len(against)
         at = positions + (positions if against else [])
-        scores = asked.run(ids.tolist(), at, [*answer, *against], signs, measure).scores[0, places]
+        wanted = Wanted(ids.tolist(), at, [*answer, *against], signs)
+        scores = asked.run([wanted], measure).scores[0, places]
         found[candidate] = (
             bool(scores[strongest].sign() == effects[strongest].sign()),
             int(scores.abs().argmax()) == strongest,

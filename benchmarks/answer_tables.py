@@ -23,7 +23,7 @@ def summary(results: Results | None) -> str:
         [
             _NAMES[row["measure"]] + (" (chosen)" if row["measure"] == results["chosen"] else ""),
             str(row["questions"]),
-            *(_share(row[name]) for name in ("sign", "first")),
+            *(share(row[name]) for name in ("sign", "first")),
             f"{row['spearman'][0]:.2f} [{row['spearman'][1]:.2f}, {row['spearman'][2]:.2f}]",
         ]
         for row in results["rows"]
@@ -33,6 +33,7 @@ def summary(results: Results | None) -> str:
     return table(header, rows) + measured(results)
 
 
-def _share(numbers: Sequence[float]) -> str:
+def share(numbers: Sequence[float]) -> str:
+    """A share of one as per cent, with its interval."""
     mean, low, high = (100 * one for one in numbers)
     return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"

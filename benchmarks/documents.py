@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import answer_tables, circuits_tables, coverage, faithfulness_tables
+from benchmarks import answer_tables, circuits_tables, coverage, facts_tables, faithfulness_tables
 from benchmarks.report import milliseconds, roofline_line, spread
 from benchmarks.results import Results, Row, default_name, growth, load
 
@@ -266,6 +266,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "faithfulness-ranks": lambda: faithfulness_tables.ranks(latest("faithfulness")) or NOT_MEASURED,
     "tasks": faithfulness_tables.tasks_table,
     "answers": lambda: answer_tables.summary(latest("answers")) or NOT_MEASURED,
+    "facts": lambda: facts_tables.summary(latest("facts")) or NOT_MEASURED,
     "circuits": lambda: circuits_tables.summary(latest("circuits")) or NOT_MEASURED,
 }
 

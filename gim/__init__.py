@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gim.evaluation.result import Evaluation
     from gim.evaluation.run import EvaluationInterrupted, evaluate
     from gim.intercept.interface import set_attention_rules
+    from gim.many import PromptError, PromptsInterrupted
     from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
     from gim.request import attribute, explain
 
@@ -30,6 +31,8 @@ _HOMES = {
     "MemoryEstimate": "gim.memory",
     "MemoryPlan": "gim.memory",
     "OutOfMemoryError": "gim.memory",
+    "PromptError": "gim.many",
+    "PromptsInterrupted": "gim.many",
     "UnsupportedModelError": "gim.applied",
     "attribute": "gim.request",
     "circuits": "gim.circuits",
@@ -52,6 +55,8 @@ __all__ = [
     "MemoryEstimate",
     "MemoryPlan",
     "OutOfMemoryError",
+    "PromptError",
+    "PromptsInterrupted",
     "UnsupportedModelError",
     "attribute",
     "circuits",

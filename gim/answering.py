@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gim.answers import AnswerAttribution
-from gim.asked import Asked, tokens_of
+from gim.asked import Asked, Wanted, tokens_of
 from gim.parts import anatomy
 from gim.targets import Explained, Measure, check_measure, whole_number
 
@@ -40,7 +40,8 @@ def attribute(
     first = len(asked.ids)
     positions = list(range(first - 1, first - 1 + len(ids)))
     single, whole = measure or "logit", measure or WHOLE_ANSWER
-    result = asked.run([*asked.ids, *ids[:-1]], positions, ids, [1] * len(ids), single, whole)
+    wanted = Wanted([*asked.ids, *ids[:-1]], positions, ids, [1] * len(ids))
+    result = asked.run([wanted], single, whole)
     scores = torch.nn.functional.pad(result.scores.float().cpu(), (0, 1))  # the last token explains nothing
     words = asked.displayed(text, ids, spans)
     values: list[float] = result.values.tolist()

@@ -27,6 +27,21 @@ from gim_kernels.types import Engine
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is explained of one row.
+
+    Args:
+        ids: of the row.
+        positions, targets, signs: of each term, as in :class:`gim.scoring.Terms`.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    targets: Sequence[int]
+    signs: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Asked:
     """A prompt as tokens, and how its attribution is to be computed; all but the prompt as in :func:`gim.attribute`.
 
@@ -64,7 +79,7 @@ class Asked:
         allow_extrapolation: bool,
         strict: bool,
         engine: Engine,
-        segments: Mapping[str, Sequence[int]] | None,
+        segments: Any,
         template_arguments: Mapping[str, Any] | None,
     ) -> Asked:
         """The arguments of :func:`gim.attribute` of the same names, checked."""
@@ -81,25 +96,27 @@ class Asked:
             *(chosen, memory, progress, allow_extrapolation, strict, engine),
         )
 
-    def run(
-        self,
-        ids: Sequence[int],
-        positions: Sequence[int],
-        targets: Sequence[int],
-        signs: Sequence[int],
-        measure: Measure,
-        total: Measure | None = None,
-    ) -> Result:
-        """Scores of ``ids``, which begin with the prompt's, for the terms of :class:`gim.scoring.Terms`."""
-        row, mask = check_ids(self.model, torch.tensor(ids), None)
-        check_length(self.model, row, mask, self.allow_extrapolation)
+    def run(self, wanted: Sequence[Wanted], measure: Measure, total: Measure | None = None) -> Result:
+        """Scores of rows that begin with a prompt each, for the terms of :class:`gim.scoring.Terms`.
 
-        def terms(numbers: Sequence[int]) -> torch.Tensor:
-            return torch.tensor([numbers], device=row.device)
-
-        scored = Terms(terms(positions), terms(targets), terms(signs), measure, total)
+        A shorter row is padded behind its end, and a row of fewer terms has terms that count 0.
+        """
+        length, terms = max(len(one.ids) for one in wanted), max(len(one.targets) for one in wanted)
+        ids = torch.zeros(len(wanted), length, dtype=torch.int64)
+        mask = torch.zeros(len(wanted), length, dtype=torch.bool)
+        positions, targets, signs = torch.zeros(3, len(wanted), terms, dtype=torch.int64)
+        for row, one in enumerate(wanted):
+            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            mask[row, : len(one.ids)] = True
+            positions[row] = one.positions[0]
+            for rows, given in ((positions, one.positions), (targets, one.targets), (signs, one.signs)):
+                rows[row, : len(given)] = torch.tensor(given)
+        checked, exists = check_ids(self.model, ids, mask)
+        check_length(self.model, checked, exists, self.allow_extrapolation)
+        device = checked.device
+        scored = Terms(positions.to(device), targets.to(device), signs.to(device), measure, total)
         return run(
-            *(self.model, row, mask, scored, self.baseline, self.rules, self.memory, self.progress),
+            *(self.model, checked, exists, scored, self.baseline, self.rules, self.memory, self.progress),
             strict=self.strict,
             engine=self.engine,
         )
@@ -138,8 +155,9 @@ class Asked:
         scores: torch.Tensor,
         target: Explained,
         result: Result,
+        row: int = 0,
     ) -> Attribution:
-        """The result for tokens that begin with the prompt's."""
+        """The result for tokens that begin with the prompt's; its likeliest tokens are those of a row."""
         return Attribution(
             text=text,
             tokens=self.displayed(text, ids, offsets),
@@ -158,7 +176,7 @@ class Asked:
             # What follows the prompt is nobody's template.
             template=tuple(self.template) + (False,) * (len(ids) - len(self.template)),
             segments=self.segments,
-            next_tokens=self.likeliest(result),
+            next_tokens=self.likeliest(result, row),
         )
 
 

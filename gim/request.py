@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,15 @@ from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 import torch
 from torch import nn
 
-from gim import answering
-from gim import targets as target_kinds
+from gim import answering, many
 from gim.answers import AnswerAttribution
-from gim.asked import Asked, decoded, tokens_of
+from gim.asked import Asked
 from gim.attribution import Attribution
 from gim.context import resolve_rules
 from gim.inputs import (
     check_ids,
     check_length,
     check_positions,
-    check_target,
     check_targets,
     check_token_id,
     infer_baseline,
@@ -33,7 +30,8 @@ from gim.parts import anatomy
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.scoring import PREDICTION, Progress, Terms
-from gim.targets import Continuation, Contrast, Explained, Measure, Target, TokenLike
+from gim.single import Single, TargetLike
+from gim.targets import Measure, TokenLike
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -163,10 +161,9 @@ def explain(
     return result.scores[0] if result.scores.shape[0] == 1 else result.scores
 
 
-class Options(TypedDict, total=False):
-    """What :func:`attribute` takes besides what decides the type of its result."""
+class Shared(TypedDict, total=False):
+    """What :func:`attribute` takes besides what decides the type of its result, and is the same for many prompts."""
 
-    target: Target | TokenLike | Sequence[int] | None
     baseline: TokenLike | None
     position: int | None
     rules: Rules | str
@@ -176,11 +173,25 @@ class Options(TypedDict, total=False):
     strict: bool
     engine: Engine
     measure: Measure | None
-    segments: Mapping[str, Sequence[int]] | None
     template_arguments: Mapping[str, Any] | None
 
 
+class Options(Shared, total=False):
+    """The same for one prompt."""
+
+    target: TargetLike
+    segments: Mapping[str, Sequence[int]] | None
+
+
+class ManyOptions(Shared, total=False):
+    """The same for a list of prompts: one for all, or a list with one for each."""
+
+    target: TargetLike | list[Any]
+    segments: Mapping[str, Sequence[int]] | list[Any] | None
+
+
 Prompt = str | Sequence[Mapping[str, Any]]
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[Mapping[str, Any]]]
 
 
 @overload
@@ -213,13 +224,43 @@ def attribute(
     generate: int,
     **options: Unpack[Options],
 ) -> AnswerAttribution: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompts,
+    *,
+    answer: None = None,
+    generate: None = None,
+    **options: Unpack[ManyOptions],
+) -> list[Attribution]: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompts,
+    *,
+    answer: str | list[Any],
+    generate: None = None,
+    **options: Unpack[ManyOptions],
+) -> list[AnswerAttribution]: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompts,
+    *,
+    answer: None = None,
+    generate: int,
+    **options: Unpack[ManyOptions],
+) -> list[AnswerAttribution]: ...
 @_looked_at_once
 def attribute(
     model: nn.Module,
     tokenizer: Any,
-    prompt: Prompt,
+    prompt: Prompt | Prompts,
     *,
-    target: Target | TokenLike | Sequence[int] | None = None,
+    target: TargetLike | list[Any] = None,
     baseline: TokenLike | None = None,
     position: int | None = None,
     rules: Rules | str = PAPER_RULES,
@@ -229,11 +270,11 @@ def attribute(
     strict: bool = True,
     engine: Engine = "auto",
     measure: Measure | None = None,
-    segments: Mapping[str, Sequence[int]] | None = None,
+    segments: Mapping[str, Sequence[int]] | list[Any] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-    answer: str | Sequence[int] | None = None,
+    answer: str | Sequence[int] | list[Any] | None = None,
     generate: int | None = None,
-) -> Attribution | AnswerAttribution:
+) -> Attribution | AnswerAttribution | list[Attribution] | list[AnswerAttribution]:
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
@@ -243,7 +284,9 @@ def attribute(
         prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
             chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which
             the tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
-            model's own is continued.
+            model's own is continued. Or a list of texts or chats: those of about the same length run together, and
+            each result is that of its prompt alone, within rounding. ``target``, ``answer`` and ``segments`` are then
+            one for all, or a list with one for each.
         target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
             :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``. Of a classifier, a class by number or label.
         baseline: the token that stands for "nothing", as id or text; None as in :func:`explain`.
@@ -251,7 +294,8 @@ def attribute(
             of a masked language model.
         rules: :class:`gim.rules.Rules` or the name of a preset.
         memory: as in :func:`explain`.
-        progress: called with ``("forward" or "backward", layers done, layers in all)``.
+        progress: called with ``("forward" or "backward", layers done, layers in all)``; of a list of prompts with
+            ``("prompts", prompts done, prompts in all)``.
         allow_extrapolation: as in :func:`explain`.
         strict: whether a part that a rule should act on and cannot is an error; with False it is in the result's
             ``report.unsupported``.
@@ -266,7 +310,8 @@ def attribute(
             greedily where that says nothing. Tokens with which the model ends are left out.
 
     Returns:
-        The attribution; with ``answer`` or ``generate`` a :class:`gim.AnswerAttribution`. A continuation's own tokens
+        The attribution; with ``answer`` or ``generate`` a :class:`gim.AnswerAttribution`; of a list of prompts a list
+        in its order. A continuation's own tokens
         but the last are inputs too, and are part of it. Tokens that are the chat template's own have scores and are
         left out of ranks.
 
@@ -276,6 +321,9 @@ def attribute(
             is not one, an id out of range, a slow tokenizer, segments that are empty, overlap or lie outside the text,
             template arguments for a text or of names that are not the template's; an empty answer, none within
             ``generate`` tokens, or one of a model that says no next tokens.
+        PromptErrors: some prompts of a list cannot be attributed (a ValueError, which has the results of the others);
+            an error that is the same for all of them is raised as it is.
+        PromptsInterrupted: Ctrl-C came in a list of prompts; it has the results that were finished.
         TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
             what the model needs.
         FloatingPointError: NaN or infinity in the logits or the gradient; names the first module with one.
@@ -294,125 +342,24 @@ def attribute(
         for name, given in (("target", target), ("position", position)):
             if given is not None:
                 raise ValueError(f"{name} is one token's: answer and generate explain every token of an answer")
-    asked = Asked.of(
+    ask = functools.partial(
+        Asked.of,
         model,
         tokenizer,
-        prompt,
         baseline=baseline,
         rules=rules,
         memory=memory,
-        progress=progress,
         allow_extrapolation=allow_extrapolation,
         strict=strict,
         engine=engine,
-        segments=segments,
         template_arguments=template_arguments,
     )
+    if many.is_several(prompt):
+        return many.attribute(
+            *(ask, cast(Sequence[Any], prompt), target, position, measure, answer, generate, segments, progress)
+        )
+    asked = ask(prompt, segments=segments, progress=progress)
     if answer is not None or generate is not None:
         return answering.attribute(asked, answer, generate, measure)
-    return _of_one(asked, target, position, measure)
-
-
-def _of_one(
-    asked: Asked, target: Target | TokenLike | Sequence[int] | None, position: int | None, measure: Measure | None
-) -> Attribution:
-    """The attribution of one explained number."""
-    model, tokenizer, token_ids, offsets, text = (
-        asked.model,
-        asked.tokenizer,
-        [*asked.ids],
-        [*asked.offsets],
-        asked.text,
-    )
-    head = anatomy.of(model).head
-    wanted = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
-    if measure is not None:
-        wanted = dataclasses.replace(wanted, measure=measure)
-    last = _position(model, tokenizer, token_ids, position)
-    if isinstance(wanted, Continuation):
-        added, targets, spans = tokens_of(model, "target", wanted.tokens, tokenizer)
-        if head != "next token" or last != len(token_ids) - 1:
-            pieces = [tokenizer.decode([one]) for one in targets]
-            raise ValueError(
-                f"target must be one {head} at a position inside the prompt, got {wanted.tokens!r}, which is "
-                f"{len(targets)} tokens: {pieces}"
-            )
-        # The last token is said and not read.
-        if isinstance(wanted.tokens, str):
-            spans = spans[:-1]
-            added = added[: max((end for _, end in spans), default=0)]
-        else:
-            added, spans = decoded(targets[:-1], tokenizer)
-        token_ids += targets[:-1]
-        offsets += [(len(text) + start, len(text) + end) for start, end in spans]
-        text += added
-        signs, positions = [1] * len(targets), list(range(last, last + len(targets)))
-    elif isinstance(wanted, Contrast):
-        sides = (wanted.token, wanted.against) if head == "class" else target_kinds.contrast_ids(wanted, tokenizer)
-        targets = [
-            _target_id(model, name, side, tokenizer) for name, side in zip(("target", "against"), sides, strict=True)
-        ]
-        signs, positions = [1, -1], [last, last]
-    else:
-        targets, signs, positions = [_target_id(model, "target", wanted.token, tokenizer)], [1], [last]
-
-    result = asked.run(token_ids, positions, targets, signs, wanted.measure)
-    found = [int(one) for one in result.token_ids[0]]
-    explained = _explained(wanted, found, positions, float(result.values[0]), tokenizer, asked.words(found))
-    return asked.attribution(text, token_ids, offsets, result.scores[0], explained, result)
-
-
-def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokenizer: Any) -> int:
-    """The checked id of a target token; :data:`PREDICTION` for None."""
-    if token is None:
-        return PREDICTION
-    if anatomy.of(model).head == "class":
-        found = _class_number(model, token)
-        if not isinstance(found, int):
-            raise ValueError(f"{argument} must be a class by number or label, got {token!r}")
-    else:
-        found = target_kinds.token_id(token, tokenizer, argument)
-    check_target(model, argument, found)
-    return found
-
-
-def _class_number(model: nn.Module, target: Any) -> Any:
-    """A class by number or label as its number; anything else as it is."""
-    if not isinstance(target, str):
-        return target
-    labels: Any = getattr(anatomy.of(model).config, "label2id", None) or {}
-    if target not in labels:
-        raise ValueError(f"target must be one of the model's classes {sorted(labels)}, got {target!r}")
-    return int(labels[target])
-
-
-def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | None) -> int:
-    """The index of the token whose output is explained."""
-    if position is not None:
-        if isinstance(position, bool) or not isinstance(position, int):
-            raise TypeError(f"position must be an integer, got {type(position).__name__}")
-        if not -len(ids) <= position < len(ids):
-            raise ValueError(f"position must be in {-len(ids)}..{len(ids) - 1}, got {position}")
-        return position % len(ids)
-    if anatomy.of(model).head != "masked token":
-        return len(ids) - 1
-    masks = [index for index, one in enumerate(ids) if one == tokenizer.mask_token_id]
-    if len(masks) != 1:
-        raise ValueError(
-            f"prompt must hold one {tokenizer.mask_token!r} for a masked language model, got {len(masks)}: give "
-            "position"
-        )
-    return masks[0]
-
-
-def _explained(
-    target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any, tokens: tuple[str, ...]
-) -> Explained:
-    if isinstance(target, Continuation):
-        kind, label = "continuation", repr(tokenizer.decode(ids))
-    elif isinstance(target, Contrast):
-        kind, label = "contrast", f"{tokens[0]!r} minus {tokens[1]!r}"
-    else:
-        kind = "prediction" if target.token is None else "token"
-        label = repr(tokens[0])
-    return Explained(kind, label, tuple(ids), tokens, tuple(positions), target.measure, value)
+    one = Single.of(asked, target, position, measure)
+    return one.attribution(asked.run([one.wanted], one.target.measure))
