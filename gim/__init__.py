@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gim import circuits, rules, targets
+    from gim.answering import AnswerInterrupted
     from gim.answers import AnswerAttribution
     from gim.applied import AppliedReport, UnsupportedModelError
     from gim.attribution import Attribution
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "GIM": "gim.context",
     "AnswerAttribution": "gim.answers",
+    "AnswerInterrupted": "gim.answering",
     "AppliedReport": "gim.applied",
     "Attribution": "gim.attribution",
     "EstimateError": "gim.memory",
@@ -47,6 +49,7 @@ _HOMES = {
 __all__ = [
     "GIM",
     "AnswerAttribution",
+    "AnswerInterrupted",
     "AppliedReport",
     "Attribution",
     "EstimateError",

@@ -11,10 +11,24 @@ import torch
 from gim.answers import AnswerAttribution
 from gim.asked import Asked, Wanted, tokens_of
 from gim.parts import anatomy
+from gim.scoring import Result
+from gim.segments import Range
 from gim.targets import Explained, Measure, check_measure, whole_number
 
 #: What a whole answer is explained under; benchmarks/answer_measures.py compares.
 WHOLE_ANSWER: Measure = "logodds"
+
+
+class AnswerInterrupted(KeyboardInterrupt):
+    """Ctrl-C came while tokens of an answer were explained.
+
+    Args:
+        attribution: of the answer's first tokens, those whose rows were finished.
+    """
+
+    def __init__(self, attribution: AnswerAttribution) -> None:
+        super().__init__("the attribution of an answer was interrupted")
+        self.attribution = attribution
 
 
 def attribute(
@@ -42,7 +56,27 @@ def attribute(
     single, whole = measure or "logit", measure or WHOLE_ANSWER
     wanted = Wanted([*asked.ids, *ids[:-1]], positions, ids, [1] * len(ids))
     result = asked.run([wanted], single, whole)
-    scores = torch.nn.functional.pad(result.scores.float().cpu(), (0, 1))  # the last token explains nothing
+    finished = len(result.scores) - 1
+    if finished == len(ids):
+        return _of(asked, text, ids, spans, result, single, whole)
+    text, spans = text[: max(end for _, end in spans[:finished])], spans[:finished]
+    raise AnswerInterrupted(_of(asked, text, ids[:finished], spans, result, single, whole))
+
+
+def _of(
+    asked: Asked,
+    text: str,
+    ids: Sequence[int],
+    spans: Sequence[Range],
+    result: Result,
+    single: Measure,
+    whole: Measure,
+) -> AnswerAttribution:
+    """The attribution of an answer's tokens ``ids``, each of which has a row in the result."""
+    first = len(asked.ids)
+    positions = list(range(first - 1, first - 1 + len(ids)))
+    # The last token explains nothing.
+    scores = torch.nn.functional.pad(result.scores[:, : first + len(ids) - 1].float().cpu(), (0, 1))
     words = asked.displayed(text, ids, spans)
     values: list[float] = result.values.tolist()
     prompt = asked.attribution(

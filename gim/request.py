@@ -323,6 +323,8 @@ def attribute(
             ``generate`` tokens, or one of a model that says no next tokens.
         PromptErrors: some prompts of a list cannot be attributed (a ValueError, which has the results of the others);
             an error that is the same for all of them is raised as it is.
+        AnswerInterrupted: Ctrl-C came among the backwards of an answer; it has the attribution of the answer's first
+            tokens, as far as they were finished.
         PromptsInterrupted: Ctrl-C came in a list of prompts; it has the results that were finished.
         TypeError, RuntimeError, NotImplementedError: as :class:`gim.GIM` of an engine that cannot run here, or has not
             what the model needs.

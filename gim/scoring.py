@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,7 +51,8 @@ class Terms:
     ``token_ids`` of :data:`PREDICTION` stand for the model's own prediction. All are ``[B, P]``.
 
     With ``total``, of a batch of one, each term is a number explained by itself, and after them all comes their sum
-    under the measure ``total``: N = P + 1 numbers of one forward.
+    under the measure ``total``: N = P + 1 numbers of one forward. Ctrl-C among their backwards leaves the first of the
+    terms, and the sum of these.
     """
 
     positions: torch.Tensor
@@ -212,7 +213,7 @@ def _passes(
 ) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
     module it comes from, for which the model runs once more."""
-    parts, mask = anatomy.of(model), request.rows.mask
+    parts = anatomy.of(model)
     with torch.enable_grad(), frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
@@ -237,20 +238,13 @@ def _passes(
             )
         if not numbers.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
-        values, found, finite = numbers.detach(), [], True
+        values = numbers.detach()
         # All rows of a batch together: none depends on another's tokens.
         explained = numbers if request.scored.total else numbers.sum()[None]
         del numbers
-        for grad in gradients(explained, leaves[0], seed, at_once):
-            scores, is_finite = _scores(parts, leaves[0].detach(), grad, baseline_id, check)
-            finite = finite and is_finite
-            if not finite:
-                break
-            if mask is not None:
-                _refuse_padding_that_is_read(model, mask, grad)
-                scores = scores.masked_fill(~mask, 0.0)
-            found.append(scores)
-            del grad
+        found, places, finite = _backwards(parts, request, explained, leaves[0], baseline_id, check, seed, at_once)
+        if request.scored.total:
+            values = values[places]
         del explained
         if not finite and not names:
             return None
@@ -260,7 +254,47 @@ def _passes(
                 f"the gradient holds NaN or infinity; going backwards, the first module whose output's gradient has "
                 f"one is {module}"
             )
-    return Numbers(torch.cat(found) / seed, wanted, values, *likeliest)
+    return Numbers(found / seed, wanted, values, *likeliest)
+
+
+def _backwards(
+    parts: Anatomy,
+    request: Request,
+    explained: torch.Tensor,
+    leaf: torch.Tensor,
+    baseline_id: int,
+    check: bool,
+    seed: float,
+    at_once: int,
+) -> tuple[torch.Tensor, list[int], bool]:
+    """Scores of the explained numbers, where those are among ``explained``, and whether all gradients are finite."""
+    mask, total, terms = request.rows.mask, request.scored.total, request.where.shape[1]
+    found: list[torch.Tensor] = []
+
+    def take(places: Sequence[int]) -> bool:
+        for grad in gradients(explained, leaf, seed, at_once, places, keep=bool(total)):
+            scores, finite = _scores(parts, leaf.detach(), grad, baseline_id, check)
+            if mask is not None and finite:
+                _refuse_padding_that_is_read(parts.call.model, mask, grad)
+                scores = scores.masked_fill(~mask, 0.0)
+            found.append(scores)
+            del grad
+            if not finite:
+                return False
+        return True
+
+    places = [*range(terms), 2 * terms - 1] if total else [0]
+    try:
+        finite = take(places)
+    except KeyboardInterrupt:
+        done = min(terms, sum(map(len, found)))
+        if not total or not done:
+            raise
+        # What is finished is the attribution of the first terms, whose sum is one backward more.
+        found[:] = [torch.cat(found)[:done]]
+        places = [*range(done), terms + done - 1]
+        finite = take(places[-1:])
+    return torch.cat(found), places, finite
 
 
 def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:
@@ -305,7 +339,8 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
     numbers = terms.sum(-1)
     if scored.total:
         whole = terms if scored.total == scored.measure else _measured(chosen, wanted, scored.total) * signs
-        numbers = torch.cat([terms[0], whole.sum(-1)])
+        # A sum for each place where the row may be cut.
+        numbers = torch.cat([terms[0], whole[0].cumsum(-1)])
     return numbers, wanted.detach(), likeliest, probabilities
 
 
@@ -342,14 +377,18 @@ def _scores(
     return scores, finite
 
 
-def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: int) -> Iterator[torch.Tensor]:
-    """The gradients of ``numbers`` ``[N]``, each times ``seed``, with respect to a leaf of one row ``[1, T, W]``, or of
-    one number with respect to any: ``at_once`` of them in a backward, as ``[at_once, T, W]``.
+def gradients(
+    numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: int, places: Sequence[int], keep: bool
+) -> Iterator[torch.Tensor]:
+    """The gradients of those of ``numbers`` ``[N]`` that stand at ``places``, each times ``seed``.
+
+    They are with respect to a leaf of one row ``[1, T, W]``, or of one number with respect to any: ``at_once`` of them
+    in a backward, as ``[at_once, T, W]``. The graph is left whole with ``keep``.
 
     A checkpoint runs a layer again once for all that are taken together. Where several together fail, for memory or
     because a part of the model does not let them, each is taken by itself, with a warning.
     """
-    count = numbers.shape[0]
+    count = len(places)
 
     def backward(seeds: torch.Tensor, keep: bool = True) -> torch.Tensor:
         (grad,) = torch.autograd.grad(numbers, leaf, seeds, retain_graph=keep)
@@ -358,8 +397,8 @@ def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: i
     start = 0
     while start < count:
         stop = min(start + at_once, count)
-        seeds = torch.zeros(stop - start, count, dtype=numbers.dtype, device=numbers.device)
-        seeds[range(stop - start), range(start, stop)] = seed
+        seeds = torch.zeros(stop - start, len(numbers), dtype=numbers.dtype, device=numbers.device)
+        seeds[range(stop - start), places[start:stop]] = seed
         if len(seeds) > 1:
             try:
                 grad = torch.func.vmap(backward)(seeds)[:, 0]
@@ -369,7 +408,7 @@ def gradients(numbers: torch.Tensor, leaf: torch.Tensor, seed: float, at_once: i
                 at_once = 1
                 continue
         else:
-            grad = backward(seeds[0], keep=stop < count)
+            grad = backward(seeds[0], keep=keep or stop < count)
         start = stop
         given = [grad]
         del grad

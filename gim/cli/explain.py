@@ -98,7 +98,8 @@ def command(
 ) -> None:
     """Attribute what a model says next to the tokens of its prompt.
 
-    The prompt comes from --prompt, from --prompt-file, or, given a single dash, from standard input.
+    The prompt comes from --prompt, from --prompt-file, or, given a single dash, from standard input. Ctrl-C while an
+    answer is explained keeps its first tokens, those that are finished.
     """
     with handled(debug):
         chosen = rules_named(rules, temperature)
@@ -119,21 +120,27 @@ def command(
             else:
                 wanted = {"target": _target(target, contrast, measure, tokenizer, loaded)}
             asked = [{"role": "user", "content": text}] if chat else text
+            finished = True
             with progress_bar(token_count(tokenizer, asked)) as progress:
-                attribution = gim.attribute(
-                    loaded,
-                    tokenizer,
-                    asked,
-                    **wanted,
-                    baseline=baseline,
-                    rules=chosen,
-                    memory=memory,
-                    progress=progress,
-                    allow_extrapolation=allow_extrapolation,
-                    engine=engine.value,
-                )
+                try:
+                    attribution = gim.attribute(
+                        loaded,
+                        tokenizer,
+                        asked,
+                        **wanted,
+                        baseline=baseline,
+                        rules=chosen,
+                        memory=memory,
+                        progress=progress,
+                        allow_extrapolation=allow_extrapolation,
+                        engine=engine.value,
+                    )
+                except gim.AnswerInterrupted as error:
+                    attribution, finished = error.attribution, False
         show(attribution, top)
         write(attribution, outputs, top)
+    if not finished:
+        raise typer.Exit(130)
 
 
 def _whole_answer(named: dict[str, Any], answer: str | None, generate: int | None) -> dict[str, Any]:

@@ -82,6 +82,74 @@ def test_every_plan_gives_the_same_rows(at_once: int, plans: Sequence[MemoryPlan
         assert_close64(found.values, want.values, plan.name, relative=FLOAT64_PLAN_RELATIVE)
 
 
+@pytest.mark.parametrize(
+    "plans", [pytest.param(SOME, id="some"), pytest.param(every_plan(), id="every plan", marks=pytest.mark.slow)]
+)
+def test_an_interrupt_leaves_the_first_rows_and_their_sum(plans: Sequence[MemoryPlan]) -> None:
+    """Wherever in the backwards it comes: what is left is the result for the rows that were finished."""
+    model, tokens = make("llama"), ids(1, FIRST + COUNT)
+    layers = len(model.model.layers)
+    whole = several(model, tokens, EVERYTHING, 1)
+    for plan in plans:
+        for at_once, after in ((1, layers), (1, 2 * layers + 1), (2, layers + 1), (1, COUNT * layers + 1)):
+            came: list[int] = []
+
+            def interrupt(stage: str, done: int, _: int, after: int = after, came: list[int] = came) -> None:
+                if stage == "backward" and done == after + 1 and not came:
+                    came.append(done)
+                    raise KeyboardInterrupt
+
+            found = several(model, tokens, plan, at_once, progress=interrupt)
+            finished = after // layers * at_once
+            assert len(found.scores) == finished + 1, (plan.name, at_once, after)
+            want = several(model, tokens, plan, 1)
+            assert_close64(found.scores[:-1], want.scores[:finished], plan.name, relative=FLOAT64_PLAN_RELATIVE)
+            assert_close64(found.values[:-1], want.values[:finished], plan.name, relative=FLOAT64_PLAN_RELATIVE)
+            row, _ = check_ids(model, tokens, None)
+            at = torch.arange(FIRST, FIRST + finished)[None]
+            terms = scoring.Terms(at, torch.full_like(at, 7), torch.ones_like(at), "logodds")
+            total = scoring.run(
+                model, scoring.Request.of(row, None, terms), BASELINE, gim.rules.get("GIM"), EVERYTHING, None
+            )
+            assert_close64(found.scores[-1:], total.scores, plan.name, relative=FLOAT64_PLAN_RELATIVE)
+            assert_close64(found.values[-1:], total.values, plan.name, relative=FLOAT64_PLAN_RELATIVE)
+    # Nothing of the interrupts is left.
+    assert_close64(several(model, tokens, EVERYTHING, 1).scores, whole.scores, "after", relative=FLOAT64_PLAN_RELATIVE)
+
+
+def test_an_interrupt_before_any_row_is_an_interrupt() -> None:
+    def interrupt(stage: str, *_: int) -> None:
+        if stage == "backward":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        several(make("llama"), ids(1, FIRST + COUNT), EVERYTHING, 1, progress=interrupt)
+
+
+def test_a_cut_answer_is_the_answers_beginning(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_AT_ONCE", 2)
+    made, layers = tokenizer(), len(model.model.layers)
+    given = made.encode(ANSWER, add_special_tokens=False)
+
+    def interrupt(stage: str, done: int, _: int) -> None:
+        if stage == "backward" and done == layers + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(gim.AnswerInterrupted) as raised:
+        gim.attribute(model, made, PROMPT, answer=ANSWER, progress=interrupt)
+    cut = raised.value.attribution
+    want = gim.attribute(model, made, PROMPT, answer=given[: len(cut)])
+    assert 0 < len(cut) < len(given) and (cut.answer, cut.tokens, cut.offsets) == (
+        want.answer,
+        want.tokens,
+        want.offsets,
+    )
+    for name in ("scores", "total"):
+        torch.testing.assert_close(getattr(cut, name), getattr(want, name), rtol=1e-6, atol=1e-6)
+    assert cut.prompt.target.value == pytest.approx(want.prompt.target.value, rel=1e-9)
+    assert gim.AnswerAttribution.from_json(cut.to_json()) == cut
+
+
 def test_one_forward_and_its_backwards_are_told_of() -> None:
     heard: list[tuple[str, int, int]] = []
     model = make("llama")
@@ -365,6 +433,22 @@ def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
     page = found.to_html()
     assert "</script><b>" not in page and "\u202e" not in page
     assert found.prompt._repr_html_() == found._repr_html_()
+
+
+def test_the_command_line_keeps_what_is_finished(
+    model: Any, answer: gim.AnswerAttribution, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise gim.AnswerInterrupted(answer)
+
+    monkeypatch.setattr("gim.attribute", cut, raising=False)
+    kept = str(tmp_path / "a.json")
+    out = run("explain", "--model", str(tmp_path / "model"), "-p", PROMPT, "--answer", ANSWER, "--json", kept)
+    assert out.code == 130 and "What each token was made of" in out.out
+    assert gim.AnswerAttribution.from_json(kept) == answer
 
 
 def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
