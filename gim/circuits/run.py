@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from gim.circuits import wiring as wirings
+from gim.circuits import probe
 from gim.circuits.curve import MIB_SIZES, ORDERS, Curve
 from gim.circuits.metrics import Metric, logit_difference, name_of
 from gim.circuits.pairs import Encoded, Pair, batches, encode, read
@@ -144,7 +144,7 @@ def attribute(
         _check_model(model)
         given = read(pairs, tokenizer, seed=seed, limit=limit)
         encoded = encode(model, given.pairs, tokenizer)
-        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         graph = found.graph(grouped=grouped)
         scorer = Scorer(model, found, graph.ungrouped(), chosen, metric, level, ig_steps, memory, engine)
         settings = {
@@ -291,7 +291,7 @@ def faithfulness(
     with anatomy.held(model) as parts:
         _check_model(model)
         encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip).pairs, tokenizer)
-        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         whole = found.graph()
         if whole != circuit.graph.ungrouped():
             raise ValueError(f"model has other writers and readers than the circuit: {whole} and {circuit.graph}")

@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import gim
 from gim.circuits import logit_difference, metrics, streams
 from gim.circuits.patching import Patcher
+from gim.circuits.probe import find
 from gim.circuits.scores import Batch, Scorer
-from gim.circuits.wiring import Wiring, find
+from gim.circuits.wiring import Wiring
 from gim.plan import MemoryPlan
 from gim_kernels.budget import relative_error
 from tests import eager

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim.circuits import Pair, attribute, logit_difference
+from gim.circuits.probe import find
 from gim.circuits.scores import Batch, Scorer
-from gim.circuits.wiring import find
 from gim.parts.parameters import frozen_parameters
 from tests.live import peak_bytes
 from tests.oracle import CIRCUIT_BYTES, CIRCUIT_PEAKS, CIRCUIT_TIMES
