@@ -17,6 +17,7 @@ from gim.circuits.metrics import Metric
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+    import pygraphviz
 
     from gim.circuits.pairs import Pair
 
@@ -235,18 +236,41 @@ class Circuit:
 
         return export.to_networkx(self, n, absolute=absolute)
 
+    def to_graphviz(self, *, paths: int = 12) -> pygraphviz.AGraph:
+        """The strongest paths from the input to the end, as graphviz draws them: ``.draw("circuit.pdf", prog="dot")``.
+
+        Args:
+            paths: how many, at most.
+
+        Returns:
+            Nodes ``input``, ``a0.h1``, ``m2``, ``logits``, labelled in words; edges with a ``score``, as wide as it is
+            large, dashed where it is negative, into the port ``q``, ``k`` or ``v`` of a head.
+
+        Raises:
+            ValueError: the scores are of nodes, or no path is asked for.
+            ImportError: pygraphviz is missing.
+        """
+        from gim.circuits import drawing
+        from gim.circuits.paths import strongest_paths
+
+        self._need_edges("to_graphviz")
+        found = strongest_paths(self.graph, self.scores, paths)
+        return drawing.graphviz(drawing.Picture(self.graph, self.scores, found))
+
     def to_html(self, path: str | os.PathLike[str] | None = None, *, paths: int = 12) -> str:
         """The strongest paths from the input to the end as a self-contained page that loads nothing.
 
+        Graphviz says where boxes and lines lie if pygraphviz is installed; without it they stand in rows.
+
         Args:
             path: a file to write it to as well, in one step.
-            paths: how many are drawn.
+            paths: how many are drawn, at most.
 
         Returns:
             The page.
 
         Raises:
-            ValueError: the scores are of nodes.
+            ValueError: the scores are of nodes, or no path is asked for.
             OSError: the file cannot be written.
         """
         from gim.circuits import page

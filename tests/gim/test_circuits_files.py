@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gim
 import gim.demo
-from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, page, read, scores
+from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, read, scores
 from gim.circuits.curve import MIB_SIZES
 from gim.cli import app
 from gim.evaluation import tasks
@@ -98,19 +98,6 @@ def test_the_graph_and_its_circuits_are_eap_igs(parallel: bool) -> None:
     )
     with pytest.raises(ValueError, match=f"n must be in 0..{len(edges)}"):
         graph.top(drawn, len(edges) + 1)
-
-
-def test_strongest_paths_follow_the_strongest_edges() -> None:
-    graph = Graph(1, 1, False, 8)  # writers input, a0.h0, m0; readers q, k, v, m0, logits
-    scores = torch.tensor([[0.1, 0.2, -3.0, 1.0, 0.3], [0, 0, 0, -2.0, 0.5], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
-    first, second = page.strongest_paths(graph, scores, 2)
-    # Through a0.h0 by v, to m0 and out; then input to m0.
-    assert first.edges == ((0, 2), (1, 3), (2, 4)) and first.strength == 2.0
-    assert second.edges == ((0, 3), (2, 4)) and second.strength == 1.0
-    # What a0.h0 reads goes no further, and nothing goes into m0: there is one path, straight to the end.
-    ends = torch.tensor([[0, 0, -3.0, 0, 0.3], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
-    assert [(one.edges, one.strength) for one in page.strongest_paths(graph, ends, 5)] == [(((0, 4),), 0.3)]
-    assert page.strongest_paths(graph, torch.zeros(3, 5), 5) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ pairs
@@ -355,7 +342,7 @@ def test_the_exchange_format_is_eap_igs(tmp_path: Path) -> None:
     assert held["nodes_in_graph"].tolist() == [True, True, True]
 
 
-def test_networkx_and_the_page_hold_the_kept_edges(circuit: Circuit, tmp_path: Path) -> None:
+def test_networkx_holds_the_kept_edges(circuit: Circuit) -> None:
     kept = circuit.kept(60)
     graph = circuit.to_networkx(60)
     assert graph.number_of_edges() == int(kept.sum()) and set(graph.nodes) >= {"input", "logits"}
@@ -363,12 +350,6 @@ def test_networkx_and_the_page_hold_the_kept_edges(circuit: Circuit, tmp_path: P
     for writer, reader, branch, score in graph.edges(keys=True, data="score"):
         column = circuit.graph.reader_names.index(reader if branch == "in" else f"{reader}<{branch}>")
         assert score == circuit.scores[name.index(writer), column] and kept[name.index(writer), column]
-    text = circuit.to_html(tmp_path / "page.html", paths=3)
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text and text.count("<tr><td>") == 3
-    assert "http" not in text.replace("http-equiv", "") and "<script" not in text
-    strongest = circuit.top(1, absolute=True)[0]
-    assert strongest.score == circuit.scores.abs().max() or strongest.score == -circuit.scores.abs().max()
-    assert f"{strongest.writer} -&gt; {strongest.reader}" in text
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -479,10 +460,11 @@ def test_the_command_finds_scores_exports_and_shows(tmp_path: Path) -> None:
     out = call("score", found, str(pairs), *model, "--save", str(tmp_path / "curve.json"))
     assert "CPR" in out and "CMD" in out
     assert json.loads((tmp_path / "curve.json").read_text())["sizes"] == list(MIB_SIZES)
-    for name in ("a.json", "a.pt", "a.graphml", "a.html"):
+    for name in ("a.json", "a.pt", "a.graphml"):
         call("export", found, str(tmp_path / name), "-n", "40")
         assert (tmp_path / name).stat().st_size > 500
-    assert "m3" in call("show", str(tmp_path / "a.pt"), "--top", "3")
+    shown = call("show", str(tmp_path / "a.pt"), "--top", "3", "--html", str(tmp_path / "a.html"), "--paths", "2")
+    assert "m3" in shown and (tmp_path / "a.html").read_text(encoding="utf-8").count("<tr><td>") == 2
     assert "must end in" in call("export", found, str(tmp_path / "a.txt"), code=2)
     assert "a circuit is a file" in call("show", str(tmp_path / "a.graphml"), code=2)
     assert "row 0: neither clean" in call("score", found, str(_bad(tmp_path)), *model, code=2)
