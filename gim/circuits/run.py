@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class CurveInterrupted(KeyboardInterrupt):
     """Ctrl-C came while a circuit was measured.
 
     Args:
-        curve: over the pairs that were finished; None where there is none.
+        curve: over the pairs that were finished; None where there is none, or their metric is the same on clean and
+            corrupted prompts.
     """
 
     def __init__(self, curve: Curve | None) -> None:
@@ -327,7 +329,11 @@ def faithfulness(
         try:
             _run(model, encoded, tokens, records, progress, finish)
         except KeyboardInterrupt as error:
-            raise CurveInterrupted(result() if records else None) from error
+            curve = None
+            if records:
+                with suppress(ValueError):  # whose metric is the same on both prompts so far; others may differ
+                    curve = result()
+            raise CurveInterrupted(curve) from error
     return result()
 
 

@@ -415,6 +415,30 @@ def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Cir
     assert caught.value.curve is not None and caught.value.curve.cpr.n == 1
 
 
+def test_an_interrupt_stays_one_where_the_finished_pairs_make_no_curve() -> None:
+    model = text_model()
+    same, other = Pair([1, 2], [1, 2], 4, 5), Pair([1, 2, 3], [1, 7, 3], 4, 5)
+    found = attribute(model, [other])
+
+    def stopped(pairs: list[Pair], after: int) -> Curve | None:
+        def stop(done: int, total: int, left: float | None) -> None:
+            if done == after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(CurveInterrupted) as caught:
+            found.faithfulness(pairs, progress=stop, batch_tokens=1)
+        return caught.value.curve
+
+    assert stopped([same, other], 0) is None and stopped([same, other], 1) is None
+    # Of two such pairs, one of which has no share alone, there are areas and no intervals; nothing warns of that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curve = stopped([same, other, other], 2)
+        assert curve is not None and len(curve.points) == 2 * len(MIB_SIZES)
+        assert np.isfinite((curve.cpr.mean, curve.cmd.mean)).all()
+        assert np.isnan((curve.cpr.low, curve.cpr.high, curve.cmd.low, curve.cmd.high)).all()
+
+
 def test_an_interrupted_measurement_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circuit: Circuit) -> None:
     measured, saved = Circuit.faithfulness, tmp_path / "circuit.parquet"
     circuit.save(saved)
