@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gim.circuits.curve import MIB_SIZES, Curve
-from gim.circuits.graph import Graph
+from gim.circuits.graph import Graph, check_count
 from gim.circuits.metrics import Metric
 
 if TYPE_CHECKING:
@@ -112,14 +112,18 @@ class Circuit:
             ValueError: the scores are of nodes, or ``n`` is more than there are edges.
         """
         self._need_edges("top")
-        if not 0 <= n <= self.count:
-            raise ValueError(f"n must be in 0..{self.count}, as many edges as there are, got {n}")
+        check_count(n, self.count, "edges")
         values = (self.scores.abs() if absolute else self.scores).masked_fill(~self.graph.edges, -torch.inf)
         places = values.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [self._edge(*divmod(place, self.graph.readers)) for place in places]
 
     def top_nodes(self, n: int, absolute: bool = False) -> list[tuple[str, float]]:
-        """The ``n`` strongest writers and their scores; of edges, the sum over each one's."""
+        """The ``n`` strongest writers and their scores; of edges, the sum over each one's.
+
+        Raises:
+            ValueError: ``n`` is more than there are writers.
+        """
+        check_count(n, self.graph.writers, "nodes")
         scores = self.scores if self.level == "node" else self.scores.sum(1)
         places = (scores.abs() if absolute else scores).argsort(descending=True, stable=True)[:n].tolist()
         return [(self.graph.writer_names[place], float(scores[place])) for place in places]
@@ -181,7 +185,11 @@ class Circuit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every score as Parquet, in one step, with the graph and the settings in the file's metadata.
 
+        Args:
+            path: ``.parquet``.
+
         Raises:
+            ValueError: another ending.
             OSError: the file cannot be written.
             ImportError: pyarrow is missing.
         """

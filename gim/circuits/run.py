@@ -111,7 +111,8 @@ def attribute(
         progress: called with pairs done, pairs in all and seconds left, None before that can be told.
         metric: from logits ``[B, V]`` and each pair's (right ids, wrong ids) to numbers ``[B]``.
         grouped: count k and v for each key head, the sum over its query heads, and not for each query head.
-        memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits.
+        memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits
+            beside what every part of the model writes.
         engine: as in :class:`gim.GIM`.
         resume: a file that keeps the sum over finished pairs, and that another call of the same goes on from.
         limit: pairs, at most.
@@ -140,10 +141,12 @@ def attribute(
         >>> circuits.attribute(model, [pair], tokenizer=tokenizer).graph.edge_count
         479
     """
-    _check(level, ig_steps, batch_tokens, grouped, limit)
+    _check(level, grouped, metric, memory)
+    _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
+    _check_numbers(0, seed=seed)
     chosen = get_rules(rules)
+    _check_model(model)
     with anatomy.held(model) as parts:
-        _check_model(model)
         given = read(pairs, tokenizer, seed=seed, limit=limit)
         encoded = encode(model, given.pairs, tokenizer)
         found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
@@ -290,8 +293,11 @@ def faithfulness(
     """How much of the metric circuits of every size keep; see :meth:`Circuit.faithfulness`."""
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
+    _check_function(metric)
+    _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
+    _check_numbers(0, skip=skip, seed=seed)
+    _check_model(model)
     with anatomy.held(model) as parts:
-        _check_model(model)
         encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip).pairs, tokenizer)
         found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         whole = found.graph()
@@ -371,23 +377,39 @@ def _measured(
 
 
 def _sizes(sizes: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(sizes)
+    found = tuple(sizes) if isinstance(sizes, Iterable) else ()
     rising = all(a < b for a, b in itertools.pairwise(found))
     if len(found) < 2 or not rising or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in found):
         raise ValueError(f"sizes must be two shares of all edges at least, rising, in 0..1, got {sizes!r:.80}")
     return found
 
 
-def _check(level: str, ig_steps: Any, batch_tokens: Any, grouped: Any, limit: Any) -> None:
+def _check(level: str, grouped: Any, metric: Any, memory: Any) -> None:
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r:.80}")
-    for name, value in (("ig_steps", ig_steps), ("batch_tokens", batch_tokens), ("limit", limit)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
     if not isinstance(grouped, bool):
         raise TypeError(f"grouped must be True or False, got {grouped!r:.80}")
+    if not isinstance(memory, MemoryPlan | str):
+        raise TypeError(f"memory must be a MemoryPlan or a plan's name, got {memory!r:.80}")
+    _check_function(metric)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_function(metric: Any) -> None:
+    if not callable(metric):
+        raise TypeError(f"metric must be a function of logits and answers, got {metric!r:.80}")
+
+
+def _check_numbers(least: int, **given: Any) -> None:
+    """Whole numbers, or None where 0 is none."""
+    for name, value in given.items():
+        if value is None and least > 0:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}{' or None' * (least > 0)}, got {value!r:.80}")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     if anatomy.of(model).head != "next token":
         raise ValueError(f"model must be a causal language model, got {type(model).__name__}")

@@ -129,7 +129,8 @@ def test_bad_arguments_are_refused() -> None:
     for named, reason in (
         ({"level": "neuron"}, "level must be one of"),
         ({"ig_steps": 0}, "ig_steps must be a whole number >= 1"),
-        ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1"),
+        ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1 or None, got True"),
+        ({"seed": None}, "seed must be a whole number >= 0, got None"),
         ({"rules": "none such"}, "rules must be Rules or one of"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -138,11 +139,29 @@ def test_bad_arguments_are_refused() -> None:
         attribute(model, [])
     with pytest.raises(TypeError, match=r"pairs\[0\].clean is text, which needs a tokenizer"):
         attribute(model, [Pair("a", "b", 1, 2)])
+    for named, reason in (
+        ({"memory": 5}, "memory must be a MemoryPlan or a plan's name, got 5"),
+        ({"metric": "logit_difference"}, "metric must be a function of logits and answers, got 'logit_difference'"),
+    ):
+        with pytest.raises(TypeError, match=reason):
+            attribute(model, pairs, **named)
+    with pytest.raises(TypeError, match="pairs: agreement is text, which needs a tokenizer"):
+        attribute(model, "agreement")
+    with pytest.raises(TypeError, match="model must be a causal language model of transformers, got str"):
+        attribute("model", pairs)
     with pytest.raises(ValueError, match="causal language model"):
         attribute(make("bert"), pairs)
     found = attribute(model, pairs)
-    with pytest.raises(ValueError, match="sizes must be two shares"):
-        found.faithfulness(pairs, sizes=(0.5, 0.1))
+    for sizes in ((0.5, 0.1), None, (0.1, float("nan"))):
+        with pytest.raises(ValueError, match="sizes must be two shares"):
+            found.faithfulness(pairs, sizes=sizes)
+    for named in ({"skip": -1}, {"limit": 0}, {"batch_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(named))} must be a whole number >= "):
+            found.faithfulness(pairs, **named)
+    for wrong in (-1, 1.5, True, found.count + 1):
+        for call in (found.kept, found.top, found.top_nodes):
+            with pytest.raises(ValueError, match=r"n must be in 0..\d+, as many (edges|nodes) as there are, got"):
+                call(wrong)
     with pytest.raises(ValueError, match="the metric is the same on clean and corrupted prompts"):
         found.faithfulness([Pair([1, 2], [1, 2], 4, 5)])
     with pytest.raises(ValueError, match="model has other writers and readers than the circuit"):
@@ -313,6 +332,8 @@ def test_files_hold_every_score(tmp_path: Path, circuit: Circuit, demo: tuple[An
             Circuit.load(tmp_path / name)
     with pytest.raises(ValueError, match="a circuit is a file .parquet, .json, .pt, got a.txt"):
         Circuit.load("a.txt")
+    with pytest.raises(ValueError, match="path must end in .parquet, by which load knows it, got .*a.txt"):
+        circuit.save(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="counts k and v for each query head"):
         Circuit(Graph(1, 2, False, 8, 1), torch.zeros(4, 6), {}).to_mib(tmp_path / "c.json")
 
