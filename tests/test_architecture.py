@@ -83,7 +83,9 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Circuits run forwards of their own inside a context; they attribute no tokens and show nothing.
     ("gim.circuits", ("gim.cli", "gim.report", "gim.attribution", "gim.request", "typer", "rich")),
     *((f"gim.circuits.{one}", ("gim.circuits.run", "gim.circuits.result", "gim.circuits.export", "gim.circuits.page"))
-      for one in ("graph", "wiring", "streams", "scores", "patching", "metrics", "pairs", "curve")),
+      for one in (
+        "graph", "wiring", "probe", "streams", "scores", "patching", "metrics", "pairs", "curve", "paths", "drawing",
+    )),
     ("gim.evaluation.tasks", tuple(f"gim.{one}" for one in ("request", "parts", "rules", "inputs"))),
     *((f"gim.evaluation.{one}", ("gim.evaluation.run", "gim.evaluation.result", "gim.request")) for one in (
         "perturbation", "measures", "statistics", "store", "extras", "case", "captum_methods", "data",

@@ -143,6 +143,8 @@ class Curve:
         def statistic(places: np.ndarray[Any, Any], axis: int) -> Any:
             clean, corrupted = (one[places].mean(axis)[..., None] for one in (self._clean, self._corrupted))
             means = values[places].mean(axis - 1)
-            return of_shares((means - corrupted) / (clean - corrupted))
+            # Some pairs alone may have the same metric on both prompts, of which nothing is a share.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return of_shares((means - corrupted) / (clean - corrupted))
 
         return of_examples(statistic, np.arange(len(values)), values.shape[1], self._seed)

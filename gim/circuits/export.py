@@ -49,6 +49,8 @@ def dataframe(circuit: Circuit) -> pd.DataFrame:
 def save(circuit: Circuit, path: str | os.PathLike[str]) -> None:
     """What :meth:`Circuit.save` does."""
     arrow, parquet = need("pyarrow", "circuits"), need("pyarrow.parquet", "circuits")
+    if Path(path).suffix != ".parquet":
+        raise ValueError(f"path must end in .parquet, by which load knows it, got {path}")
     check_writable(path)
     table = arrow.Table.from_pandas(dataframe(circuit), preserve_index=False)
     graph = circuit.graph

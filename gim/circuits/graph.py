@@ -14,6 +14,12 @@ import torch
 BRANCHES = ("q", "k", "v")
 
 
+def check_count(count: object, most: int, what: str) -> None:
+    """Refuse what is no number of edges or nodes that there are."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
+        raise ValueError(f"n must be in 0..{most}, as many {what} as there are, got {count!r:.80}")
+
+
 @dataclass(frozen=True)
 class Graph:
     """Writers and readers of a decoder.
@@ -180,8 +186,7 @@ class Graph:
         Raises:
             ValueError: more edges than there are, or fewer than none.
         """
-        if not 0 <= count <= self.edge_count:
-            raise ValueError(f"n must be in 0..{self.edge_count}, as many edges as there are, got {count}")
+        check_count(count, self.edge_count, "edges")
         values = (scores.abs() if absolute else scores).masked_fill(~self.edges, -torch.inf)
         kept = torch.zeros(self.writers * self.readers, dtype=torch.bool)
         kept[values.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
@@ -193,8 +198,7 @@ class Graph:
         Raises:
             ValueError: more writers than there are, or fewer than none.
         """
-        if not 0 <= count <= self.writers:
-            raise ValueError(f"n must be in 0..{self.writers}, as many nodes as there are, got {count}")
+        check_count(count, self.writers, "nodes")
         values = scores.abs() if absolute else scores
         kept = torch.zeros(self.writers, dtype=torch.bool)
         kept[values.argsort(descending=True, stable=True)[:count].cpu()] = True

@@ -191,7 +191,8 @@ def read(data: Any, tokenizer: Any, *, seed: int = 0, limit: int | None = None, 
         skip: pairs that are left out first: those that a circuit was found on.
 
     Raises:
-        ValueError, TypeError: a row that is no pair, or none at all; names the row.
+        ValueError, TypeError: a row that is no pair, or none at all; names the row. A task, or a data set of MIB's,
+            without a tokenizer.
         OSError: a file that cannot be read.
     """
     if not isinstance(data, str | os.PathLike):
@@ -203,11 +204,14 @@ def read(data: Any, tokenizer: Any, *, seed: int = 0, limit: int | None = None, 
     passed_by = 0
     count = skip + (limit or TASK_PAIRS) if str(data) in tasks.TASKS else None if limit is None else skip + limit
     if str(data) in tasks.TASKS:
+        _need_tokenizer(tokenizer, str(data))
         drawn = tasks.draw_pairs(str(data), tokenizer, count or 0, seed)
         found = [Pair(text, other, list(right), list(wrong)) for text, other, right, wrong in drawn]
     else:
         for index, row in enumerate(_rows(Path(data))):
             pair, is_mib = _pair(row, f"{data}, row {index}")
+            if is_mib:
+                _need_tokenizer(tokenizer, f"{data}, row {index}")
             if is_mib and not _fits(pair, tokenizer):
                 passed_by += 1
                 continue
@@ -217,6 +221,11 @@ def read(data: Any, tokenizer: Any, *, seed: int = 0, limit: int | None = None, 
     if len(found) <= skip:
         raise ValueError(f"pairs: {data} holds {len(found)} pairs, and {skip} of them are left out")
     return Read(found[skip:], passed_by)
+
+
+def _need_tokenizer(tokenizer: Any, what: str) -> None:
+    if tokenizer is None:
+        raise TypeError(f"pairs: {what} is text, which needs a tokenizer: give tokenizer=")
 
 
 def _rows(path: Path) -> Iterator[Any]:

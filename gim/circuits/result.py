@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from gim.circuits.curve import MIB_SIZES, Curve
-from gim.circuits.graph import Graph
+from gim.circuits.graph import Graph, check_count
 from gim.circuits.metrics import Metric
 
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+    import pygraphviz
 
     from gim.circuits.pairs import Pair
 
@@ -111,14 +112,18 @@ class Circuit:
             ValueError: the scores are of nodes, or ``n`` is more than there are edges.
         """
         self._need_edges("top")
-        if not 0 <= n <= self.count:
-            raise ValueError(f"n must be in 0..{self.count}, as many edges as there are, got {n}")
+        check_count(n, self.count, "edges")
         values = (self.scores.abs() if absolute else self.scores).masked_fill(~self.graph.edges, -torch.inf)
         places = values.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [self._edge(*divmod(place, self.graph.readers)) for place in places]
 
     def top_nodes(self, n: int, absolute: bool = False) -> list[tuple[str, float]]:
-        """The ``n`` strongest writers and their scores; of edges, the sum over each one's."""
+        """The ``n`` strongest writers and their scores; of edges, the sum over each one's.
+
+        Raises:
+            ValueError: ``n`` is more than there are writers.
+        """
+        check_count(n, self.graph.writers, "nodes")
         scores = self.scores if self.level == "node" else self.scores.sum(1)
         places = (scores.abs() if absolute else scores).argsort(descending=True, stable=True)[:n].tolist()
         return [(self.graph.writer_names[place], float(scores[place])) for place in places]
@@ -180,7 +185,11 @@ class Circuit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every score as Parquet, in one step, with the graph and the settings in the file's metadata.
 
+        Args:
+            path: ``.parquet``.
+
         Raises:
+            ValueError: another ending.
             OSError: the file cannot be written.
             ImportError: pyarrow is missing.
         """
@@ -235,18 +244,41 @@ class Circuit:
 
         return export.to_networkx(self, n, absolute=absolute)
 
+    def to_graphviz(self, *, paths: int = 12) -> pygraphviz.AGraph:
+        """The strongest paths from the input to the end, as graphviz draws them: ``.draw("circuit.pdf", prog="dot")``.
+
+        Args:
+            paths: how many, at most.
+
+        Returns:
+            Nodes ``input``, ``a0.h1``, ``m2``, ``logits``, labelled in words; edges with a ``score``, as wide as it is
+            large, dashed where it is negative, into the port ``q``, ``k`` or ``v`` of a head.
+
+        Raises:
+            ValueError: the scores are of nodes, or no path is asked for.
+            ImportError: pygraphviz is missing.
+        """
+        from gim.circuits import drawing
+        from gim.circuits.paths import strongest_paths
+
+        self._need_edges("to_graphviz")
+        found = strongest_paths(self.graph, self.scores, paths)
+        return drawing.graphviz(drawing.Picture(self.graph, self.scores, found))
+
     def to_html(self, path: str | os.PathLike[str] | None = None, *, paths: int = 12) -> str:
         """The strongest paths from the input to the end as a self-contained page that loads nothing.
 
+        Graphviz says where boxes and lines lie if pygraphviz is installed; without it they stand in rows.
+
         Args:
             path: a file to write it to as well, in one step.
-            paths: how many are drawn.
+            paths: how many are drawn, at most.
 
         Returns:
             The page.
 
         Raises:
-            ValueError: the scores are of nodes.
+            ValueError: the scores are of nodes, or no path is asked for.
             OSError: the file cannot be written.
         """
         from gim.circuits import page

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from gim.circuits import wiring as wirings
+from gim.circuits import probe
 from gim.circuits.curve import MIB_SIZES, ORDERS, Curve
 from gim.circuits.metrics import Metric, logit_difference, name_of
 from gim.circuits.pairs import Encoded, Pair, batches, encode, read
@@ -58,7 +59,8 @@ class CurveInterrupted(KeyboardInterrupt):
     """Ctrl-C came while a circuit was measured.
 
     Args:
-        curve: over the pairs that were finished; None where there is none.
+        curve: over the pairs that were finished; None where there is none, or their metric is the same on clean and
+            corrupted prompts.
     """
 
     def __init__(self, curve: Curve | None) -> None:
@@ -109,7 +111,8 @@ def attribute(
         progress: called with pairs done, pairs in all and seconds left, None before that can be told.
         metric: from logits ``[B, V]`` and each pair's (right ids, wrong ids) to numbers ``[B]``.
         grouped: count k and v for each key head, the sum over its query heads, and not for each query head.
-        memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits.
+        memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits
+            beside what every part of the model writes.
         engine: as in :class:`gim.GIM`.
         resume: a file that keeps the sum over finished pairs, and that another call of the same goes on from.
         limit: pairs, at most.
@@ -138,13 +141,15 @@ def attribute(
         >>> circuits.attribute(model, [pair], tokenizer=tokenizer).graph.edge_count
         479
     """
-    _check(level, ig_steps, batch_tokens, grouped, limit)
+    _check(level, grouped, metric, memory)
+    _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
+    _check_numbers(0, seed=seed)
     chosen = get_rules(rules)
+    _check_model(model)
     with anatomy.held(model) as parts:
-        _check_model(model)
         given = read(pairs, tokenizer, seed=seed, limit=limit)
         encoded = encode(model, given.pairs, tokenizer)
-        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         graph = found.graph(grouped=grouped)
         scorer = Scorer(model, found, graph.ungrouped(), chosen, metric, level, ig_steps, memory, engine)
         settings = {
@@ -288,10 +293,13 @@ def faithfulness(
     """How much of the metric circuits of every size keep; see :meth:`Circuit.faithfulness`."""
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
+    _check_function(metric)
+    _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
+    _check_numbers(0, skip=skip, seed=seed)
+    _check_model(model)
     with anatomy.held(model) as parts:
-        _check_model(model)
         encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip).pairs, tokenizer)
-        found = wirings.find(model, torch.tensor(encoded[0].clean, device=parts.device))
+        found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         whole = found.graph()
         if whole != circuit.graph.ungrouped():
             raise ValueError(f"model has other writers and readers than the circuit: {whole} and {circuit.graph}")
@@ -327,7 +335,11 @@ def faithfulness(
         try:
             _run(model, encoded, tokens, records, progress, finish)
         except KeyboardInterrupt as error:
-            raise CurveInterrupted(result() if records else None) from error
+            curve = None
+            if records:
+                with suppress(ValueError):  # whose metric is the same on both prompts so far; others may differ
+                    curve = result()
+            raise CurveInterrupted(curve) from error
     return result()
 
 
@@ -365,23 +377,39 @@ def _measured(
 
 
 def _sizes(sizes: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(sizes)
+    found = tuple(sizes) if isinstance(sizes, Iterable) else ()
     rising = all(a < b for a, b in itertools.pairwise(found))
     if len(found) < 2 or not rising or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in found):
         raise ValueError(f"sizes must be two shares of all edges at least, rising, in 0..1, got {sizes!r:.80}")
     return found
 
 
-def _check(level: str, ig_steps: Any, batch_tokens: Any, grouped: Any, limit: Any) -> None:
+def _check(level: str, grouped: Any, metric: Any, memory: Any) -> None:
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r:.80}")
-    for name, value in (("ig_steps", ig_steps), ("batch_tokens", batch_tokens), ("limit", limit)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
     if not isinstance(grouped, bool):
         raise TypeError(f"grouped must be True or False, got {grouped!r:.80}")
+    if not isinstance(memory, MemoryPlan | str):
+        raise TypeError(f"memory must be a MemoryPlan or a plan's name, got {memory!r:.80}")
+    _check_function(metric)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_function(metric: Any) -> None:
+    if not callable(metric):
+        raise TypeError(f"metric must be a function of logits and answers, got {metric!r:.80}")
+
+
+def _check_numbers(least: int, **given: Any) -> None:
+    """Whole numbers, or None where 0 is none."""
+    for name, value in given.items():
+        if value is None and least > 0:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}{' or None' * (least > 0)}, got {value!r:.80}")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     if anatomy.of(model).head != "next token":
         raise ValueError(f"model must be a causal language model, got {type(model).__name__}")

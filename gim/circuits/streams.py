@@ -19,12 +19,13 @@ from gim.circuits.wiring import Wiring, first_tensor, picked, statistic, with_st
 
 #: Bytes of the writers of one tile of tokens, in the stream's width. One token is a tile at least.
 TILE_BYTES = 2**25
-#: Readers whose products are made at once, at least: fewer keep no machine busy.
-READERS = 96
+#: Layers whose readers' products are made at once: fewer keep no machine busy.
+TOGETHER = 4
 
 #: Called with the number of a writing part and what it wrote, ``[B, T, C]``, or ``[B, T, HQ * D]`` for heads. Parts are
 #: the input, then each layer's heads and its MLP.
 See = Callable[[int, torch.Tensor], None]
+Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 def heads_part(layer: int) -> int:
@@ -116,7 +117,7 @@ def written(wiring: Wiring, see: See) -> Iterator[None]:
 
 
 class Heard:
-    """What every reader was told in one backward, and the stream in front of its norm.
+    """What the readers of some layers were told in one backward, and the stream in front of their norms.
 
     Args:
         wiring: of the model.
@@ -124,6 +125,8 @@ class Heard:
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
+        #: The norms in front of attention as they are now, without the hooks and plans of a forward pass to come.
+        self._norms = [layer.before_attention and layer.before_attention.forward for layer in wiring.layers]
         #: By layer, the stream ``[N, C]`` that the norm in front of attention reads.
         self.streams: dict[int, torch.Tensor] = {}
         #: By layer and branch, ``[N, heads * D]``: the gradient of its map's output; and by layer and ``"mlp"``,
@@ -181,6 +184,11 @@ class Heard:
         if x.requires_grad:
             x.register_hook(keep)
 
+    def forget(self) -> None:
+        """Let go of all that was told so far."""
+        self.streams = {index: x for index, x in self.streams.items() if (index, "mlp") not in self.gradients}
+        self.gradients, self.end, self._factors = {}, None, {}
+
     # -- by tiles of tokens
 
     def readers(self, index: int, tokens: slice, out: torch.Tensor) -> None:
@@ -205,10 +213,11 @@ class Heard:
                 mine = grad[tokens].unflatten(-1, (layer.q.heads, -1)).transpose(0, 1)
             rows.copy_(_by_heads(mine, branch.weight, layer.q.heads // branch.heads))
         out[-1] = self.gradients[index, "mlp"][tokens]
-        if layer.before_attention is not None:
-            self._through(index, layer.before_attention, tokens, out if layer.shares_norm else out[:-1])
+        norm = self._norms[index]
+        if norm is not None:
+            self._through(index, norm, tokens, out if layer.shares_norm else out[:-1])
 
-    def _through(self, index: int, norm: nn.Module, tokens: slice, grad: torch.Tensor) -> None:
+    def _through(self, index: int, norm: Norm, tokens: slice, grad: torch.Tensor) -> None:
         """Make gradients ``[R, n, C]`` behind the norm in front of attention those in front of it.
 
         Where its backward goes channel by channel, as under a constant statistic without a mean, every reader's is one
@@ -231,7 +240,7 @@ class Heard:
             grad.copy_(_backward(norm, x, grad.to(x.dtype)))
 
 
-def _backward(norm: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _backward(norm: Norm, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Gradients ``[R, n, C]`` behind a norm of ``x`` ``[n, C]`` as those in front of it."""
     x = x.expand_as(grad).contiguous().requires_grad_(True)
     with torch.enable_grad():
@@ -296,26 +305,29 @@ class Tiles:
             out *= layer.scale
 
 
-def products(tiles: Tiles, heard: Heard, graph: Graph) -> torch.Tensor:
-    """Every edge's sum over tokens and channels of writer times reader: ``[writers, readers]``, float64."""
-    found = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
-    together = min(graph.layers, max(1, -(-READERS // graph.of_layer)))
+def products(tiles: Tiles, heard: Heard, graph: Graph, layers: range, found: torch.Tensor) -> None:
+    """The sums over tokens and channels of writer times reader, for the readers of some layers.
+
+    Args:
+        tiles: the writers.
+        heard: what the readers were told; the end's are made where it was told anything.
+        graph: of both.
+        layers: of the readers.
+        found: ``[writers, readers]``, float64, where they are added.
+    """
     end = heard.end
-    assert end is not None, "a backward has run"
-    buffer = end.new_empty(together * graph.of_layer, tiles.size, graph.width, dtype=tiles.dtype)
+    told = heard.gradients[layers[-1], "mlp"]
+    together = [layers[start : start + TOGETHER] for start in range(0, len(layers), TOGETHER)]
+    buffer = told.new_empty(len(together[0]) * graph.of_layer, tiles.size, graph.width, dtype=tiles.dtype)
     for tokens in tiles.slices:
-        writers = tiles.writers(tokens, graph.writers).flatten(1)
 
-        def add(count: int, columns: slice, gradient: torch.Tensor, writers: torch.Tensor = writers) -> None:
-            found[:count, columns] += (writers[:count] @ gradient.to(writers.dtype).flatten(1).T).double().cpu()
+        def add(count: int, columns: slice, gradients: torch.Tensor, tokens: slice = tokens) -> None:
+            found[:count, columns] += (tiles.writers(tokens, count).flatten(1) @ gradients.flatten(1).T).double().cpu()
 
-        for first in range(0, graph.layers, together):
-            layers = range(first, min(first + together, graph.layers))
-            readers = buffer[: len(layers) * graph.of_layer, : tokens.stop - tokens.start]
-            for layer, out in zip(layers, readers.split(graph.of_layer), strict=True):
+        for some in together:
+            readers = buffer[: len(some) * graph.of_layer, : tokens.stop - tokens.start]
+            for layer, out in zip(some, readers.split(graph.of_layer), strict=True):
                 heard.readers(layer, tokens, out)
-            columns = slice(first * graph.of_layer, (layers[-1] + 1) * graph.of_layer)
-            add(graph.mlp(layers[-1]), columns, readers)
-        if bool(end[tokens].any()):
-            add(graph.writers, slice(graph.readers - 1, graph.readers), end[tokens][None])
-    return found * graph.edges
+            add(graph.mlp(some[-1]), slice(some[0] * graph.of_layer, (some[-1] + 1) * graph.of_layer), readers)
+        if end is not None and bool(end[tokens].any()):
+            add(graph.writers, slice(graph.readers - 1, graph.readers), end[tokens][None].to(tiles.dtype))

@@ -154,13 +154,12 @@ def export(
     circuit: CircuitFile,
     to: Annotated[
         Path,
-        typer.Argument(help=".json or .pt of EAP-IG and MIB, .parquet, .graphml, or .html of the strongest paths."),
+        typer.Argument(help=".json or .pt of EAP-IG and MIB, .parquet, or .graphml."),
     ],
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Edges of the circuit before pruning; all by default.")
     ] = None,
     absolute: Absolute = False,
-    paths: Annotated[int, typer.Option(min=1, help="Paths on a page.")] = 12,
     debug: Debug = False,
 ) -> None:
     """Write a circuit in another format, told by the ending."""
@@ -184,7 +183,6 @@ def export(
             ".pt": lambda path: found.to_mib(path, n, absolute=absolute),
             ".parquet": found.save,
             ".graphml": graphml,
-            ".html": lambda path: found.to_html(path, paths=paths),
         }
         if to.suffix not in writers:
             raise UserError(f"to: must end in {', '.join(writers)}, got {to}")
@@ -196,11 +194,16 @@ def show(
     circuit: CircuitFile,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="How many of the strongest to list.")] = 20,
     absolute: Absolute = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a picture of the strongest paths here.")] = None,
+    paths: Annotated[int, typer.Option(min=1, help="Paths on the page, at most.")] = 12,
     debug: Debug = False,
 ) -> None:
-    """List a circuit's strongest edges, or nodes, and what it was found on."""
+    """List a circuit's strongest edges, or nodes, and what it was found on; draw its strongest paths."""
     with handled(debug):
-        _show(_loaded(circuit), top, absolute=absolute)
+        outputs = check_outputs({"--html": html})
+        found = _loaded(circuit)
+        _show(found, top, absolute=absolute)
+        _write(outputs, {"--html": lambda path: found.to_html(path, paths=paths)})
 
 
 @contextmanager

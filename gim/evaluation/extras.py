@@ -1,4 +1,4 @@
-"""Packages of the extras ``evaluate`` and ``circuits``, imported where they are used."""
+"""Packages of the extras ``evaluate``, ``circuits`` and ``graphviz``, imported where they are used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 #: Who needs the packages of an extra.
-USERS = {"evaluate": "gim.evaluate", "circuits": "gim.circuits"}
+USERS = {"evaluate": "gim.evaluate", "circuits": "gim.circuits", "graphviz": "Circuit.to_graphviz"}
 
 
 def need(module: str, extra: str = "evaluate") -> Any:

@@ -28,7 +28,8 @@ class Estimate:
     Args:
         n: examples.
         mean: of their values, or another number that all of them give.
-        low, high: ends of the interval at :data:`LEVEL`; NaN for one example, which tells nothing of others.
+        low, high: ends of the interval at :data:`LEVEL`; NaN for one example, which tells nothing of others, and where
+            some of the examples alone give no number.
     """
 
     n: int
@@ -63,8 +64,10 @@ def of_examples(statistic: Callable[..., Any], data: np.ndarray[Any, Any], held:
     whole = float(statistic(data, axis=-1))
     if len(data) == 1:
         return Estimate(1, whole, math.nan, math.nan)
-    without_one = np.stack([np.delete(data, place) for place in range(len(data))])
-    if np.ptp(statistic(without_one, axis=-1)) <= ROUNDING * abs(whole):
+    without_one = statistic(np.stack([np.delete(data, place) for place in range(len(data))]), axis=-1)
+    if not np.isfinite(without_one).all():
+        return Estimate(len(data), whole, math.nan, math.nan)
+    if np.ptp(without_one) <= ROUNDING * abs(whole):
         return Estimate(
             len(data), whole, whole, whole
         )  # every resample is the same, and scipy has no interval for that

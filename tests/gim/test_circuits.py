@@ -10,10 +10,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gim
-from gim.circuits import logit_difference, metrics, streams
+from gim import memory
+from gim.circuits import logit_difference, metrics, scores, streams
 from gim.circuits.patching import Patcher
+from gim.circuits.probe import find
 from gim.circuits.scores import Batch, Scorer
-from gim.circuits.wiring import Wiring, find
+from gim.circuits.wiring import Wiring
 from gim.plan import MemoryPlan
 from gim_kernels.budget import relative_error
 from tests import eager
@@ -157,13 +159,49 @@ def test_finite_differences_of_every_family(family: str) -> None:
     check_differences(make(family), family)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "layer", "layer+attention+tile=4"])
-def test_every_memory_plan_gives_the_same_scores(memory: str) -> None:
+PLANS = ("mlp", "layer", "layer+attention+tile=4", "layer+offload")
+
+
+@pytest.mark.parametrize(
+    ("family", "memory"), [*(("llama", plan) for plan in PLANS), *((family, "layer") for family in NAMES)]
+)
+def test_every_memory_plan_gives_the_same_scores(family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, model = batch(), make(family)
+    wiring = find(model, pairs.clean[0])
+    want = [scorer(model, wiring, "GIM", ig_steps=steps).scores(pairs) for steps in (None, 2)]
+    for module in (scores, streams):  # a stop of the backward after every layer
+        monkeypatch.setattr(module, "TOGETHER", 1)
+    stops: list[range] = []
+
+    def products(tiles: Any, heard: Any, graph: Any, layers: range, found: Any) -> None:
+        stops.append(layers)
+        streams.products(tiles, heard, graph, layers, found)
+
+    monkeypatch.setattr(scores, "products", products)
+    for steps, one in zip((None, 2), want, strict=True):
+        stops.clear()
+        found = scorer(model, wiring, "GIM", ig_steps=steps, plan=memory).scores(pairs)
+        assert stops == [range(2, 3), range(1, 2), range(1)] * (steps or 1)
+        assert_close64(found, one, f"{family} {memory}", relative=FLOAT64_PLAN_RELATIVE)
+    nodes = scorer(model, wiring, "GIM", level="node", plan=memory).scores(pairs)
+    assert_close64(nodes, want[0].sum(1), f"{family} {memory} nodes", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_auto_counts_what_parts_write(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, model = batch(), make("llama")
     wiring = find(model, pairs.clean[0])
-    want = scorer(model, wiring, "GIM").scores(pairs)
-    found = scorer(model, wiring, "GIM", plan=memory).scores(pairs)
-    assert_close64(found, want, memory, relative=FLOAT64_PLAN_RELATIVE)
+    asked: list[int] = []
+
+    def choose(*_: Any, free: int) -> MemoryPlan:
+        asked.append(free)
+        return MemoryPlan("mlp")
+
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 10**6)
+    monkeypatch.setattr(memory, "choose", choose)
+    one = scorer(model, wiring, "GIM", plan="auto")
+    one.scores(pairs)
+    held = sum(x.numel() * 8 for x in Patcher(model, wiring, wiring.graph()).plain(pairs.clean)[1])
+    assert asked == [10**6 - held]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt-neox"])
@@ -264,5 +302,7 @@ def test_a_model_is_as_it_was_after_an_error() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"metric must give one number a pair, \[2\], got \(\)"):
         scorer(model, wiring, "GIM", metric=lambda logits, _: logits.sum()).scores(pairs)
+    with pytest.raises(ValueError, match=r"metric must give one number a pair, \[2\], got int"):
+        scorer(model, wiring, "GIM", metric=lambda *_: 1).scores(pairs)
     with pytest.raises(FloatingPointError, match="metric"):
         scorer(model, wiring, "GIM", metric=lambda logits, _: logits[:, 0] / 0).scores(pairs)

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim.circuits import Pair, attribute, logit_difference
+from gim.circuits.probe import find
 from gim.circuits.scores import Batch, Scorer
-from gim.circuits.wiring import find
 from gim.parts.parameters import frozen_parameters
 from tests.live import peak_bytes
-from tests.oracle import CIRCUIT_BYTES, CIRCUIT_PEAKS, CIRCUIT_TIMES
+from tests.oracle import CIRCUIT_BYTES, CIRCUIT_LAYER_PEAKS, CIRCUIT_PEAKS, CIRCUIT_TIMES
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +78,17 @@ def test_a_pair_takes_half_again_as_long_as_its_passes_at_most(model: Any, one_t
     ]
     alone, pair = (min(one) for one in zip(*rounds, strict=True))
     assert pair <= CIRCUIT_TIMES * alone, rounds
+
+
+def test_a_checkpoint_at_each_layer_leaves_what_parts_write(model: Any) -> None:
+    """And no more of what readers were told than a few layers'."""
+    clean, corrupted = prompts(TOKENS)
+    pair = Pair(clean, corrupted, RIGHT, WRONG)
+    peak, _ = peak_bytes(lambda: attribute(model, [pair], memory="layer"))
+    alone, _ = peak_bytes(
+        lambda: gim.explain(model, clean[None], target_token_id=RIGHT, baseline_token_id=1, memory="layer")
+    )
+    assert peak <= CIRCUIT_LAYER_PEAKS * alone, (peak, alone)
 
 
 def test_a_pair_takes_twice_the_memory_of_an_attribution_at_most_and_grows_with_tokens(model: Any) -> None:

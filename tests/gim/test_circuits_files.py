@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gim
 import gim.demo
-from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, page, read, scores
+from gim.circuits import Circuit, Curve, CurveInterrupted, Graph, Pair, attribute, read, scores
 from gim.circuits.curve import MIB_SIZES
 from gim.cli import app
 from gim.evaluation import tasks
@@ -100,19 +100,6 @@ def test_the_graph_and_its_circuits_are_eap_igs(parallel: bool) -> None:
         graph.top(drawn, len(edges) + 1)
 
 
-def test_strongest_paths_follow_the_strongest_edges() -> None:
-    graph = Graph(1, 1, False, 8)  # writers input, a0.h0, m0; readers q, k, v, m0, logits
-    scores = torch.tensor([[0.1, 0.2, -3.0, 1.0, 0.3], [0, 0, 0, -2.0, 0.5], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
-    first, second = page.strongest_paths(graph, scores, 2)
-    # Through a0.h0 by v, to m0 and out; then input to m0.
-    assert first.edges == ((0, 2), (1, 3), (2, 4)) and first.strength == 2.0
-    assert second.edges == ((0, 3), (2, 4)) and second.strength == 1.0
-    # What a0.h0 reads goes no further, and nothing goes into m0: there is one path, straight to the end.
-    ends = torch.tensor([[0, 0, -3.0, 0, 0.3], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
-    assert [(one.edges, one.strength) for one in page.strongest_paths(graph, ends, 5)] == [(((0, 4),), 0.3)]
-    assert page.strongest_paths(graph, torch.zeros(3, 5), 5) == []
-
-
 # ------------------------------------------------------------------------------------------------------------ pairs
 
 
@@ -142,7 +129,8 @@ def test_bad_arguments_are_refused() -> None:
     for named, reason in (
         ({"level": "neuron"}, "level must be one of"),
         ({"ig_steps": 0}, "ig_steps must be a whole number >= 1"),
-        ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1"),
+        ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1 or None, got True"),
+        ({"seed": None}, "seed must be a whole number >= 0, got None"),
         ({"rules": "none such"}, "rules must be Rules or one of"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -151,11 +139,29 @@ def test_bad_arguments_are_refused() -> None:
         attribute(model, [])
     with pytest.raises(TypeError, match=r"pairs\[0\].clean is text, which needs a tokenizer"):
         attribute(model, [Pair("a", "b", 1, 2)])
+    for named, reason in (
+        ({"memory": 5}, "memory must be a MemoryPlan or a plan's name, got 5"),
+        ({"metric": "logit_difference"}, "metric must be a function of logits and answers, got 'logit_difference'"),
+    ):
+        with pytest.raises(TypeError, match=reason):
+            attribute(model, pairs, **named)
+    with pytest.raises(TypeError, match="pairs: agreement is text, which needs a tokenizer"):
+        attribute(model, "agreement")
+    with pytest.raises(TypeError, match="model must be a causal language model of transformers, got str"):
+        attribute("model", pairs)
     with pytest.raises(ValueError, match="causal language model"):
         attribute(make("bert"), pairs)
     found = attribute(model, pairs)
-    with pytest.raises(ValueError, match="sizes must be two shares"):
-        found.faithfulness(pairs, sizes=(0.5, 0.1))
+    for sizes in ((0.5, 0.1), None, (0.1, float("nan"))):
+        with pytest.raises(ValueError, match="sizes must be two shares"):
+            found.faithfulness(pairs, sizes=sizes)
+    for named in ({"skip": -1}, {"limit": 0}, {"batch_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(named))} must be a whole number >= "):
+            found.faithfulness(pairs, **named)
+    for wrong in (-1, 1.5, True, found.count + 1):
+        for call in (found.kept, found.top, found.top_nodes):
+            with pytest.raises(ValueError, match=r"n must be in 0..\d+, as many (edges|nodes) as there are, got"):
+                call(wrong)
     with pytest.raises(ValueError, match="the metric is the same on clean and corrupted prompts"):
         found.faithfulness([Pair([1, 2], [1, 2], 4, 5)])
     with pytest.raises(ValueError, match="model has other writers and readers than the circuit"):
@@ -326,6 +332,8 @@ def test_files_hold_every_score(tmp_path: Path, circuit: Circuit, demo: tuple[An
             Circuit.load(tmp_path / name)
     with pytest.raises(ValueError, match="a circuit is a file .parquet, .json, .pt, got a.txt"):
         Circuit.load("a.txt")
+    with pytest.raises(ValueError, match="path must end in .parquet, by which load knows it, got .*a.txt"):
+        circuit.save(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="counts k and v for each query head"):
         Circuit(Graph(1, 2, False, 8, 1), torch.zeros(4, 6), {}).to_mib(tmp_path / "c.json")
 
@@ -355,7 +363,7 @@ def test_the_exchange_format_is_eap_igs(tmp_path: Path) -> None:
     assert held["nodes_in_graph"].tolist() == [True, True, True]
 
 
-def test_networkx_and_the_page_hold_the_kept_edges(circuit: Circuit, tmp_path: Path) -> None:
+def test_networkx_holds_the_kept_edges(circuit: Circuit) -> None:
     kept = circuit.kept(60)
     graph = circuit.to_networkx(60)
     assert graph.number_of_edges() == int(kept.sum()) and set(graph.nodes) >= {"input", "logits"}
@@ -363,12 +371,6 @@ def test_networkx_and_the_page_hold_the_kept_edges(circuit: Circuit, tmp_path: P
     for writer, reader, branch, score in graph.edges(keys=True, data="score"):
         column = circuit.graph.reader_names.index(reader if branch == "in" else f"{reader}<{branch}>")
         assert score == circuit.scores[name.index(writer), column] and kept[name.index(writer), column]
-    text = circuit.to_html(tmp_path / "page.html", paths=3)
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text and text.count("<tr><td>") == 3
-    assert "http" not in text.replace("http-equiv", "") and "<script" not in text
-    strongest = circuit.top(1, absolute=True)[0]
-    assert strongest.score == circuit.scores.abs().max() or strongest.score == -circuit.scores.abs().max()
-    assert f"{strongest.writer} -&gt; {strongest.reader}" in text
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -434,6 +436,30 @@ def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Cir
     assert caught.value.curve is not None and caught.value.curve.cpr.n == 1
 
 
+def test_an_interrupt_stays_one_where_the_finished_pairs_make_no_curve() -> None:
+    model = text_model()
+    same, other = Pair([1, 2], [1, 2], 4, 5), Pair([1, 2, 3], [1, 7, 3], 4, 5)
+    found = attribute(model, [other])
+
+    def stopped(pairs: list[Pair], after: int) -> Curve | None:
+        def stop(done: int, total: int, left: float | None) -> None:
+            if done == after:
+                raise KeyboardInterrupt
+
+        with pytest.raises(CurveInterrupted) as caught:
+            found.faithfulness(pairs, progress=stop, batch_tokens=1)
+        return caught.value.curve
+
+    assert stopped([same, other], 0) is None and stopped([same, other], 1) is None
+    # Of two such pairs, one of which has no share alone, there are areas and no intervals; nothing warns of that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curve = stopped([same, other, other], 2)
+        assert curve is not None and len(curve.points) == 2 * len(MIB_SIZES)
+        assert np.isfinite((curve.cpr.mean, curve.cmd.mean)).all()
+        assert np.isnan((curve.cpr.low, curve.cpr.high, curve.cmd.low, curve.cmd.high)).all()
+
+
 def test_an_interrupted_measurement_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circuit: Circuit) -> None:
     measured, saved = Circuit.faithfulness, tmp_path / "circuit.parquet"
     circuit.save(saved)
@@ -479,10 +505,11 @@ def test_the_command_finds_scores_exports_and_shows(tmp_path: Path) -> None:
     out = call("score", found, str(pairs), *model, "--save", str(tmp_path / "curve.json"))
     assert "CPR" in out and "CMD" in out
     assert json.loads((tmp_path / "curve.json").read_text())["sizes"] == list(MIB_SIZES)
-    for name in ("a.json", "a.pt", "a.graphml", "a.html"):
+    for name in ("a.json", "a.pt", "a.graphml"):
         call("export", found, str(tmp_path / name), "-n", "40")
         assert (tmp_path / name).stat().st_size > 500
-    assert "m3" in call("show", str(tmp_path / "a.pt"), "--top", "3")
+    shown = call("show", str(tmp_path / "a.pt"), "--top", "3", "--html", str(tmp_path / "a.html"), "--paths", "2")
+    assert "m3" in shown and (tmp_path / "a.html").read_text(encoding="utf-8").count("<tr><td>") == 2
     assert "must end in" in call("export", found, str(tmp_path / "a.txt"), code=2)
     assert "a circuit is a file" in call("show", str(tmp_path / "a.graphml"), code=2)
     assert "row 0: neither clean" in call("score", found, str(_bad(tmp_path)), *model, code=2)
