@@ -154,7 +154,7 @@ def export(
     circuit: CircuitFile,
     to: Annotated[
         Path,
-        typer.Argument(help=".json or .pt of EAP-IG and MIB, .parquet, or .graphml."),
+        typer.Argument(help=".json or .pt of EAP-IG and MIB, .parquet, .graphml, or .html of the strongest paths."),
     ],
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Edges of the circuit before pruning; all by default.")
@@ -183,6 +183,7 @@ def export(
             ".pt": lambda path: found.to_mib(path, n, absolute=absolute),
             ".parquet": found.save,
             ".graphml": graphml,
+            ".html": found.to_html,
         }
         if to.suffix not in writers:
             raise UserError(f"to: must end in {', '.join(writers)}, got {to}")
