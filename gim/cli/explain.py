@@ -79,6 +79,14 @@ def command(
             "tokens of it unless a target or an answer is given, or --next.",
         ),
     ] = False,
+    segment: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--segment",
+            help="A part of the prompt with a name, such as a passage: NAME=TEXT, or NAME=@FILE; what it says occurs in "
+            "the prompt once. May be given several times.",
+        ),
+    ] = None,
     next_token: Annotated[bool, typer.Option("--next", help="Explain the next token, in a chat too.")] = False,
     rules: RulesName = "GIM",
     temperature: Annotated[
@@ -120,6 +128,7 @@ def command(
             else:
                 wanted = {"target": _target(target, contrast, measure, tokenizer, loaded)}
             asked = [{"role": "user", "content": text}] if chat else text
+            parts = _segments(segment, asked, tokenizer) if segment else None
             finished = True
             with progress_bar(token_count(tokenizer, asked)) as progress:
                 try:
@@ -134,6 +143,7 @@ def command(
                         progress=progress,
                         allow_extrapolation=allow_extrapolation,
                         engine=engine.value,
+                        segments=parts,
                     )
                 except gim.AnswerInterrupted as error:
                     attribution, finished = error.attribution, False
@@ -168,14 +178,40 @@ def _read_prompt(source: str | None, prompt: str | None, prompt_file: Path | Non
         name, text = "standard input", _decode("standard input", typer.get_binary_stream("stdin").read())
     else:
         name = f"--prompt-file {prompt_file}"
-        try:
-            content = prompt_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror or error}") from error
-        text = _decode(name, content)
+        text = _content(name, prompt_file)
     if not text:
         raise UserError(f"{name}: the prompt must not be empty")
     return text
+
+
+def _segments(given: list[str], asked: Any, tokenizer: Any) -> dict[str, tuple[int, int]]:
+    """Named parts of what the model reads, by what they say."""
+    from gim import prompts
+
+    whole = prompts.encode(asked, tokenizer).text
+    found: dict[str, tuple[int, int]] = {}
+    for one in given:
+        name, sign, said = one.partition("=")
+        if not name or not sign or not said:
+            raise UserError(f"--segment must be NAME=TEXT or NAME=@FILE, got {one!r:.80}")
+        if name in found:
+            raise UserError(f"--segment {name} is given twice")
+        said = _content(f"--segment {name}", Path(said[1:])) if said.startswith("@") else said
+        times = whole.count(said) if said else 0
+        if times != 1:
+            raise UserError(f"--segment {name}: what it says must occur in the prompt once, and does {times} times")
+        start = whole.index(said)
+        found[name] = (start, start + len(said))
+    return found
+
+
+def _content(name: str, path: Path) -> str:
+    """The text of a file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror or error}") from error
+    return _decode(name, content)
 
 
 def _decode(name: str, content: bytes) -> str:

@@ -36,11 +36,41 @@ class Said:
         lines: for each what it is made of, in words.
         data: the numbers as JSON: of each token the scores of what stands before it and where its colour is full, and
             the same of the whole answer.
+        table: of the prompt's parts and the answer's sentences.
     """
 
     tokens: list[str]
     lines: list[str]
     data: str
+    table: Parts | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each sentence of an answer owes to each named part of the prompt, and to the answer before it.
+
+    Args:
+        names: of the parts, the answer's own last.
+        sentences: of the answer, as they are shown.
+        scores: ``[sentences][names]``.
+        largest: of their absolute values.
+    """
+
+    names: list[str]
+    sentences: list[str]
+    scores: list[list[float]]
+    largest: float
+
+    @classmethod
+    def of(cls, answer: AnswerAttribution) -> Parts | None:
+        """None where the prompt has no parts with names."""
+        if not answer.prompt.segments:
+            return None
+        table = answer.to_table("sentence", "segment")
+        scores: list[list[float]] = table.scores.tolist()
+        names = [*(span.name for span in table.prompt), *("the answer before it" for _ in table.answer)]
+        largest = max((abs(score) for row in scores for score in row), default=0.0)
+        return cls(names, [one_line(span.text) for span in table.rows], scores, largest)
 
 
 def page(answer: AnswerAttribution, *, top: int = 20) -> str:
@@ -57,6 +87,7 @@ def page(answer: AnswerAttribution, *, top: int = 20) -> str:
         tokens=[visible(token) for token in answer.tokens],
         lines=[_line(answer, place) for place in range(len(answer))],
         data=json.dumps(data, separators=(",", ":"), allow_nan=False),
+        table=Parts.of(answer),
     )
     return html.page(answer.prompt, top=top, said=said)
 
@@ -112,7 +143,33 @@ class AnswerReport:
         if len(answer) > _TERMINAL_ROWS:
             yield Text(f"and {len(answer) - _TERMINAL_ROWS:,} more tokens", style="dim")
         yield Text()
+        parts = Parts.of(answer)
+        if parts is not None:
+            yield _parts(parts, options.max_width)
+            yield Text()
         yield terminal.view(answer.prompt, top=self.top)
+
+
+def _parts(parts: Parts, width: int) -> Table:
+    """The parts' scores for each sentence of the answer; parts stand below one another, for their names may be long."""
+    table = Table(
+        title="What each sentence of the answer owes to which part", title_justify="left", title_style="bold",
+        box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("sentence", ratio=2, no_wrap=True, overflow="ellipsis")
+    table.add_column("part", ratio=1, no_wrap=True, overflow="ellipsis", max_width=width // 3)
+    widest = max(len(number(score)) for row in parts.scores for score in row)
+    table.add_column("score", justify="right", no_wrap=True, min_width=max(5, widest))
+    for sentence, scores in zip(parts.sentences, parts.scores, strict=True):
+        for place, (name, score) in enumerate(zip(parts.names, scores, strict=True)):
+            last = place == len(scores) - 1
+            table.add_row(
+                Text(sentence if place == 0 else ""),
+                Text(one_line(name)),
+                Text(number(score), terminal.signed(score)),
+                end_section=last,
+            )
+    return table
 
 
 def view(answer: AnswerAttribution, *, top: int = 10) -> AnswerReport:

@@ -85,7 +85,7 @@ class TerminalReport:
         scores = [scale.aligned(span.score) for span in spans]
         room = width - max(map(cell_len, names)) - max(map(cell_len, scores)) - 3
         for name, score, span in zip(names, scores, spans, strict=True):
-            style = _terminal_style(LEVELS // 4 if span.score > 0 else -LEVELS // 4)
+            style = signed(span.score)
             text = one_line(span.text)
             shown = fitting(text, room)
             shown = shown if shown == text else fitting(text, room - 1) + "\u2026"
@@ -124,7 +124,7 @@ class TerminalReport:
         columns = bins(self.attribution, max(1, width - 2))
         blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
         yield Text(f"All {len(self.attribution):,} tokens, from the first to the last", style="bold")
-        for sign, style in (("+", _terminal_style(LEVELS // 4)), ("-", _terminal_style(-LEVELS // 4))):
+        for sign, style in (("+", signed(1)), ("-", signed(-1))):
             sizes = (column.positive if sign == "+" else -column.negative for column in columns)
             bars = "".join(
                 blocks[round((len(blocks) - 1) * size / scale.largest)] if scale.largest else " " for size in sizes
@@ -160,7 +160,7 @@ class TerminalReport:
         room = max(8, (width - 50) // 2)
         for token in self.attribution.top(self.top):
             found = context(self.attribution, token, room)
-            style = _terminal_style(LEVELS // 4 if token.score > 0 else -LEVELS // 4)
+            style = signed(token.score)
             bar = ("#" if ascii_only else "\u2588") * round(
                 12 * abs(token.score) / scale.largest if scale.largest else 0
             )
@@ -184,6 +184,11 @@ def _terminal_style(level: int) -> str:
         return "#c76a10" if level > 0 else "#3f8fd2"
     filled = LIGHT.ramp(level > 0)[abs(level) - 1]
     return f"{LIGHT.text} on {filled}"
+
+
+def signed(score: float) -> str:
+    """The style of a number, by its sign."""
+    return _terminal_style(LEVELS // 4 if score > 0 else -LEVELS // 4)
 
 
 def _bracketed(text: str, sign: str) -> str:

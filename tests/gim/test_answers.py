@@ -474,6 +474,21 @@ def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
     shown = run("show", str(tmp_path / "a.json"))
     assert shown.code == 0 and shown.out in out.out
 
+    # Passages by what they say, as text and as a file.
+    passage = tmp_path / "passage.txt"
+    passage.write_text(" ate the\n")
+    parts = ("--segment", "first=The cat sat", "--segment", f"second=@{passage}")
+    out = run(*common, str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html"), "--answer", ANSWER, *parts)
+    named = {"first": (0, 11), "second": (PROMPT.index(" ate the"), len(PROMPT))}
+    by_part = gim.attribute(model, made, PROMPT, answer=ANSWER, segments=named)
+    assert gim.AnswerAttribution.from_json(tmp_path / "p.json").prompt.segments == named
+    wanted = by_part.to_table("sentence", "segment")
+    page = (tmp_path / "p.html").read_text()
+    for sentence, scores in zip(wanted.rows, wanted.scores.tolist(), strict=True):
+        assert sentence.text in out.out and sentence.text in page
+        assert all(f"{score:+.3g}" in out.out and f"{score:+.3g}" in page for score in scores if score)
+    assert out.out.count("first") > 1 and "the answer before it" in out.out
+
     chat = [{"role": "user", "content": PROMPT}]
     assert run(*common, str(tmp_path / "c.json"), "--chat").code == 0
     found = gim.AnswerAttribution.from_json(tmp_path / "c.json")
@@ -488,6 +503,12 @@ def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
         (("--generate", "3", "--next"), "--generate and --next cannot both be given"),
         (("--answer", ""), "--answer must not be empty"),
         (("--generate", "0"), "generate must be at least 1 token, got 0"),
+        (("--segment", "cat"), "--segment must be NAME=TEXT or NAME=@FILE, got 'cat'"),
+        (("--segment", "a=dog"), "--segment a: what it says must occur in the prompt once, and does 0 times"),
+        (("--segment", "a=the"), "--segment a: what it says must occur in the prompt once, and does 2 times"),
+        (("--segment", "a=cat", "--segment", "a=mat"), "--segment a is given twice"),
+        (("--segment", "a=@none.txt"), "--segment a: No such file"),
+        (("--segment", "a=cat sat", "--segment", "b=sat on"), "segments['a'] and segments['b'] overlap"),
     ):
         refused = run(*common, str(tmp_path / "x.json"), *arguments)
         assert refused.code == 2 and message in refused.err, refused.err
