@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import RenderableType
 
+    from gim.comparison import Comparison
+
 Order = Literal["abs", "positive", "negative"]
 ORDERS: tuple[Order, ...] = ("abs", "positive", "negative")
 
@@ -416,6 +418,18 @@ class Attribution:
                 ],
             }
         )
+
+    def compare(self, other: Attribution) -> Comparison:
+        """This result beside another: of other rules, another model or another prompt.
+
+        Raises:
+            TypeError: the other is no attribution.
+        """
+        from gim.comparison import Comparison
+
+        if not isinstance(other, Attribution):
+            raise TypeError(f"other must be an Attribution, got {type(other).__name__}")
+        return Comparison(self, other)
 
     # -- save, load
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +63,19 @@ def show(attribution: Attribution | AnswerAttribution, top: int) -> None:
 
 def write(attribution: Attribution | AnswerAttribution, outputs: dict[str, Path], top: int) -> None:
     """Write every file that was asked for, and say so."""
-    from rich.console import Console
-    from rich.text import Text
-
     writers: dict[str, Callable[[Path], object]] = {
         "--html": lambda path: attribution.to_html(path, top=max(top, 20)),
         "--json": attribution.to_json,
         "--png": lambda path: attribution.to_png(path, top=max(top, 15)),
     }
+    write_files(outputs, writers)
+
+
+def write_files(outputs: dict[str, Path], writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files by the options that asked for them, and say so."""
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console()
     for name, path in outputs.items():
         try:

@@ -83,8 +83,8 @@ def command(
         list[str] | None,
         typer.Option(
             "--segment",
-            help="A part of the prompt with a name, such as a passage: NAME=TEXT, or NAME=@FILE; what it says occurs in "
-            "the prompt once. May be given several times.",
+            help="A part of the prompt with a name, such as a passage: NAME=TEXT, or NAME=@FILE; what it says occurs "
+            "in the prompt once. May be given several times.",
         ),
     ] = None,
     next_token: Annotated[bool, typer.Option("--next", help="Explain the next token, in a chat too.")] = False,

@@ -63,49 +63,47 @@ def page(attribution: Attribution, *, top: int = 20, said: Said | None = None) -
     largest_sentence = max((abs(span.score) for _, span in sentences), default=0.0)
     segments = attribution.to_segments()
     largest_segment = max((abs(span.score) for span in segments), default=0.0)
-    style = _style()
+    sheet = style()
     script = template("report.js")
     return (
         environment()
         .get_template("report.html.j2")
         .render(
-            style=Markup(style),
+            style=Markup(sheet),
             script=Markup(script),
-            style_hash=_hash(style),
-            script_hash=_hash(script),
+            style_hash=digest(sheet),
+            script_hash=digest(script),
             answer=answer_facts(attribution),
             facts=method_facts(attribution),
-            segments=[(span, _fraction(span.score, largest_segment)) for span in segments],
+            segments=[(span, fraction(span.score, largest_segment)) for span in segments],
             warnings=uncovered(attribution),
             notes=attribution.report.notes,
             label=heading(attribution),
             scale=scale,
             aligned=scale.aligned,
             levels=LEVELS,
-            ranked=[
-                (token, context(attribution, token, 20), _fraction(token.score, scale.largest)) for token in ranked
-            ],
-            sentences=[(rank, span, _fraction(span.score, largest_sentence)) for rank, span in sentences],
+            ranked=[(token, context(attribution, token, 20), fraction(token.score, scale.largest)) for token in ranked],
+            sentences=[(rank, span, fraction(span.score, largest_sentence)) for rank, span in sentences],
             strip=_strip(attribution, scale) if len(attribution) >= _STRIP_FROM else None,
-            lines=_lines(attribution, scale),
+            lines=lines(attribution, scale),
             count=len(attribution),
             said=said,
         )
     )
 
 
-def _fraction(score: float, largest: float) -> float:
+def fraction(score: float, largest: float) -> float:
     """A score as a percentage of the largest, for the length of a bar."""
     return round(100 * score / largest, 2) if largest else 0.0
 
 
-def _hash(content: str) -> str:
+def digest(content: str) -> str:
     """The name by which a content security policy allows one inline block."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 @cache
-def _style() -> str:
+def style() -> str:
     """The style sheet of a page, with the steps of colour of both themes."""
     variables = {
         name: "".join(
@@ -125,10 +123,13 @@ def _style() -> str:
     )
 
 
-def _lines(attribution: Attribution, scale: Scale) -> list[Markup]:
-    """The running text in blocks, which end where a token ends a line, so that a browser lays out each alone."""
+def lines(attribution: Attribution, scale: Scale, prefix: str = "t") -> list[Markup]:
+    """The running text in blocks, which end where a token ends a line, so that a browser lays out each alone.
+
+    Each token has an id: the prefix and its position.
+    """
     scores, aside = attribution.scores.tolist(), attribution.aside
-    lines: list[Markup] = []
+    blocks: list[Markup] = []
     parts: list[str] = []
     for piece in pieces(attribution):
         shown = _with_line_ends(piece.text)
@@ -140,13 +141,15 @@ def _lines(attribution: Attribution, scale: Scale) -> list[Markup]:
             name = "s" if is_aside else level_class(scale.level(score))
             if not piece.in_text and not is_aside:
                 name = f"{name} e".strip()
-            parts.append(f"<span id=t{piece.position}{attribute('class', name)} data-s={number(score)}>{shown}</span>")
+            parts.append(
+                f"<span id={prefix}{piece.position}{attribute('class', name)} data-s={number(score)}>{shown}</span>"
+            )
         if piece.in_text and piece.text.endswith("\n"):
-            lines.append(Markup("".join(parts)))
+            blocks.append(Markup("".join(parts)))
             parts = []
     if parts:
-        lines.append(Markup("".join(parts)))
-    return lines
+        blocks.append(Markup("".join(parts)))
+    return blocks
 
 
 def attribute(name: str, value: str) -> str:

@@ -448,7 +448,11 @@ def test_show_draws_what_explain_wrote(folder: Path, tmp_path: Path) -> None:
     twice = run("show", written, written)
     assert twice.out == 2 * run("show", written).out
     for arguments, message in (
-        ((written, written, "--html", page), "error: --html is for one result, got 2 of them\n"),
+        (
+            (written, written, written, "--html", page),
+            "error: --html is for one result, or for two compared, got 3 of them\n",
+        ),
+        ((written, written, "--png", tmp_path / "a.png"), "error: --png is for one result, got 2 of them\n"),
         ((tmp_path / "none.json",), f"error: {tmp_path / 'none.json'}: No such file or directory\n"),
         ((page,), f"error: {page} "),
     ):
