@@ -94,6 +94,27 @@ def gim_attention(
         raise UnsupportedModelError(
             f"{name}: attention dropout is {dropout:g}: call model.eval(), attributions are deterministic"
         )
+    with paused():
+        pattern = _pattern(name, module, query, key, attention_mask, is_causal, sliding_window)
+        if cu_seq_lens_q is not None:
+            pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
+        return _through_kernels(module, session, query, key, value, pattern, scaling, softcap, s_aux, shows)
+
+
+def _pattern(
+    name: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: KeyPattern | torch.Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> KeyPattern:
+    """Which keys the queries of :func:`gim_attention` see.
+
+    Raises:
+        UnsupportedModelError: the arguments contradict each other, or the mask is none.
+    """
     if isinstance(attention_mask, KeyPattern):
         pattern = attention_mask
         if pattern.refused:
@@ -121,10 +142,7 @@ def gim_attention(
         raise UnsupportedModelError(
             f"{name}: attention was called with a window of {sliding_window} and a mask with {window}"
         )
-    if cu_seq_lens_q is not None:
-        pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
-    with paused():
-        return _through_kernels(module, session, query, key, value, pattern, scaling, softcap, s_aux, shows)
+    return pattern
 
 
 def _through_kernels(
@@ -620,7 +638,7 @@ def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *
         # In the numbers of the softmax itself, which may be asked for wider than its scores.
         weights = _Softmax.apply(branch.to(weights.dtype), weights.detach(), dim, temperature)
     found = origin(weights)
-    mark(weights, dataclasses.replace(found, weights=found.number, scores=False))
+    mark(weights, found._replace(weights=found.number, scores=False))
     session.expect_values(found.number)
     session.fire("attention", describe(rules), "softmax of its own scores", "torch")
     session.note(

@@ -7,7 +7,6 @@ changes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -205,7 +204,7 @@ def _gate(
         if branch:
             scaled = scale_gradient(factor, scale[branch])
             out = acting(first, scaled) if factor is second else acting(scaled, second)
-            mark(out, dataclasses.replace(origin(out), factors=whole.factors))
+            mark(out, origin(out)._replace(factors=whole.factors))
             return out
         if part.bend == 0:
             return run(first, second)
@@ -254,7 +253,7 @@ def _gate(
 def _done(
     session: Session, out: torch.Tensor, roles: tuple[tuple[int, Any, str], ...], how: str, engine: str = "torch"
 ) -> torch.Tensor:
-    mark(out, dataclasses.replace(origin(out), factors=roles))
+    mark(out, origin(out)._replace(factors=roles))
     _fire(session, how, engine)
     return out
 
