@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ MAX_ELEMENTS = 1 << 23
 MIN_BLOCK = 16
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Queries ``start:stop`` of one row of the batch and the keys ``first:end`` that any of them sees.
 
     ``offset`` is the key position of query 0; ``partial`` tells that some query does not see all of the keys.
@@ -99,8 +98,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What a block holds at once: ``heads`` key heads, ``queries`` of each query head, at most ``keys`` keys."""
 
     heads: int
@@ -189,11 +187,16 @@ class _Buffers:
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._new = lambda: torch.empty(elements, dtype=dtype, device=device)
         self._flat: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, *tuple[int, ...]], torch.Tensor] = {}
 
     def get(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor of ``shape`` in the buffer ``name``; what it held before is lost."""
-        flat = self._flat.setdefault(name, self._new()) if name not in self._flat else self._flat[name]
-        return flat[: math.prod(shape)].view(shape)
+        found = self._views.get((name, *shape))
+        if found is None:
+            if name not in self._flat:
+                self._flat[name] = self._new()
+            found = self._views[name, *shape] = self._flat[name][: math.prod(shape)].view(shape)
+        return found
 
 
 def _fused_forward(
@@ -344,8 +347,7 @@ def runs_torchs_kernel(query: torch.Tensor, key: torch.Tensor, options: Options,
     )
 
 
-@dataclass(frozen=True)
-class _Weights:
+class _Weights(NamedTuple):
     """Both softmaxes of a block, ``[HEADS, ROWS, KEYS]``, still without the division by their rows' sums.
 
     ``e`` is the softmax at temperature T, ``z`` ``[HEADS, ROWS, 1]`` its sums and ``share`` the sink's part of them,
@@ -547,7 +549,7 @@ def attention_backward(
                 for grad, sum_value in zip(grads, sums_value, strict=True):
                     if sum_value is not None:
                         # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
-                        sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum)
+                        sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum, alpha=grad_scale[2])
                 if not through_scores:
                     continue
                 # From here on P's buffer is dP's.
@@ -562,18 +564,13 @@ def attention_backward(
                         grad_s.mul_(weights.slope)
                     if grad_query is not None:
                         grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
-                        grad_query[one, head, rows] = grad_q.view(count * group, length, size).to(query.dtype)
+                        grad_query[one, head, rows] = grad_q.view(count * group, length, size)
                     if sum_key is not None:
-                        sum_key[:, seen].baddbmm_(grad_s.mT, q_over_z)
-            for all_sums, of_all, factor in (
-                (sums_key, grad_key, options.scale * grad_scale[1]),
-                (sums_value, grad_value, grad_scale[2]),
-            ):
+                        sum_key[:, seen].baddbmm_(grad_s.mT, q_over_z, alpha=options.scale * grad_scale[1])
+            for all_sums, of_all in ((sums_key, grad_key), (sums_value, grad_value)):
                 for one, sums in zip(row, all_sums, strict=True):
-                    if sums is not None and of_all is not None:
-                        sums.mul_(factor)
-                        if not _sums_in_place(of_all, wide):
-                            of_all[one, kv_head] = sums.to(of_all.dtype)
+                    if sums is not None and of_all is not None and not _sums_in_place(of_all, wide):
+                        of_all[one, kv_head] = sums
             del k, v, sums_key, sums_value, all_sums, sums  # copies, which would be alive beside the next heads'
     if grad_sinks is not None and sinks is not None:
         return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
