@@ -78,6 +78,7 @@ def _source(session: Session, gate: torch.Tensor) -> None:
     found = origin(gate)
     if found.bend < 2:
         for frame in running.frames[-2:]:
+            frame.sources = frame.sources or {}
             frame.sources.setdefault((found.place, found.bend), gate)
 
 
@@ -85,7 +86,7 @@ def source_of(place: Any) -> torch.Tensor | None:
     """What an activation at this place was computed from, as far as it is remembered; the latest clipping counts."""
     for frame in reversed(running.frames[-2:]):
         for bend in (1, 0):
-            found = frame.sources.get((place, bend))
+            found = (frame.sources or {}).get((place, bend))
             if found is not None:
                 return found
     return None

@@ -68,8 +68,8 @@ class Frame:
         self.shows: Any = None
         #: Whether a gated product of this call is counted already: experts are products of one module.
         self.counted = False
-        #: What activations were computed from, by place; kept only where a rule asks for it.
-        self.sources: dict[Any, torch.Tensor] = {}
+        #: What activations were computed from, by place; None where no rule has asked for it.
+        self.sources: dict[Any, torch.Tensor] | None = None
         #: What notes the functions that this call makes; None where nobody asks.
         self.trace: Any = None
 
@@ -288,12 +288,9 @@ class Gate:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         frames = running.frames
-        if type(self.own) is Gate:
-            gate, session = self._followed()
-        else:
-            gate, session = self, frames[-1].session if frames else None
-            if session is None or session.stack is not self.stack:
-                session = self.session()
+        if type(self.own) is not Gate and frames and frames[-1].session.stack is self.stack:
+            return self.within(frames[-1].session, inputs, named)  # a part of what runs
+        gate, session = self._followed()
         if session is None:
             return self.inner(*inputs, **named)
         if not any(one.session is session for one in reversed(frames)):
