@@ -128,7 +128,7 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim_kernels.triton.launch", "def late():\n    from gim_kernels.blockwise import forward_workspace"),
         ("gim_kernels.pointwise", "import importlib\nimportlib.import_module('gim_kernels.triton.norm')"),
         ("gim_kernels.triton.tiles", "from gim_kernels.aot.variants import shipped"),
-        ("gim_kernels.composed", "from gim_kernels.blockwise import blocks"),
+        ("gim_kernels.composed", "from gim_kernels.blockwise.tiles import blocks"),
         ("gim_kernels.reference_engine", "from gim_kernels import engines"),
         ("gim.rules", "from gim_kernels import engines"),
         ("gim.parts.anatomy", "from gim.intercept.session import Session"),
