@@ -16,7 +16,8 @@ from torch import nn
 from gim import checkpoint
 from gim.applied import AppliedReport
 from gim.context import GIM
-from gim.intercept.session import Changes, Session, session_of, stack_of
+from gim.intercept.gates import Changes
+from gim.intercept.session import Session, session_of, stack_of
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy

@@ -16,7 +16,7 @@ from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from gim.intercept.session import Changes, original_forward
+from gim.intercept.gates import Changes, original_forward
 from gim.parts import anatomy
 from gim.parts.adapters import accelerate
 from gim.parts.hidden_states import device_of, dtypes_taken, weights_of

@@ -61,8 +61,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The watch shares nothing with what applies rules but what tells it.
     *(
         (f"gim.intercept.{one}", tuple(f"gim.intercept.{other}" for other in (
-            "activations", "attention", "checkpoints", "flow", "fused", "interface", "masks", "mode", "norms",
-            "products", "session",
+            "activations", "attention", "checkpoints", "flow", "frames", "fused", "gates", "interface", "masks",
+            "mode", "norms", "products", "session", "softmax", "torch_attention",
         )))
         for one in ("watch", "values", "operators", "sites")
     ),

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gim.intercept.flow import origin
-from gim.intercept.session import Session, running
+from gim.intercept.frames import running
+from gim.intercept.session import Session
 from gim_kernels.gated import Activation
 
 

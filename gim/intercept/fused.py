@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import gim_kernels
 from gim.intercept import checkpoints, norms, products
-from gim.intercept.session import Frame, Gate, paused, running
+from gim.intercept.frames import Frame, paused, running
+from gim.intercept.gates import Gate
 from gim.parts.adapters import accelerate
 from gim_kernels import engines, reference, told
 from gim_kernels.types import Engine
@@ -170,7 +171,7 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
     if type(module) in _other:
         gate.leaf = False
         return _inner(gate, frame, x)
-    with paused():  # nor is what is asked here
+    with paused():  # what is asked here of tensors is no code of the module's
         key = None if _others_modes() else _key(gate, x)
         learns = key is not None and key not in _known and x.requires_grad and torch.is_grad_enabled()
     norm, row = None if key is None else _known.get(key), None

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gim.intercept import activations, attention, checkpoints, norms, products
+from gim.intercept import activations, checkpoints, norms, products, softmax, torch_attention
+from gim.intercept.frames import running
 from gim.intercept.hooks import hooked
-from gim.intercept.session import Session, running
+from gim.intercept.session import Session
 
 #: What is done with each function of torch that a module of the model calls.
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **attention.HANDLERS,
+    **torch_attention.HANDLERS,
+    **softmax.HANDLERS,
     **norms.HANDLERS,
     **products.HANDLERS,
     **activations.HANDLERS,

@@ -17,8 +17,10 @@ from torch import nn
 import gim_kernels
 from gim.intercept import activations
 from gim.intercept.flow import Origin, mark, origin, share_a_source
-from gim.intercept.session import Session, running
+from gim.intercept.frames import running
+from gim.intercept.session import Session
 from gim.intercept.sites import SITES
+from gim.intercept.softmax import values
 from gim.rules import Rules
 from gim_kernels import told
 from gim_kernels.reference import scale_gradient
@@ -93,8 +95,6 @@ def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *arg
 
 
 def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    from gim.intercept.attention import values
-
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
