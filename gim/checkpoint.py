@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gim.applied import UnsupportedModelError
 from gim.intercept.attention import SPANS, Spans
 from gim.intercept.checkpoints import Again
-from gim.intercept.session import Changes, Session, session_of
+from gim.intercept.gates import Changes
+from gim.intercept.session import Session, session_of
 from gim.offload import Offload, Watch, pool_of
 from gim.parts import anatomy
 from gim.parts.adapters.hugging_face import as_before

@@ -15,8 +15,10 @@ from torch import nn
 
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.intercept import checkpoints, fused, interface
+from gim.intercept.frames import Frame, running
+from gim.intercept.gates import Gate
 from gim.intercept.proof import Proof
-from gim.intercept.session import Frame, Gate, Session, running, stack_of
+from gim.intercept.session import Session, stack_of
 from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
 from gim.rules import GIM as PAPER_RULES

@@ -16,12 +16,13 @@ from torch import nn
 from gim import checkpoint
 from gim.applied import AppliedReport
 from gim.context import GIM
-from gim.intercept.session import Changes, Session, session_of, stack_of
+from gim.intercept.gates import Changes
+from gim.intercept.session import Session, session_of, stack_of
 from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
-from gim.parts.parameters import frozen_parameters
+from gim.parts.parameters import frozen_parameters, named_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.targets import Measure
@@ -195,7 +196,8 @@ def passes(
 
 def _seeds(model: nn.Module) -> tuple[float, ...]:
     """What the explained number's own gradient is taken to be, 1 but in float16, until one gives finite gradients."""
-    halves = any(parameter.dtype == torch.float16 for parameter in model.parameters()) or any(
+    held = named_parameters(anatomy.of(model).modules)
+    halves = any(parameter.dtype == torch.float16 for _, parameter in held) or any(
         engines.autocasts(kind) and torch.get_autocast_dtype(kind) == torch.float16 for kind in ("cuda", "cpu")
     )
     return HALF_SEEDS if halves else (1.0,)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine, Options
+from gim_kernels.types import DTYPES, Engine, Gradient, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
 #: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest,
@@ -79,9 +79,9 @@ def _run_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Gradient, Gradient, Gradient, Gradient]:
     with engines.as_given(query):
-        grads = engines.attention(engine).attention_backward(
+        return engines.attention(engine).attention_backward(
             grad_out,
             query,
             key,
@@ -96,9 +96,6 @@ def _run_attention_backward(
             grad_scale=(grad_scale[0], grad_scale[1], grad_scale[2]),
             needs=(needs[0], needs[1], needs[2], needs[3]),
         )
-    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
-    first, second, third, fourth = [query.new_empty(0) if grad is None else grad for grad in grads]
-    return first, second, third, fourth
 
 
 def _fake_attention_backward(
@@ -112,7 +109,7 @@ def _fake_attention_backward(
     needs = rest[-1]
     inputs = (query, key, value, sinks)
     return tuple(
-        torch.empty_like(x) if need and x is not None else query.new_empty(0)
+        torch.empty_like(x) if need and x is not None else grad_out.new_empty(0)
         for x, need in zip(inputs, needs, strict=True)
     )
 

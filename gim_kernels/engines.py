@@ -131,6 +131,8 @@ def checked_kernels(device: torch.device) -> str | None:
 
 def autocasts(device_type: str) -> bool:
     """Whether ``torch.autocast`` is on for tensors on devices of a type."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
@@ -154,7 +156,7 @@ _NOTHING = contextlib.nullcontext()
 
 def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
-    if not torch._C._is_any_autocast_enabled() or not autocasts(x.device.type):
+    if not autocasts(x.device.type):
         return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine
+from gim_kernels.types import DTYPES, Engine, Gradient
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ActivationBackward = Literal["exact", "ratio"]
@@ -41,8 +41,8 @@ def _run_gated_backward(
     activation_backward: ActivationBackward,
     engine: Engine,
     needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = engines.pointwise_of(engine).gated_backward(
+) -> tuple[Gradient, Gradient]:
+    return engines.pointwise_of(engine).gated_backward(
         grad_y,
         gate,
         up,
@@ -51,16 +51,13 @@ def _run_gated_backward(
         activation_backward=activation_backward,
         needs=(needs[0], needs[1]),
     )
-    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
-    first, second = (gate.new_empty(0) if grad is None else grad for grad in grads)
-    return first, second
 
 
 def _fake_gated_backward(
     grad_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    needs = rest[-1]
-    return tuple(torch.empty_like(x) if need else gate.new_empty(0) for x, need in zip((gate, up), needs, strict=True))
+    inputs = zip((gate, up), rest[-1], strict=True)
+    return tuple(torch.empty_like(x) if need else grad_y.new_empty(0) for x, need in inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -85,7 +82,7 @@ _gated = operators.define(
 )
 
 
-def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...] | None:
+def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[Gradient, ...] | None:
     """The backward for gradients with one dimension more in front."""
     *_, engine, _ = others
     return _run_gated_backward(grads, *others) if engines.takes_several(engine) else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine
+from gim_kernels.types import DTYPES, Engine, Gradient
 
 
 def _run_rms_norm(
@@ -57,13 +57,10 @@ def _run_norm_backward(
     frozen: bool,
     engine: Engine,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = engines.pointwise_of(engine).norm_backward(
+) -> tuple[Gradient, Gradient, Gradient]:
+    return engines.pointwise_of(engine).norm_backward(
         grad_y, x, weight, mean, inverse, weight_offset, frozen=frozen, needs=(needs[0], needs[1], needs[2])
     )
-    # An operator returns tensors only: an empty one stands for a gradient nobody asked for.
-    first, second, third = (inverse.new_empty(0) if grad is None else grad for grad in grads)
-    return first, second, third
 
 
 def _fake_norm_backward(
@@ -73,7 +70,7 @@ def _fake_norm_backward(
     shapes = (grad_y.shape, grad_y.shape[-1:], grad_y.shape[-1:])
     dtypes = (grad_y.dtype, inverse.dtype, inverse.dtype)
     return tuple(
-        grad_y.new_empty(shape if need else (0,), dtype=dtype if need else inverse.dtype)
+        grad_y.new_empty(shape, dtype=dtype) if need else grad_y.new_empty(0)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     )
 
@@ -150,7 +147,7 @@ _layer_norm = operators.define(
 )
 
 
-def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...] | None:
+def _backward_of_several(grads: torch.Tensor, *others: Any) -> tuple[Gradient, ...] | None:
     """The backward for gradients with one dimension more in front."""
     *_, engine, needs = others
     return _run_norm_backward(grads, *others) if engines.takes_several(engine) and not (needs[1] or needs[2]) else None

@@ -7,12 +7,15 @@ its results: fresh memory for whole intermediate tensors would cost more than th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from gim_kernels.reference import activation_ratio
 from gim_kernels.told import tell
+
+#: Rows that are worked through at once; None for all.
+Block = slice | None
 
 #: Numbers of a block for each thread: 2 MiB in float32. Smaller ones stay in nearer caches, but threads then wait for
 #: one another more often, which costs most where a machine is busy.
@@ -47,18 +50,30 @@ def _step(width: int) -> int:
     return max(1, NUMBERS_PER_THREAD * torch.get_num_threads() // max(1, width))
 
 
-def _blocks(rows: torch.Tensor) -> Iterator[slice]:
-    """The rows of ``[N, D]``, a block at a time."""
-    step = _step(rows.shape[1])
-    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
-
-
-def _of_several(rows: int, count: int, width: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of ``rows`` rows, and where each lies in each of ``count`` tensors of such rows, one after another."""
+def _blocks(rows: int, width: int) -> list[Block]:
+    """Rows of ``width`` numbers, a block at a time."""
     step = _step(width)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield slice(start, stop), [slice(one * rows + start, one * rows + stop) for one in range(count)]
+    return [None] if rows <= step else [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _of_several(each: torch.Tensor, shared: torch.Tensor) -> list[tuple[Block, list[Block]]]:
+    """Blocks of ``shared`` ``[.., D or 1]``, and where each lies in ``each``: once, or in ``[N, .., D]`` N times."""
+    (rows, _), (all_rows, width) = _shape(shared), _shape(each)
+    if each.dim() == shared.dim():
+        return [(block, [block]) for block in _blocks(rows, width)]
+    ends = [(start, min(start + _step(width), rows)) for start in range(0, rows, _step(width))]
+    return [(slice(*one), [slice(one[0] + i, one[1] + i) for i in range(0, all_rows, rows)]) for one in ends]
+
+
+def _laid(blocks: list[Any], *tensors: torch.Tensor | None) -> list[Any]:
+    """Tensors as their blocks are taken from them: as they are where one is all, else as ``[N, D or 1]``."""
+    whole = blocks in ([None], [(None, [None])])
+    return [x if whole or x is None else _rows(x) for x in tensors]
+
+
+def _at(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """A block of a tensor of :func:`_laid`."""
+    return x if block is None else x[block]
 
 
 def _work_tile(out: torch.Tensor) -> torch.Tensor:
@@ -92,10 +107,11 @@ def rms_norm_forward(
     """See :class:`gim_kernels.types.PointwiseEngine`."""
     tell("blockwise")
     y, inverse_rms = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=_wide_dtype(x.dtype))
-    rows, y_rows, inverse_rows = _rows(x), _rows(y), _rows(inverse_rms)
     factor = _factor(weight, weight_offset)
-    for block in _blocks(rows):
-        wide, out, inverse = _wide(rows[block]), y_rows[block], inverse_rows[block]
+    blocks = _blocks(*_shape(x))
+    rows, y_rows, inverse_rows = _laid(blocks, x, y, inverse_rms)
+    for block in blocks:
+        wide, out, inverse = _wide(_at(rows, block)), _at(y_rows, block), _at(inverse_rows, block)
         tile = _work_tile(out)
         torch.rsqrt(torch.square(wide, out=tile).mean(-1, keepdim=True).add_(eps), out=inverse)
         torch.mul(wide, inverse, out=tile)
@@ -139,17 +155,17 @@ def norm_backward(
     grad_weight = grad_y.new_zeros(width, dtype=wide_dtype) if need_weight and x is not None else None
     grad_bias = grad_y.new_zeros(width, dtype=wide_dtype) if need_bias else None
     factor = _factor(weight, weight_offset)
-    rows, inverses = _rows(grad_y), _rows(inverse)
-    several = rows.shape[0] // max(1, inverses.shape[0])
-    for block, places in _of_several(inverses.shape[0], several, width):
-        scale, normalised = inverses[block], None
-        if x is not None and (need_weight or not frozen):
-            given = _wide(_rows(x)[block])
-            normalised = given * scale if mean is None else (given - _rows(mean)[block]).mul_(scale)
+    blocks = _of_several(grad_y, inverse)
+    rows, outs, inverses, inputs, means = _laid(blocks, grad_y, grad_x, inverse, x, mean)
+    for block, places in blocks:
+        scale, normalised = _at(inverses, block), None
+        if inputs is not None and (need_weight or not frozen):
+            given = _wide(_at(inputs, block))
+            normalised = given * scale if means is None else (given - _at(means, block)).mul_(scale)
         for place in places:
-            wide = _wide(rows[place])
-            if grad_x is not None:
-                out = _rows(grad_x)[place]
+            wide = _wide(_at(rows, place))
+            if outs is not None:
+                out = _at(outs, place)
                 tile = _work_tile(out)
                 _ = tile.copy_(wide) if factor is None else torch.mul(wide, factor, out=tile)
                 along = None if frozen or normalised is None else (tile * normalised).mean(-1, keepdim=True)
@@ -159,9 +175,9 @@ def norm_backward(
                     tile.addcmul_(normalised, along, value=-1)
                 _store(tile.mul_(scale), out)
             if grad_weight is not None and normalised is not None:
-                grad_weight += (normalised * wide).sum(0)
+                grad_weight += _rows(normalised * wide).sum(0)
             if grad_bias is not None:
-                grad_bias += wide.sum(0)
+                grad_bias += _rows(wide).sum(0)
     return grad_x, grad_weight, grad_bias
 
 
@@ -176,9 +192,10 @@ def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torc
     """See :class:`gim_kernels.types.PointwiseEngine`."""
     tell("blockwise")
     y = gate.new_empty(gate.shape)
-    gates, ups, rows = _rows(gate), _rows(up), _rows(y)
-    for block in _blocks(rows):
-        _activate(gates[block], activation, rows[block]).mul_(ups[block])
+    blocks = _blocks(*_shape(gate))
+    gates, ups, rows = _laid(blocks, gate, up, y)
+    for block in blocks:
+        _activate(_at(gates, block), activation, _at(rows, block)).mul_(_at(ups, block))
     return y
 
 
@@ -195,16 +212,16 @@ def gated_backward(
     """See :class:`gim_kernels.types.PointwiseEngine`; ``grad_y`` may have one dimension more in front: several
     gradients of one output, for which what they share is computed once."""
     grad_gate, grad_up = (grad_y.new_empty(grad_y.shape) if need else None for need in needs)
-    grads, gates, ups = _rows(grad_y), _rows(gate), _rows(up)
-    several = grads.shape[0] // max(1, gates.shape[0])
-    for block, places in _of_several(gates.shape[0], several, gates.shape[1]):
-        branch = gates[block]
+    blocks = _of_several(grad_y, gate)
+    grads, gates, ups, to_gate, to_up = _laid(blocks, grad_y, gate, up, grad_gate, grad_up)
+    for block, places in blocks:
+        branch, other = _at(gates, block), _at(ups, block)
         ratio = activation_ratio(branch, activation) if needs[0] and activation_backward == "ratio" else None
         for place in places:
-            grad = grads[place]
-            if grad_gate is not None:
-                tile = _rows(grad_gate)[place]
-                torch.mul(grad, ups[block], out=tile)
+            grad = _at(grads, place)
+            if to_gate is not None:
+                tile = _at(to_gate, place)
+                torch.mul(grad, other, out=tile)
                 if ratio is not None:
                     tile.mul_(ratio)
                 elif activation == "silu":
@@ -214,8 +231,8 @@ def gated_backward(
                     torch.ops.aten.gelu_backward.grad_input(tile, branch, approximate=approximate, grad_input=tile)
                 if grad_scale[0] != 1.0:
                     tile.mul_(grad_scale[0])
-            if grad_up is not None:
-                tile = _activate(branch, activation, _rows(grad_up)[place]).mul_(grad)
+            if to_up is not None:
+                tile = _activate(branch, activation, _at(to_up, place)).mul_(grad)
                 if grad_scale[1] != 1.0:
                     tile.mul_(grad_scale[1])
     return grad_gate, grad_up

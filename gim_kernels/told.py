@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 
 class Heard:
-    """The names of the engines that ran while somebody listened, each once, in the order they came."""
+    """The names of the engines that run inside it on this thread, each once, in the order they come."""
 
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
@@ -19,6 +18,13 @@ class Heard:
 
     def __str__(self) -> str:
         return "+".join(self._names)
+
+    def __enter__(self) -> Heard:
+        _listeners.all.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _listeners.all.remove(self)
 
 
 class _Listeners(threading.local):
@@ -35,12 +41,6 @@ def tell(name: str) -> None:
         heard.add(name)
 
 
-@contextmanager
-def listening() -> Iterator[Heard]:
-    """Inside, what engines say on this thread is heard."""
-    heard = Heard()
-    _listeners.all.append(heard)
-    try:
-        yield heard
-    finally:
-        _listeners.all.remove(heard)
+def listening() -> Heard:
+    """A context in which what engines say on this thread is heard."""
+    return Heard()

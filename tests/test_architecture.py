@@ -61,8 +61,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     # The watch shares nothing with what applies rules but what tells it.
     *(
         (f"gim.intercept.{one}", tuple(f"gim.intercept.{other}" for other in (
-            "activations", "attention", "checkpoints", "flow", "fused", "interface", "masks", "mode", "norms",
-            "products", "session",
+            "activations", "attention", "checkpoints", "flow", "frames", "fused", "gates", "interface", "masks",
+            "mode", "norms", "products", "session", "softmax", "torch_attention",
         )))
         for one in ("watch", "values", "operators", "sites")
     ),
@@ -130,7 +130,7 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim_kernels.triton.launch", "def late():\n    from gim_kernels.blockwise import forward_workspace"),
         ("gim_kernels.pointwise", "import importlib\nimportlib.import_module('gim_kernels.triton.norm')"),
         ("gim_kernels.triton.tiles", "from gim_kernels.aot.variants import shipped"),
-        ("gim_kernels.composed", "from gim_kernels.blockwise import blocks"),
+        ("gim_kernels.composed", "from gim_kernels.blockwise.tiles import blocks"),
         ("gim_kernels.reference_engine", "from gim_kernels import engines"),
         ("gim.rules", "from gim_kernels import engines"),
         ("gim.parts.anatomy", "from gim.intercept.session import Session"),

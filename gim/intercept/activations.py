@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gim.intercept.flow import origin
-from gim.intercept.session import Session, running
+from gim.intercept.frames import running
+from gim.intercept.session import Session
 from gim_kernels.gated import Activation
 
 
@@ -78,6 +79,7 @@ def _source(session: Session, gate: torch.Tensor) -> None:
     found = origin(gate)
     if found.bend < 2:
         for frame in running.frames[-2:]:
+            frame.sources = frame.sources or {}
             frame.sources.setdefault((found.place, found.bend), gate)
 
 
@@ -85,7 +87,7 @@ def source_of(place: Any) -> torch.Tensor | None:
     """What an activation at this place was computed from, as far as it is remembered; the latest clipping counts."""
     for frame in reversed(running.frames[-2:]):
         for bend in (1, 0):
-            found = frame.sources.get((place, bend))
+            found = (frame.sources or {}).get((place, bend))
             if found is not None:
                 return found
     return None

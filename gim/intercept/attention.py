@@ -1,4 +1,4 @@
-"""Attention: torch's functions, the interface of transformers, and scores that a model writes out itself.
+"""Attention by the kernels under a pattern of keys: the entry of transformers' attention interface.
 
 ``interface`` registers the implementation ``"gim"`` in transformers' attention and mask interfaces. Outside a context
 it is ordinary attention in O(T) memory; inside one, the session that runs tells which rules to apply.
@@ -6,25 +6,21 @@ it is ordinary attention in O(T) memory; inside one, the session that runs tells
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import gim_kernels
 from gim.applied import UnsupportedModelError
-from gim.intercept.flow import mark, origin
-from gim.intercept.masks import KeyPattern, packed, recognise
-from gim.intercept.session import Session, paused, running, session_here
+from gim.intercept.frames import paused, running, session_here
+from gim.intercept.masks import KeyPattern, packed
+from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim.rules import GRADIENT, Rules
-from gim_kernels import reference, told
-from gim_kernels.reference import scale_gradient
+from gim_kernels import told
 
 #: Keyword arguments of the attention interface that do not change what attention computes.
 HARMLESS = frozenset(
@@ -94,6 +90,27 @@ def gim_attention(
         raise UnsupportedModelError(
             f"{name}: attention dropout is {dropout:g}: call model.eval(), attributions are deterministic"
         )
+    with paused():
+        pattern = _pattern(name, module, query, key, attention_mask, is_causal, sliding_window)
+        if cu_seq_lens_q is not None:
+            pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
+        return _through_kernels(module, session, query, key, value, pattern, scaling, softcap, s_aux, shows)
+
+
+def _pattern(
+    name: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: KeyPattern | torch.Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> KeyPattern:
+    """Which keys the queries of :func:`gim_attention` see.
+
+    Raises:
+        UnsupportedModelError: the arguments contradict each other, or the mask is none.
+    """
     if isinstance(attention_mask, KeyPattern):
         pattern = attention_mask
         if pattern.refused:
@@ -121,10 +138,7 @@ def gim_attention(
         raise UnsupportedModelError(
             f"{name}: attention was called with a window of {sliding_window} and a mask with {window}"
         )
-    if cu_seq_lens_q is not None:
-        pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
-    with paused():
-        return _through_kernels(module, session, query, key, value, pattern, scaling, softcap, s_aux, shows)
+    return pattern
 
 
 def _through_kernels(
@@ -316,356 +330,3 @@ def describe(rules: Rules) -> str:
         "exact": "softmax exact",
     }[rules.softmax]
     return f"{softmax}; q, k, v times " + ", ".join(f"{factor:g}" for factor in rules.qkv_scale)
-
-
-def _dense(
-    session: Session,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: KeyPattern | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """Attention with the rules of the session; ``is_causal`` is aligned top-left, as in torch."""
-    rules = session.rules
-    named: dict[str, Any] = {
-        "softmax_backward": rules.softmax,
-        "temperature": rules.temperature,
-        "grad_scale": rules.qkv_scale,
-        "engine": session.engine,
-    }
-    query, key = through_scores(query, key, rules.softmax)
-    if mask is None:
-        return gim_kernels.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **named
-        )
-    lead = query.shape[:-2]
-    if query.dim() == 3:
-        query, key, value = query[:, None], key[:, None], value[:, None]
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(f"key must have query's {query.shape[1]} heads unless enable_gqa is True, got {key.shape[1]}")
-    out = gim_kernels.attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        causal=mask.causal,
-        window=mask.window,
-        key_range=mask.key_range,
-        **named,
-    )
-    return out.reshape(*lead, *out.shape[-2:])
-
-
-def _scaled_dot_product_attention(
-    session: Session,
-    func: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    name = "F.scaled_dot_product_attention"
-    frame = running.frames[-1]
-    if frame.pattern is not None and attn_mask is None:
-        out, _ = gim_attention(
-            frame.module, query, key, value, frame.pattern, scaling=scale, dropout=dropout_p, is_causal=is_causal
-        )
-        return out.transpose(1, 2)
-
-    def plain() -> Any:
-        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    if dropout_p != 0.0:
-        session.refuse(f"{name} was called with dropout_p={dropout_p:g}: call model.eval() and pass 0")
-        return plain()
-    pattern = None
-    if attn_mask is not None:
-        if is_causal or query.dim() not in (3, 4):
-            session.refuse(f"{name} was called with attn_mask and is_causal, or with queries of {query.dim()} dims")
-            return plain()
-        # A mask of fewer dimensions is broadcast from the right; three-dimensional queries have no heads.
-        shape = (1,) * (query.dim() - attn_mask.dim()) + tuple(attn_mask.shape)
-        wide = attn_mask.reshape(shape) if query.dim() == 4 else attn_mask.reshape(shape)[:, None]
-        found = recognise(wide, query.shape[0], query.shape[-2], key.shape[-2])
-        if isinstance(found, str):
-            session.refuse(f"attn_mask of {name} {found}")
-            return plain()
-        pattern = found
-    try:
-        with told.listening() as ran:
-            out = _dense(session, query, key, value, pattern, is_causal, scale, enable_gqa)
-    except (TypeError, ValueError) as error:
-        session.refuse(f"{name}: {error}", error)
-        return plain()
-    session.fire("attention", describe(session.rules), f"call of {name}", str(ran))
-    return out
-
-
-def _intersection(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """The keys ``[B, 2]`` that are in both ranges; None is every key."""
-    if first is None or second is None:
-        return second if first is None else first
-    start = torch.maximum(first[:, 0], second[:, 0])
-    return torch.stack([start, torch.maximum(start, torch.minimum(first[:, 1], second[:, 1]))], -1)
-
-
-def _multi_head_attention_forward(
-    session: Session,
-    func: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: torch.Tensor | None,
-    in_proj_bias: torch.Tensor | None,
-    bias_k: torch.Tensor | None,
-    bias_v: torch.Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: torch.Tensor,
-    out_proj_bias: torch.Tensor | None,
-    training: bool = True,
-    key_padding_mask: torch.Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: torch.Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: torch.Tensor | None = None,
-    k_proj_weight: torch.Tensor | None = None,
-    v_proj_weight: torch.Tensor | None = None,
-    static_k: torch.Tensor | None = None,
-    static_v: torch.Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> Any:
-    """``nn.MultiheadAttention``, whose queries, keys and values exist once per head between projection and softmax.
-
-    With ``need_weights`` the T x S weights that the caller asked for are computed beside the output, under the same
-    rule; the output itself stays in O(T) memory.
-    """
-
-    plain = functools.partial(
-        func,
-        query,
-        key,
-        value,
-        embed_dim_to_check,
-        num_heads,
-        in_proj_weight,
-        in_proj_bias,
-        bias_k,
-        bias_v,
-        add_zero_attn,
-        dropout_p,
-        out_proj_weight,
-        out_proj_bias,
-        training=training,
-        key_padding_mask=key_padding_mask,
-        need_weights=need_weights,
-        attn_mask=attn_mask,
-        use_separate_proj_weight=use_separate_proj_weight,
-        q_proj_weight=q_proj_weight,
-        k_proj_weight=k_proj_weight,
-        v_proj_weight=v_proj_weight,
-        static_k=static_k,
-        static_v=static_v,
-        average_attn_weights=average_attn_weights,
-        is_causal=is_causal,
-    )
-    name = "nn.MultiheadAttention"
-    appended = bias_k is not None or add_zero_attn
-    if training and dropout_p > 0.0:
-        reason = f"{name} has dropout {dropout_p:g} in training mode: call model.eval()"
-    elif static_k is not None or static_v is not None:
-        reason = f"{name} was called with static_k or static_v, which gim does not apply"
-    elif appended and (attn_mask is not None or key_padding_mask is not None or is_causal):
-        reason = f"{name} has bias_k or add_zero_attn together with a mask, which gim does not apply"
-    elif query.is_nested or query.dim() not in (2, 3):
-        reason = f"{name} was called with a nested query or one of {query.dim()} dimensions"
-    elif is_causal and attn_mask is None:
-        return plain()  # torch raises its own error
-    else:
-        reason = ""
-    if reason:
-        session.refuse(reason)
-        return plain()
-
-    batched = query.dim() == 3
-    if not batched:
-        query, key, value = (x[:, None] for x in (query, key, value))
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-    queries, batch, width = query.shape
-    if use_separate_proj_weight:
-        weights: tuple[Any, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        assert in_proj_weight is not None
-        weights = in_proj_weight.chunk(3)
-    biases: tuple[Any, ...] = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))  # [T, B, E]
-    if bias_k is not None and bias_v is not None:
-        k, v = (torch.cat([x, row.expand(1, batch, -1)]) for x, row in ((k, bias_k), (v, bias_v)))
-    if add_zero_attn:
-        k, v = (torch.cat([x, x.new_zeros(1, batch, x.shape[-1])]) for x in (k, v))
-    keys = k.shape[0]
-    q, k, v = (x.reshape(x.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))  # [B, H, T, D]
-
-    causal_hint = is_causal and key_padding_mask is None and not need_weights  # torch then ignores the mask
-    pattern = None
-    if not causal_hint:
-        for argument, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
-            if mask is None:
-                continue
-            # In this function True hides a key, the opposite of F.scaled_dot_product_attention.
-            mask = ~mask if mask.dtype == torch.bool else mask
-            if argument == "key_padding_mask":
-                mask = mask[:, None, None]
-            elif mask.dim() == 3:
-                mask = mask.reshape(batch, num_heads, *mask.shape[1:])
-            else:
-                mask = mask[None, None]
-            found = recognise(mask, batch, queries, keys)
-            if isinstance(found, str):
-                session.refuse(f"{argument} of {name} {found}")
-                return plain()
-            pattern = (
-                found
-                if pattern is None
-                else dataclasses.replace(pattern, key_range=_intersection(pattern.key_range, found.key_range))
-            )
-    try:
-        with told.listening() as ran:
-            out = _dense(session, q, k, v, pattern, causal_hint, None, False)
-    except (TypeError, ValueError) as error:
-        session.refuse(f"{name}: {error}", error)
-        return plain()
-    rules, frame = session.rules, running.frames[-1]
-    shown = None
-    if need_weights:
-        note = f"{frame.name or type(frame.module).__name__}: need_weights=True makes T x S weights beside the output"
-        if note not in session.report.notes:
-            session.report.notes.append(note)
-        identity = torch.eye(keys, dtype=k.dtype, device=k.device).expand(batch, num_heads, keys, keys)
-        with SITES.acting("attention"):
-            shown = reference.attention(
-                q,
-                k,
-                identity,
-                causal=pattern is not None and pattern.causal,
-                window=None if pattern is None else pattern.window,
-                key_range=None if pattern is None else pattern.key_range,
-                softmax_backward=rules.softmax,
-                temperature=rules.temperature,
-                grad_scale=rules.qkv_scale,
-            )
-        if average_attn_weights:
-            shown = shown.mean(1)
-        shown = shown if batched else shown[0]
-    out = F.linear(out.permute(2, 0, 1, 3).reshape(queries, batch, width), out_proj_weight, out_proj_bias)
-    session.fire("attention", describe(rules), f"call of {name}", str(ran))
-    return out if batched else out[:, 0], shown
-
-
-class _Softmax(torch.autograd.Function):
-    """Weights, whose backward is ``P_T * (dP - rowsum(P_T * dP))`` with ``P_T = softmax(S / T)``, or nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: torch.Tensor, weights: torch.Tensor, dim: int, temperature: float | None
-    ) -> torch.Tensor:
-        ctx.temperature, ctx.dim = temperature, dim
-        if temperature is not None:
-            ctx.save_for_backward(scores)
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        if ctx.temperature is None:
-            return None, None, None, None
-        (scores,) = ctx.saved_tensors
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        # A row that sees no key has no softmax, and passes no gradient on.
-        softened = torch.softmax(scores.to(wide) / ctx.temperature, ctx.dim).nan_to_num(0.0)
-        grad = grads[0].to(wide)
-        grad_s = softened * (grad - (softened * grad).sum(ctx.dim, keepdim=True))
-        return grad_s.to(scores.dtype), None, None, None
-
-
-def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *args: Any, **named: Any) -> Any:
-    """A softmax over keys that the model writes out itself, in the O(T^2) memory of its own scores."""
-    if not (scores.requires_grad and torch.is_grad_enabled() and origin(scores).scores):
-        return func(scores, *args, **named)
-    with SITES.acting("attention"):
-        weights = func(scores, *args, **named)
-    rules = session.rules
-    dim = named.get("dim", args[0] if args else None)
-    if not isinstance(dim, int) or "log" in func.__name__:
-        session.refuse(f"calls {func.__name__} over its scores in a way that gim does not know how to apply")
-        return weights
-    if rules.softmax != "constant" and rules.q_scale != rules.k_scale:
-        session.refuse("writes its softmax out, where only factors of q and k that are the same can be applied")
-        return weights
-    branch = scale_gradient(scores, rules.q_scale)
-    if rules.softmax == "exact":
-        with SITES.acting("attention"):
-            weights = func(branch, *args, **named)
-    else:
-        temperature = None if rules.softmax == "constant" else rules.temperature
-        # In the numbers of the softmax itself, which may be asked for wider than its scores.
-        weights = _Softmax.apply(branch.to(weights.dtype), weights.detach(), dim, temperature)
-    found = origin(weights)
-    mark(weights, dataclasses.replace(found, weights=found.number, scores=False))
-    session.expect_values(found.number)
-    session.fire("attention", describe(rules), "softmax of its own scores", "torch")
-    session.note(
-        "writes its attention out: scores of T x S entries exist, as in the model's own code, and memory is O(T^2)"
-    )
-    return weights
-
-
-def values(session: Session, run: Callable[..., Any], first: torch.Tensor, second: torch.Tensor) -> Any:
-    """A matrix product; of attention weights with values, with the factor of the values' gradient."""
-    if not torch.is_grad_enabled():
-        return run(first, second)
-    one, two = origin(first).weights, origin(second).weights
-    if bool(one) != bool(two):
-        return session.with_values(run, first, second, one, two)
-    return run(first, second)
-
-
-def _matmul(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    if len(args) != 2 or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-        return func(*args, **named)
-    return values(session, lambda a, b: func(a, b, **named), *args)
-
-
-def _dropout(session: Session, func: Callable[..., Any], input: Any, p: float = 0.5, *args: Any, **named: Any) -> Any:
-    """Dropout that acts makes attributions random."""
-    training = named.get("training", args[0] if args else True)
-    if p > 0 and training:
-        session.refuse(
-            f"drops out numbers (p={p:g}) by a call of {func.__name__}: call model.eval(), attributions are "
-            "deterministic"
-        )
-    return func(input, p, *args, **named)
-
-
-HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.scaled_dot_product_attention: _scaled_dot_product_attention,
-    F.multi_head_attention_forward: _multi_head_attention_forward,
-    **dict.fromkeys(
-        (F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax),
-        _softmax,
-    ),
-    **dict.fromkeys((torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__), _matmul),
-    **dict.fromkeys(
-        (F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.dropout),
-        _dropout,
-    ),
-}

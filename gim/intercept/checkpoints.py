@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from gim.intercept.session import Frame, Session, running
+from gim.intercept.frames import Frame, running
+from gim.intercept.session import Session
 
 
 def follow(session: Session) -> None:

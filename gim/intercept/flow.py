@@ -8,8 +8,7 @@ ends with the graph; no tensor and no node is held.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,12 +49,15 @@ _POWERS = frozenset(["Norm", "LinalgVectorNorm", "Var", "Std", "VarMean", "StdMe
 _AFFINE = frozenset(["Add", "Sub", "Rsub", "Neg", "MaskedFill", "Lerp", "Fill", "Zero", "NanToNum"])
 #: Number by number, straight in pieces: what clips is no activation beside one that bends.
 _CLIPS = frozenset(["Clamp", "ClampMin", "ClampMax", "Where", "Hardtanh", "Minimum", "Maximum"])
+#: Kinds whose result is a root of its own wherever an input flows into them.
+_BEGINS = frozenset(["attention", "norm", "opaque"])
+#: Kinds that apply weights to data.
+_APPLIES = frozenset(["linear", "opaque", "norm"])
 #: The package's own operators, by what their nodes are called.
 _OWN = {"attention": "attention", "rms_norm": "norm", "layer_norm": "norm", "gated": "product"}
 
 
-@dataclass(frozen=True, slots=True)
-class Reduced:
+class Reduced(NamedTuple):
     """What a statistic was taken of: the value, its root, and whether it was a nonlinear function of that."""
 
     value: int
@@ -63,8 +65,7 @@ class Reduced:
     nonlinear: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """What is known of a value.
 
     Args:
@@ -107,6 +108,8 @@ def _new(**changes: Any) -> Origin:
     return Origin(number, number, **changes)
 
 
+#: What the nodes of leaves are called.
+_LEAF = "torch::autograd::AccumulateGrad"
 _known: dict[str, tuple[str, str]] = {}
 
 
@@ -144,11 +147,7 @@ def origin(tensor: torch.Tensor) -> Origin:
     if not tensor.requires_grad:
         return CONSTANT
     node = tensor.grad_fn
-    if node is None:
-        return _of_leaf(tensor)
-    if not _described(node):
-        _walk(node)
-    return _edge(node, tensor.output_nr)
+    return _of_leaf(tensor) if node is None else _of_edge(node, tensor.output_nr)
 
 
 def mark(tensor: torch.Tensor, found: Origin) -> None:
@@ -169,49 +168,66 @@ def _leaf(node: Any) -> Origin:
     return held[0]
 
 
-def _edge(node: Any, output: int) -> Origin:
-    """What one output of a node is, its inputs being known."""
-    held = node.metadata[_KEY]
-    found = held.get(output)
+def _of_edge(node: Any, output: int) -> Origin:
+    """What one output of a node is."""
+    found = _known_edge(node, output)
     if found is None:
-        first: Origin = held[0]
+        _walk(node)
+        found = _known_edge(node, output)
+        assert found is not None, "what was walked is known"
+    return found
+
+
+def _known_edge(node: Any, output: int) -> Origin | None:
+    """What one output of a node is; None where the node is not described yet."""
+    held = node.metadata.get(_KEY)
+    if held is None or 0 not in held:
+        return _leaf(node) if node.name() == _LEAF else None
+    found: Origin | None = held.get(output)
+    if found is None:
+        found = held[0]
         kind, name = kind_of(node)
-        found = first
-        if kind == "piece" and not first.constant:
+        if kind == "piece" and not found.constant:
             found = _piece(node, held["of"], name, output)
         held[output] = found
     return found
 
 
 def _walk(node: Any) -> None:
-    """Describe a node and whatever it needs that is not described yet, without recursion: graphs are deep."""
+    """Describe a node and what it needs that is not described yet, without recursion: graphs are deep."""
     todo = [node]
     while todo:
         top = todo[-1]
-        if _KEY in top.metadata and 0 in top.metadata[_KEY]:
+        held = top.metadata.setdefault(_KEY, {})
+        if 0 in held:
             todo.pop()
             continue
-        edges = top.next_functions
-        waiting = [one for one, _ in edges if one is not None and not _described(one)]
+        kind, name = kind_of(top)
+        inputs: list[Origin | None] = []
+        waiting = []
+        for one, output in top.next_functions:
+            found = None if one is None else _known_edge(one, output)
+            inputs.append(found)
+            if one is not None and found is None:
+                waiting.append(one)
+        if waiting and _is_root(kind, top.next_functions):
+            waiting = []
+        elif waiting and (kind in _BEGINS or name == "gated"):
+            # All that counts is whether an input flows in by any way; of attention, that of the values is the shortest.
+            waiting = [] if any(one is not None and not one.constant for one in inputs) else waiting[-1:]
         if waiting:
             todo += waiting
             continue
         todo.pop()
-        inputs = [None if one is None else _edge(one, output) for one, output in edges]
-        held = top.metadata.setdefault(_KEY, {})
-        held.setdefault(0, _describe(top, inputs))
-        if kind_of(top)[0] == "piece":
+        held[0] = _describe(top, inputs)
+        if kind == "piece":
             held["of"] = next((one for one in inputs if one is not None and not one.constant), CONSTANT)
 
 
-def _described(node: Any) -> bool:
-    held = node.metadata.get(_KEY)
-    if held is not None and 0 in held:
-        return True
-    if node.name() == "torch::autograd::AccumulateGrad":
-        _leaf(node)
-        return True
-    return False
+def _is_root(kind: str, edges: Any) -> bool:
+    """Whether a node's result is a root whatever its one input with a gradient is: beside a weight that asks for none,
+    even data that asks for none counts as an input, as :func:`_describe` has it."""
+    return kind in _APPLIES and None in [one for one, _ in edges[:2]] and sum(one is not None for one, _ in edges) == 1
 
 
 def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
@@ -225,7 +241,7 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         if name in _LOOKUPS and inputs[0] is not None:
             return _new(rows=True)
         # A weight applied to data that asks for no gradient: the data is an input all the same.
-        return _new() if kind in ("linear", "opaque", "norm") and None in inputs[:2] else CONSTANT
+        return _new() if kind in _APPLIES and None in inputs[:2] else CONSTANT
     first = live[0]
     if kind == "same":
         return first
@@ -238,7 +254,7 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
         return _new(reduced=Reduced(first.number, first.root, nonlinear), scores=first.scores, rows=first.rows)
     if kind == "softmax":
-        return replace(first, number=next(_numbers), bend=2, scores=False)
+        return first._replace(number=next(_numbers), bend=2, scores=False)
     if kind == "product" and name != "gated":
         bent = name == "Div" and len(live) == 1 and inputs[1] is first  # a constant over it
         return _product(live, 2 if bent else 0)
@@ -266,7 +282,7 @@ def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
     where = _WHERE.get(name)
     chosen = (node._sequence_nr(),) if where is None else tuple(str(getattr(node, f"_saved_{one}")) for one in where)
     step = (name, *chosen, output)
-    return replace(whole, number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
+    return whole._replace(number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
 
 
 def _same_root(live: list[Origin]) -> Origin | None:
@@ -281,13 +297,13 @@ def _same_root(live: list[Origin]) -> Origin | None:
 def _product(live: list[Origin], bend: int) -> Origin:
     weights = next((one.weights for one in live if one.weights), 0)
     if len(live) == 1:
-        return replace(live[0], number=next(_numbers), bend=max(live[0].bend, bend))
+        return live[0]._replace(number=next(_numbers), bend=max(live[0].bend, bend))
     same = _same_root(live)
     if same is not None:
         statistics = [one for one in live if one.reduced is not None]
         if len(statistics) == len(live):
-            return replace(same, number=next(_numbers), bend=2)
-        return replace(same, number=next(_numbers), bend=same.bend if statistics else 2)
+            return same._replace(number=next(_numbers), bend=2)
+        return same._replace(number=next(_numbers), bend=same.bend if statistics else 2)
     found: dict[tuple[int, tuple[Any, ...]], str] = {}
     for one in live:
         for root, path, branch in one.factors or ((*one.place, ""),):
@@ -302,7 +318,7 @@ def _pointwise(name: str, live: list[Origin]) -> Origin:
         return _new(bend=step, scores=any(one.scores for one in live), rows=live[0].rows)
     reduced = same.reduced if all(one.reduced is not None for one in live) else None
     bend = max(step, *(one.bend for one in live if one.place == same.place), 0)
-    return replace(same, number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
+    return same._replace(number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
 
 
 def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -328,12 +344,9 @@ def _flowing(node: Any) -> list[Any]:
     """The nodes through which an input flows into one."""
     inputs: list[tuple[Any, bool]] = []
     for one, output in node.next_functions:
-        if one is None or (one.name() == "torch::autograd::AccumulateGrad" and isinstance(one.variable, nn.Parameter)):
-            continue
-        held = one.metadata.get(_KEY)
-        known = None if held is None else held.get(output, held.get(0, CONSTANT))
-        if known is None or not known.constant:
-            inputs.append((one, known is not None and known.rows))
+        known = CONSTANT if one is None else _of_edge(one, output)
+        if not known.constant:
+            inputs.append((one, known.rows))
     return [one for one, rows in inputs if not rows] or [one for one, _ in inputs]
 
 
@@ -342,8 +355,5 @@ def _clean(node: Any) -> bool:
     kind, name = kind_of(node)
     if kind in ("attention", "softmax", "leaf") or name in ("gated", "Cumsum", "Cumprod"):
         return False
-    held = node.metadata.get(_KEY)
-    if held is None or 0 not in held:
-        return True
-    known: Origin = held[0]
+    known: Origin = node.metadata[_KEY][0]
     return not (kind == "linear" and known.scores) and not (kind == "product" and known.factors)

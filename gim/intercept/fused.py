@@ -8,8 +8,9 @@ kernel takes its place from then on: it keeps one number for each row. Nobody's 
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import FunctionType
@@ -23,9 +24,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import gim_kernels
 from gim.intercept import checkpoints, norms, products
-from gim.intercept.session import Frame, Gate, paused, running
+from gim.intercept.frames import Frame, paused, running
+from gim.intercept.gates import Gate
 from gim.parts.adapters import accelerate
-from gim_kernels import reference, told
+from gim_kernels import engines, reference, told
 from gim_kernels.types import Engine
 
 #: Whether kernels take the place of norms that are written out; False runs every module's own code.
@@ -169,12 +171,14 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
     if type(module) in _other:
         gate.leaf = False
         return _inner(gate, frame, x)
-    key = None if _others_modes() else _key(gate, x)
+    with paused():  # what is asked here of tensors is no code of the module's
+        key = None if _others_modes() else _key(gate, x)
+        learns = key is not None and key not in _known and x.requires_grad and torch.is_grad_enabled()
     norm, row = None if key is None else _known.get(key), None
     if torch.is_grad_enabled():
         checkpoints.follow(frame.session)
     if norm is None:
-        if key is None or key in _known or not x.requires_grad or not torch.is_grad_enabled():
+        if not learns:
             return _inner(gate, frame, x)
         frame.trace = trace = Trace(module, x)
         session = frame.session
@@ -263,31 +267,50 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
         return None
     if gate.own is not None and not accelerate.only_moves(module):
         return None
-    kind = x.device.type
-    if x.dim() < 2 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    device, shape = x.device, x.shape
+    if len(shape) < 2 or engines.autocasts(device.type):
         return None
-    state = module.__dict__
-    own = tuple((name, value) for name, value in state.items() if name not in _MODULE)
-    if not all(isinstance(value, _PLAIN) or _is_sizes(value) for _, value in own):
-        return None
-    held = [one for kept in (module._parameters, module._buffers) for one in kept.values() if one is not None]
-    if any(one.device != x.device for one in held):
-        return None
-    parameters = tuple(
-        (name, one.shape, one.dtype)
-        for kept in (module._parameters, module._buffers)
-        for name, one in kept.items()
-        if one is not None
-    )
+    own = [(name, value) for name, value in module.__dict__.items() if name not in _MODULE]
+    for _, value in own:
+        if not isinstance(value, _PLAIN) and not _is_sizes(value):
+            return None
+    parameters = []
+    for kept in (module._parameters, module._buffers):
+        for name, one in kept.items():
+            if one is not None:
+                if one.device != device:
+                    return None
+                parameters.append((name, one.shape, one.dtype))
     cls: Any = type(module)
     code = cls.forward
-    around = tuple(_said(names.get(name)) for names, name in _read(cls, code))
-    return cls, code, own, around, parameters, x.dtype, x.shape[-1], module.training
+    return cls, code, (*own,), _read(cls, code).said(), (*parameters,), x.dtype, shape[-1], module.training
+
+
+class _Read:
+    """Names that a module's code may read besides its own, and what they mean.
+
+    Args:
+        places: each name, and where it is looked up.
+    """
+
+    def __init__(self, places: Iterable[tuple[Mapping[str, Any], str]]) -> None:
+        self._asked = [(names.get, name) for names, name in places]
+        #: What was found last, held so that it is the same as long as it is the same object, and in words.
+        self._last: tuple[list[Any], Any] = [], ()
+
+    def said(self) -> Any:
+        """What tells the meanings of now from others."""
+        found = [get(name) for get, name in self._asked]
+        before, said = self._last
+        if len(before) != len(found) or not all(map(operator.is_, found, before)):
+            said = tuple(value if isinstance(value, _PLAIN) else id(value) for value in found)
+            self._last = found, said
+        return said
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(cls: type, code: Callable[..., Any]) -> tuple[tuple[Mapping[str, Any], str], ...]:
-    """Names that a module's code may read besides its own: of its classes, and of the files of what it calls.
+def _read(cls: type, code: Callable[..., Any]) -> _Read:
+    """What a module's code may read besides its own: of its classes, and of the files of what it calls.
 
     Args:
         cls: the module's.
@@ -311,11 +334,7 @@ def _read(cls: type, code: Callable[..., Any]) -> tuple[tuple[Mapping[str, Any],
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # an empty one
                 waiting.append(cell.cell_contents)
-    return (*places.values(), *((vars(base), name) for base in classes for name in names))
-
-
-def _said(value: Any) -> Any:
-    return value if isinstance(value, _PLAIN) else id(value)
+    return _Read((*places.values(), *((vars(base), name) for base in classes for name in names)))
 
 
 def _is_sizes(value: Any) -> bool:

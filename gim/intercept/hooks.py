@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch import nn
 
-from gim.intercept.session import Gate
+from gim.intercept.gates import Gate
 
 _CALL = nn.Module._call_impl.__code__
 _FORWARD = Gate.__call__.__code__

@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from gim.applied import UnsupportedModelError
 from gim.intercept.attention import RULES, gim_attention
+from gim.intercept.frames import Frame, running
 from gim.intercept.masks import KeyPattern, key_pattern
-from gim.intercept.session import Frame, Stack, running
+from gim.intercept.session import Stack
 from gim.parts import anatomy
 from gim.parts.adapters import hugging_face
 from gim.rules import Rules

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gim.intercept import activations, attention, checkpoints, norms, products
+from gim.intercept import activations, checkpoints, norms, products, softmax, torch_attention
+from gim.intercept.frames import running
 from gim.intercept.hooks import hooked
-from gim.intercept.session import Session, running
+from gim.intercept.session import Session
 
 #: What is done with each function of torch that a module of the model calls.
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **attention.HANDLERS,
+    **torch_attention.HANDLERS,
+    **softmax.HANDLERS,
     **norms.HANDLERS,
     **products.HANDLERS,
     **activations.HANDLERS,
@@ -31,19 +33,19 @@ class Mode(TorchFunctionMode):
     def __init__(self, session: Session) -> None:
         super().__init__()
         self.session = session
+        self._frames = running.frames  # of the one thread that it is on
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        frames = running.frames
-        handler = HANDLERS.get(func) if frames and frames[-1].session is self.session else None
-        if handler is None or hooked():
+        handler, frame = HANDLERS.get(func), self._frames[-1] if self._frames else None
+        if frame is None or handler is None or frame.session is not self.session or hooked():
             out = func(*args, **named)
         else:
             if torch.is_grad_enabled():
                 checkpoints.follow(self.session)
             out = handler(self.session, func, *args, **named)
-        if frames and frames[-1].trace is not None:
-            frames[-1].trace.add(func, args, named, out)
+        if frame is not None and frame.trace is not None:
+            frame.trace.add(func, args, named, out)
         return out

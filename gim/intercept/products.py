@@ -7,7 +7,6 @@ changes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,10 @@ from torch import nn
 import gim_kernels
 from gim.intercept import activations
 from gim.intercept.flow import Origin, mark, origin, share_a_source
-from gim.intercept.session import Session, running
+from gim.intercept.frames import running
+from gim.intercept.session import Session
 from gim.intercept.sites import SITES
+from gim.intercept.softmax import values
 from gim.rules import Rules
 from gim_kernels import told
 from gim_kernels.reference import scale_gradient
@@ -94,8 +95,6 @@ def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *arg
 
 
 def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    from gim.intercept.attention import values
-
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -205,7 +204,7 @@ def _gate(
         if branch:
             scaled = scale_gradient(factor, scale[branch])
             out = acting(first, scaled) if factor is second else acting(scaled, second)
-            mark(out, dataclasses.replace(origin(out), factors=whole.factors))
+            mark(out, origin(out)._replace(factors=whole.factors))
             return out
         if part.bend == 0:
             return run(first, second)
@@ -254,7 +253,7 @@ def _gate(
 def _done(
     session: Session, out: torch.Tensor, roles: tuple[tuple[int, Any, str], ...], how: str, engine: str = "torch"
 ) -> torch.Tensor:
-    mark(out, dataclasses.replace(origin(out), factors=roles))
+    mark(out, origin(out)._replace(factors=roles))
     _fire(session, how, engine)
     return out
 

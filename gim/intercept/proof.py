@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gim.applied import AppliedReport, Part
-from gim.intercept.session import original_forward
+from gim.intercept.gates import original_forward
 from gim.intercept.watch import PART_OF, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules

@@ -8,80 +8,25 @@ innermost session that its own task or thread has opened, and none where it has 
 from __future__ import annotations
 
 import contextvars
-import copy
-import functools
 import itertools
 import threading
-import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
+from gim.intercept.frames import Frame, running
+from gim.intercept.gates import CHANGED, Gate, put_back, undo_all
 from gim.rules import Rules
 from gim_kernels.reference import scale_gradient
 from gim_kernels.types import Engine
 
 #: The sessions that this task or thread has opened, the innermost last.
 _open: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
-
-
-T = TypeVar("T")
 _numbers = itertools.count(1)
-#: Attribute of a changed ``forward`` that holds the one before.
-_CHANGED = "_gim_before"
-
-
-class _Paused:
-    """Inside, the function mode of the session that runs is off: what is called is no code of the model's."""
-
-    def __enter__(self) -> None:
-        count = torch._C._len_torch_function_stack()
-        top = torch._C._get_function_stack_at(count - 1) if count else None
-        self._mode = torch._C._pop_torch_function_stack() if hasattr(top, "session") else None
-
-    def __exit__(self, *error: Any) -> None:
-        if self._mode is not None:
-            torch._C._push_on_torch_function_stack(self._mode)
-
-
-def paused() -> _Paused:
-    """A context in which the kernels are called: what they ask and compute is not looked at."""
-    return _Paused()
-
-
-class Frame:
-    """A module that runs inside a session."""
-
-    __slots__ = ("counted", "module", "name", "pattern", "session", "shows", "sources", "trace")
-
-    def __init__(self, session: Session, name: str, module: nn.Module) -> None:
-        self.session = session
-        self.name = name
-        self.module = module
-        #: What the mask argument of this module means, where the module itself must not see it.
-        self.pattern: Any = None
-        #: The config that says "sdpa" to this module.
-        self.shows: Any = None
-        #: Whether a gated product of this call is counted already: experts are products of one module.
-        self.counted = False
-        #: What activations were computed from, by place; kept only where a rule asks for it.
-        self.sources: dict[Any, torch.Tensor] = {}
-        #: What notes the functions that this call makes; None where nobody asks.
-        self.trace: Any = None
-
-
-class _Running(threading.local):
-    """The modules that run on this thread, the outermost first."""
-
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-
-
-running = _Running()
 
 
 class Session:
@@ -260,97 +205,6 @@ class Session:
             restore()  # where an interrupt came during the first
 
 
-class Gate:
-    """Stands before the ``forward`` of one module and says that it runs.
-
-    It is an attribute of the instance. A copy or a pickle of the module gets the module's own ``forward`` in its place.
-    """
-
-    def __init__(self, module: nn.Module, name: str, stack: Stack) -> None:
-        self.name = name
-        self.stack = stack
-        self.module = module
-        own = module.__dict__.get("forward")
-        # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
-        ours = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
-        self.own = None if ours else own
-        #: Whether its stack has taken it away.
-        self.gone = False
-        #: The module's own, whatever gates of other stacks stand before it.
-        self.inner: Callable[..., Any] = original_forward(module)
-        self.prepare = stack.prepare(name, module)
-        #: Whether the module holds no other, and may be a norm by itself.
-        self.leaf = not module._modules
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.inner
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        frames = running.frames
-        if type(self.own) is Gate:
-            gate, session = self._followed()
-        else:
-            gate, session = self, frames[-1].session if frames else None
-            if session is None or session.stack is not self.stack:
-                session = self.session()
-        if session is None:
-            return self.inner(*inputs, **named)
-        if not any(one.session is session for one in reversed(frames)):
-            return gate.stack.run(session, gate, inputs, named)
-        return gate.within(session, inputs, named)
-
-    def session(self) -> Session | None:
-        """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""
-        ran = next((one.session for one in reversed(running.frames) if one.session.stack is self.stack), None)
-        return self.stack.innermost() if ran is None else ran
-
-    def _followed(self) -> tuple[Gate, Session | None]:
-        """Of the gates before one module, that of the session which was opened last, and the session."""
-        best: tuple[Gate, Session | None] = (self, None)
-        gate: Any = self
-        while isinstance(gate, Gate):
-            session = gate.session()
-            if session is not None and (best[1] is None or session.number > best[1].number):
-                best = gate, session
-            gate = gate.own
-        return best
-
-    def within(self, session: Session, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run the module in a forward pass that follows a session."""
-        frame = Frame(session, self.name, self.module)
-        if session.recording and not torch.is_grad_enabled():
-            session.check_no_graph(frame)
-        return self.enter(frame, inputs, named)
-
-    def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run the module as the innermost of those that run on this thread."""
-        if self.prepare is not None:
-            return self.prepare(frame, self.inner, inputs, named)
-        if self.leaf and len(inputs) == 1 and not named:
-            return self.stack.leaf(self, frame, inputs[0])
-        running.frames.append(frame)
-        try:
-            return self.inner(*inputs, **named)
-        finally:
-            running.frames.pop()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
-        copied = memo.get(id(self.module))
-        return self.inner if copied is None else types.MethodType(type(self.module).forward, copied)
-
-    def __reduce__(self) -> Any:
-        if self.own is not None:
-            return _itself, (self.own,)
-        return getattr, (self.module, "forward")
-
-
-def _itself(x: Any) -> Any:
-    return x
-
-
 class Stack:
     """The open sessions of one model, and the gates of its modules while there are any.
 
@@ -395,7 +249,7 @@ class Stack:
             self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
             if not self.sessions:
                 self.modules = {}
-                _undo_all(self._gated, self._ungate)
+                undo_all(self._gated, self._ungate)
 
     def _gate(self, module: nn.Module) -> Gate | None:
         """This stack's gate before a module, under gates of others and what a memory plan has put there."""
@@ -406,7 +260,7 @@ class Stack:
                     return found
                 found = found.own
             else:
-                found = getattr(found, "__dict__", {}).get(_CHANGED)
+                found = getattr(found, "__dict__", {}).get(CHANGED)
         return None
 
     def _ungate(self, held: weakref.ref[nn.Module]) -> None:
@@ -417,7 +271,7 @@ class Stack:
         gate.gone = True
         top = module.__dict__["forward"]
         if top is gate:
-            _put_back(module, "forward", gate)
+            put_back(module, "forward", gate)
             return
         while isinstance(top, Gate) and top.own is not gate:
             top = top.own
@@ -444,94 +298,3 @@ def session_of(model: nn.Module) -> Session | None:
     with _stacks_lock:
         found = _stacks.get(model)
     return None if found is None else found.innermost()
-
-
-def session_here() -> Session | None:
-    """The session whose rules are in force for what runs on this thread."""
-    frames = running.frames
-    return frames[-1].session if frames else None
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """A module's own ``forward``, without what stands before it."""
-    forward: Any = module.forward
-    while True:
-        if isinstance(forward, Gate):
-            forward = forward.inner
-        elif _CHANGED in getattr(forward, "__dict__", ()):
-            forward = forward.__dict__[_CHANGED]
-        else:
-            return forward
-
-
-class Changes:
-    """Changes of instances, each put back exactly as it was on closing, or once nobody holds this any more.
-
-    Args:
-        session: what the changed forwards are for: a forward pass that follows another, on another thread, sees none
-            of them.
-    """
-
-    def __init__(self, session: Session | None = None) -> None:
-        self._session = session
-        self._undo: list[Callable[[], Any]] = []
-        weakref.finalize(self, _undo_all, self._undo, _call)
-
-    def callback(self, undo: Callable[[], Any]) -> None:
-        """Call something on closing; it may be called twice."""
-        self._undo.append(undo)
-
-    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""
-        before = module.__dict__.get(name, _MISSING)
-        self.callback(lambda: _put_back(module, name, before))
-        module.__dict__[name] = value
-
-    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give one instance another ``forward``."""
-        inner, session = module.forward, self._session
-
-        @functools.wraps(inner)
-        def changed(*inputs: Any, **named: Any) -> Any:
-            ours = session is None or session.is_followed_here()
-            return (forward if ours else inner)(*inputs, **named)
-
-        changed.__dict__[_CHANGED] = inner
-        self.set_attribute(module, "forward", changed)
-
-    def close(self) -> None:
-        """Undo every change, the last first."""
-        _undo_all(self._undo, _call)
-
-
-def _call(undo: Callable[[], Any]) -> None:
-    undo()
-
-
-def _undo_all(held: list[T], undo: Callable[[T], None]) -> None:
-    """Undo each thing that is held, the last first, and hold it no more; what is interrupted is done again."""
-    interrupted: KeyboardInterrupt | None = None
-    while held:
-        try:
-            while held:
-                undo(held[-1])
-                held.pop()
-        except KeyboardInterrupt as error:  # the model is put back first
-            interrupted = error
-    if interrupted is not None:
-        try:
-            raise interrupted
-        finally:
-            del interrupted  # or it and this frame would keep each other, and all that the frames before hold
-
-
-_MISSING = object()
-
-
-def _put_back(module: nn.Module, name: str, before: Any) -> None:
-    while isinstance(before, Gate) and before.gone:
-        before = _MISSING if before.own is None else before.own
-    if before is _MISSING:
-        module.__dict__.pop(name, None)
-    else:
-        module.__dict__[name] = before

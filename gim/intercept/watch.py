@@ -119,10 +119,10 @@ class Watch(TorchDispatchMode):
         self._references: list[Any] = []
         self._unstored: dict[int, tuple[weakref.ref[torch.Tensor], dict[_Key, Value]]] = {}
         self._asks = given is not None
-        model = modules[""]
-        held: Tensors = [*model.parameters(), *model.buffers()]
+        held: Tensors = []
         seen: set[int] = set()
         for module in modules.values():
+            held += [one for kept in (module._parameters, module._buffers) for one in kept.values() if one is not None]
             collect({k: v for k, v in vars(module).items() if k[:1] != "_"}, held, seen, 4)
         for tensor in held:
             collect(vars(tensor), held, seen, 3)  # what a quantised weight keeps beside itself
@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
         collect(list(given or ()), inputs, set(), 6)
         self._inputs = [weakref.ref(tensor) for tensor in inputs]
         self._flag: Any = None
-        self._flows = True
+        self._tensors: Tensors = []  # of the operator that is looked at
 
     @property
     def found(self) -> tuple[Finding, ...]:
@@ -294,20 +294,19 @@ class Watch(TorchDispatchMode):
                 value = Value(source=first.source) if floats else first
                 self._put(outs[0], value, outs[0] is tensors[0])
             return out
-        if any(v.blank for v in values) and kind not in UNREAD:
+        if kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
-        # Where no gradient flows through an operator, no rule is missing.
-        self._flows = not (self._live and torch.is_grad_enabled()) or any(x.requires_grad for x in tensors)
+        self._tensors = tensors
         value = self._value(kind, name, args, tensors, values, outs)
-        if value.dep and not any(value is one for one in values):
+        if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
             value.depth = max((one.depth for one in values), default=0) + mixes
-        floats = value.dep and any(map(is_real, tensors))
+        given = {id(x) for x in tensors}
         for index, one in enumerate(outs):
             mine = self._piece(value, (name, "output", index)) if value.dep and len(outs) > 1 else value
-            # An index or a condition has no gradient, but it knows its origin.
-            mine = Value(source=value.source) if floats and not is_real(one) else mine
-            self._put(one, mine, any(one is x for x in tensors))
+            if value.dep and not is_real(one) and any(map(is_real, tensors)):
+                mine = Value(source=value.source)  # an index or a condition has no gradient, but it knows its origin
+            self._put(one, mine, id(one) in given)
         return out
 
     def _blank(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors, named: Any) -> None:
@@ -471,8 +470,9 @@ class Watch(TorchDispatchMode):
     def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
         """Enter a finding that no rule has reached, with the module whose code is running, from Python's own stack."""
         part = PART_OF.get(kind)
-        if part is not None and not self._flows:
-            return
+        grads = self._live and torch.is_grad_enabled()
+        if part is not None and grads and not any(x.requires_grad for x in self._tensors):
+            return  # where no gradient flows through an operator, no rule is missing
         if part is not None and (self._sites.acts(part) or any(value.reached == part for value in values)):
             return
         if part is not None and self._live and not torch.is_grad_enabled() and not _in_function():

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gim.applied import UnsupportedModelError
 from gim.parts.adapters import hugging_face, transformer_lens
+from gim.parts.parameters import named_parameters
 
 #: Packages whose functions are plain attention: over the whole sequence, with all heads, on one device.
 PLAIN = ("transformers", "torch", "gim", transformer_lens.PACKAGE)
@@ -50,7 +51,7 @@ def refuse_unsupported_placement(modules: Mapping[str, nn.Module]) -> None:
     _refuse_pipeline_stage(modules)
     _refuse_offloaded_weights(modules)
     refuse_sharded_sequence(modules)
-    for name, parameter in _parameters(modules):
+    for name, parameter in named_parameters(modules):
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{name} is on the meta device: load the weights first; for memory alone, gim.estimate_memory takes "
@@ -95,18 +96,12 @@ def refuse_context_parallelism(modules: Mapping[str, nn.Module]) -> None:
     if f"{_CONTEXT_PARALLEL}._attention" not in sys.modules:
         return
     for name, module in modules.items():
-        if any(home_of(hook).startswith(_CONTEXT_PARALLEL) for hook in module._forward_pre_hooks.values()):
+        hooks = module._forward_pre_hooks
+        if hooks and any(home_of(hook).startswith(_CONTEXT_PARALLEL) for hook in hooks.values()):
             raise UnsupportedModelError(
                 f"{name or type(module).__name__} is under context parallelism of torch, so each rank has only a part "
                 f"of the sequence, which gim cannot explain. {_TENSOR_PARALLEL}"
             )
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, module in modules.items():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{name}.{own}" if name else own, parameter
 
 
 def _refuse_unknown_attention(name: str, model: PreTrainedModel) -> None:
@@ -218,7 +213,7 @@ def _refuse_sharded_weights(modules: Mapping[str, nn.Module]) -> None:
                 f"{named} is wrapped in FullyShardedDataParallel (FSDP): its parameters lie over the ranks and are "
                 f"whole only while it runs. Give gim a model that is not sharded. {_TENSOR_PARALLEL}"
             )
-    for name, parameter in _parameters(modules):
+    for name, parameter in named_parameters(modules):
         if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_status"):
             raise UnsupportedModelError(
                 f"{name} is partitioned by ZeRO-3 of DeepSpeed: it lies over the ranks and is whole only while its "

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import gim
-from gim.intercept.session import Changes, session_of
+from gim.intercept.gates import Changes
+from gim.intercept.session import session_of
 from tests.oracle import assert_close64
 
 RULES = ("GIM", "GRADIENT", "ATTNLRP", "FREEZE_ONLY", "GIM_CONSTANT", "SCALES_ONLY")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import gim_kernels
 from gim_kernels import blockwise, reference
+from gim_kernels.blockwise.forward import _for_torch
 from gim_kernels.types import ENGINES, Options
 from tests.gim_kernels.attention_draws import Draw, check, differentiate, draw, laid_out
 from tests.live import peak_bytes
@@ -131,11 +132,11 @@ def test_only_what_torchs_kernel_cannot_walk_is_copied(name: str) -> None:
     strides, walkable = LAYOUTS[name]
     x = laid_out(torch.randn(2, 4, 9, 8), strides, 0)
     other = torch.randn(2, 4, 9, 8)
-    assert (blockwise._for_torch(x) is x) == walkable
+    assert (_for_torch(x) is x) == walkable
     for tensors in ((x, other, other), (other, x, other), (other, other, x)):
         copied = blockwise.forward_workspace(*tensors, Options(1.0), plain=True)
         assert copied == (0 if walkable else x.numel() * 4)
-    assert torch.equal(blockwise._for_torch(x), x)
+    assert torch.equal(_for_torch(x), x)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 import gim_kernels
 from gim_kernels import blockwise, reference
+from gim_kernels.blockwise import tiles
 from gim_kernels.budget import relative_error
 from gim_kernels.types import Options
 from tests.gim_kernels.test_attention import RULE_IDS, RULES, differentiate, make
@@ -98,19 +99,19 @@ def test_key_heads_in_one_block_or_several(
 
     truth, yardstick = (run(reference.attention, convert) for convert in (torch.Tensor.double, lambda x: x))
     for scores, heads in ((1 << 21, 3), (1, 2)):  # two of three heads, and then the third
-        monkeypatch.setattr(blockwise, "SCORES", scores)
-        assert blockwise.tile_of(70, 90, 3, 2, Options(1.0, True, 40)).heads == heads
+        monkeypatch.setattr(tiles, "SCORES", scores)
+        assert tiles.tile_of(70, 90, 3, 2, Options(1.0, True, 40)).heads == heads
         for name, got in run(gim_kernels.attention, lambda x: x).items():
             assert_within_budget(got, truth[name], yardstick[name], f"{name}, {heads} heads")
-    assert blockwise.tile_of(1 << 17, 1 << 17, 8, 1, Options(1.0, True)).heads == 1
+    assert tiles.tile_of(1 << 17, 1 << 17, 8, 1, Options(1.0, True)).heads == 1
 
 
 def test_empty_tiles_are_not_visited() -> None:
     options = Options(scale=1.0, causal=True, window=64)
-    blocks = list(blockwise.blocks(1024, 1024, options, 0, 1024, 32))
+    blocks = list(tiles.blocks(1024, 1024, options, 0, 1024, 32))
     assert max(block.keys for block in blocks) <= 32 + 64
     assert sum(block.keys for block in blocks) < 1024 * 3.1
-    padded = list(blockwise.blocks(64, 64, Options(1.0, causal=True), 48, 64, 16))
+    padded = list(tiles.blocks(64, 64, Options(1.0, causal=True), 48, 64, 16))
     assert [block.keys for block in padded] == [0, 0, 0, 16]
 
 

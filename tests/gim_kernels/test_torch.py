@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gim_kernels
-from gim_kernels import blockwise, engines, reference, types
+from gim_kernels import engines, reference, types
+from gim_kernels.blockwise import backward
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -265,13 +266,13 @@ def test_several_gradients_share_the_weights_of_attention(
     )  # fmt: skip
     grads = torch.stack([numbers(*y.shape, seed=seed).to(dtype) for seed in range(3)])
     counts: list[int] = []
-    weights = blockwise._weights
+    weights = backward._weights
 
     def counted(*given: Any) -> Any:
         counts.append(1)
         return weights(*given)
 
-    monkeypatch.setattr(blockwise, "_weights", counted)
+    monkeypatch.setattr(backward, "_weights", counted)
     want = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
     alone = len(counts)
     found = BATCHED["torch.func.vmap"](y, inputs, grads)

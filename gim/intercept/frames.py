@@ -1,0 +1,67 @@
+"""Which module runs on this thread, and for which session."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from gim.intercept.session import Session
+
+
+class Frame:
+    """A module that runs inside a session."""
+
+    __slots__ = ("counted", "module", "name", "pattern", "session", "shows", "sources", "trace")
+
+    def __init__(self, session: Session, name: str, module: nn.Module) -> None:
+        self.session = session
+        self.name = name
+        self.module = module
+        #: What the mask argument of this module means, where the module itself must not see it.
+        self.pattern: Any = None
+        #: The config that says "sdpa" to this module.
+        self.shows: Any = None
+        #: Whether a gated product of this call is counted already: experts are products of one module.
+        self.counted = False
+        #: What activations were computed from, by place; None where no rule has asked for it.
+        self.sources: dict[Any, torch.Tensor] | None = None
+        #: What notes the functions that this call makes; None where nobody asks.
+        self.trace: Any = None
+
+
+class _Running(threading.local):
+    """The modules that run on this thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+
+running = _Running()
+
+
+def session_here() -> Session | None:
+    """The session whose rules are in force for what runs on this thread."""
+    frames = running.frames
+    return frames[-1].session if frames else None
+
+
+class _Paused:
+    """Inside, the function mode of the session that runs is off: what is called is no code of the model's."""
+
+    def __enter__(self) -> None:
+        count = torch._C._len_torch_function_stack()
+        top = torch._C._get_function_stack_at(count - 1) if count else None
+        self._mode = torch._C._pop_torch_function_stack() if hasattr(top, "session") else None
+
+    def __exit__(self, *error: Any) -> None:
+        if self._mode is not None:
+            torch._C._push_on_torch_function_stack(self._mode)
+
+
+def paused() -> _Paused:
+    """A context in which the kernels are called: what they ask and compute is not looked at."""
+    return _Paused()

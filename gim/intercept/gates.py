@@ -1,0 +1,196 @@
+"""What stands before the ``forward`` of a module while a session is open, and how a module is put back as it was."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from gim.intercept.frames import Frame, running
+
+if TYPE_CHECKING:
+    from gim.intercept.session import Session, Stack
+
+T = TypeVar("T")
+#: Attribute of a changed ``forward`` that holds the one before.
+CHANGED = "_gim_before"
+
+
+class Gate:
+    """Stands before the ``forward`` of one module and says that it runs.
+
+    It is an attribute of the instance. A copy or a pickle of the module gets the module's own ``forward`` in its place.
+    """
+
+    def __init__(self, module: nn.Module, name: str, stack: Stack) -> None:
+        self.name = name
+        self.stack = stack
+        self.module = module
+        own = module.__dict__.get("forward")
+        # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
+        ours = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
+        self.own = None if ours else own
+        #: Whether its stack has taken it away.
+        self.gone = False
+        #: The module's own, whatever gates of other stacks stand before it.
+        self.inner: Callable[..., Any] = original_forward(module)
+        self.prepare = stack.prepare(name, module)
+        #: Whether the module holds no other, and may be a norm by itself.
+        self.leaf = not module._modules
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.inner
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        frames = running.frames
+        if type(self.own) is not Gate and frames and frames[-1].session.stack is self.stack:
+            return self.within(frames[-1].session, inputs, named)  # a part of what runs
+        gate, session = self._followed()
+        if session is None:
+            return self.inner(*inputs, **named)
+        if not any(one.session is session for one in reversed(frames)):
+            return gate.stack.run(session, gate, inputs, named)
+        return gate.within(session, inputs, named)
+
+    def session(self) -> Session | None:
+        """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""
+        ran = next((one.session for one in reversed(running.frames) if one.session.stack is self.stack), None)
+        return self.stack.innermost() if ran is None else ran
+
+    def _followed(self) -> tuple[Gate, Session | None]:
+        """Of the gates before one module, that of the session which was opened last, and the session."""
+        best: tuple[Gate, Session | None] = (self, None)
+        gate: Any = self
+        while isinstance(gate, Gate):
+            session = gate.session()
+            if session is not None and (best[1] is None or session.number > best[1].number):
+                best = gate, session
+            gate = gate.own
+        return best
+
+    def within(self, session: Session, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the module in a forward pass that follows a session."""
+        frame = Frame(session, self.name, self.module)
+        if session.recording and not torch.is_grad_enabled():
+            session.check_no_graph(frame)
+        return self.enter(frame, inputs, named)
+
+    def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run the module as the innermost of those that run on this thread."""
+        if self.prepare is not None:
+            return self.prepare(frame, self.inner, inputs, named)
+        if self.leaf and len(inputs) == 1 and not named:
+            return self.stack.leaf(self, frame, inputs[0])
+        running.frames.append(frame)
+        try:
+            return self.inner(*inputs, **named)
+        finally:
+            running.frames.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        copied = memo.get(id(self.module))
+        return self.inner if copied is None else types.MethodType(type(self.module).forward, copied)
+
+    def __reduce__(self) -> Any:
+        if self.own is not None:
+            return _itself, (self.own,)
+        return getattr, (self.module, "forward")
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's own ``forward``, without what stands before it."""
+    forward: Any = module.forward
+    while True:
+        if isinstance(forward, Gate):
+            forward = forward.inner
+        elif CHANGED in getattr(forward, "__dict__", ()):
+            forward = forward.__dict__[CHANGED]
+        else:
+            return forward
+
+
+class Changes:
+    """Changes of instances, each put back exactly as it was on closing, or once nobody holds this any more.
+
+    Args:
+        session: what the changed forwards are for: a forward pass that follows another, on another thread, sees none
+            of them.
+    """
+
+    def __init__(self, session: Session | None = None) -> None:
+        self._session = session
+        self._undo: list[Callable[[], Any]] = []
+        weakref.finalize(self, undo_all, self._undo, _call)
+
+    def callback(self, undo: Callable[[], Any]) -> None:
+        """Call something on closing; it may be called twice."""
+        self._undo.append(undo)
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute on the instance alone, to be put back exactly as it was, or removed."""
+        before = module.__dict__.get(name, _MISSING)
+        self.callback(lambda: put_back(module, name, before))
+        module.__dict__[name] = value
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give one instance another ``forward``."""
+        inner, session = module.forward, self._session
+
+        @functools.wraps(inner)
+        def changed(*inputs: Any, **named: Any) -> Any:
+            ours = session is None or session.is_followed_here()
+            return (forward if ours else inner)(*inputs, **named)
+
+        changed.__dict__[CHANGED] = inner
+        self.set_attribute(module, "forward", changed)
+
+    def close(self) -> None:
+        """Undo every change, the last first."""
+        undo_all(self._undo, _call)
+
+
+def _call(undo: Callable[[], Any]) -> None:
+    undo()
+
+
+def undo_all(held: list[T], undo: Callable[[T], None]) -> None:
+    """Undo each thing that is held, the last first, and hold it no more; what is interrupted is done again."""
+    interrupted: KeyboardInterrupt | None = None
+    while held:
+        try:
+            while held:
+                undo(held[-1])
+                held.pop()
+        except KeyboardInterrupt as error:  # the model is put back first
+            interrupted = error
+    if interrupted is not None:
+        try:
+            raise interrupted
+        finally:
+            del interrupted  # or it and this frame would keep each other, and all that the frames before hold
+
+
+_MISSING = object()
+
+
+def put_back(module: nn.Module, name: str, before: Any) -> None:
+    """Give an instance the attribute that it had, or none; of a gate that is gone, what stood behind it."""
+    while isinstance(before, Gate) and before.gone:
+        before = _MISSING if before.own is None else before.own
+    if before is _MISSING:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = before
