@@ -156,7 +156,7 @@ _NOTHING = contextlib.nullcontext()
 
 def as_given(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside it, products of tensors like ``x`` are in the types of their factors, under ``torch.autocast`` too."""
-    if not autocasts(x.device.type):
+    if not torch._C._is_any_autocast_enabled() or not autocasts(x.device.type):
         return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 
