@@ -63,12 +63,12 @@ class PromptsInterrupted(KeyboardInterrupt):
 
 
 def is_several(prompt: Any) -> bool:
-    """Whether what is given as a prompt is a list of prompts, each text or a chat."""
+    """Whether what is given as a prompt is a list of prompts, each text or a chat: not one chat, which has messages."""
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str | bytes)
-        and len(prompt) > 0
-        and all(isinstance(one, str | Sequence) for one in prompt)
+        and any(isinstance(one, Sequence) for one in prompt)
+        and not any(isinstance(one, Mapping) for one in prompt)
     )
 
 

@@ -147,6 +147,10 @@ def test_a_bad_prompt_is_named_and_the_others_are_kept(model: Any) -> None:
         kept = error.results[place]
         assert isinstance(kept, gim.Attribution)
         assert_alike(kept.scores, alone(model, bad[place]))
+    none: list[Any] = [PROMPTS[0], None, PROMPTS[1]]
+    with pytest.raises(gim.PromptError, match=r"1 of 3 .*prompt\[1\]: ") as of_none:
+        gim.attribute(model, made, none)
+    assert [one is None for one in of_none.value.results] == [False, True, False]
     with pytest.raises(ValueError, match=r"^prompt must not be empty$"):
         gim.attribute(model, made, ["", ""])
     with pytest.raises(ValueError, match="rules must be") as of_all:
