@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gim.evaluation.result import Evaluation
     from gim.evaluation.run import EvaluationInterrupted, evaluate
     from gim.intercept.interface import set_attention_rules
+    from gim.layerwise import LayerwiseAttribution
     from gim.many import PromptError, PromptsInterrupted
     from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
     from gim.request import attribute, explain
@@ -30,6 +31,7 @@ _HOMES = {
     "EstimateError": "gim.memory",
     "Evaluation": "gim.evaluation.result",
     "EvaluationInterrupted": "gim.evaluation.run",
+    "LayerwiseAttribution": "gim.layerwise",
     "MemoryEstimate": "gim.memory",
     "MemoryPlan": "gim.memory",
     "OutOfMemoryError": "gim.memory",
@@ -55,6 +57,7 @@ __all__ = [
     "EstimateError",
     "Evaluation",
     "EvaluationInterrupted",
+    "LayerwiseAttribution",
     "MemoryEstimate",
     "MemoryPlan",
     "OutOfMemoryError",

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from gim.rules import Rules
 from gim.rules import get as get_rules
 from gim.scoring import Progress, Result, Terms
 from gim.segments import Range
-from gim.targets import Explained, Measure, NextToken, TokenLike
+from gim.targets import PERS, Explained, Measure, NextToken, Per, TokenLike
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -47,6 +47,7 @@ class Asked:
 
     Args:
         text, ids, offsets, template, segments: as in :class:`gim.prompts.Encoded`.
+        per: None for the tokens alone.
         baseline: id of the token that stands for "nothing".
     """
 
@@ -64,6 +65,7 @@ class Asked:
     allow_extrapolation: bool
     strict: bool
     engine: Engine
+    per: Per | None
 
     @classmethod
     def of(
@@ -81,9 +83,12 @@ class Asked:
         engine: Engine,
         segments: Any,
         template_arguments: Mapping[str, Any] | None,
+        per: Literal["token", "layer", "head"] = "token",
     ) -> Asked:
         """The arguments of :func:`gim.attribute` of the same names, checked."""
         engines.check_name(engine)
+        if per != "token" and per not in PERS:
+            raise ValueError(f"per must be one of {('token', *PERS)}, got {per!r}")
         chosen = get_rules(rules)
         encoded = prompts.encode(prompt, tokenizer, template_arguments)
         named = encoded.segments if segments is None else check_segments(segments, len(encoded.text))
@@ -93,7 +98,7 @@ class Asked:
         check_token_id(model, "baseline", baseline_id)
         return cls(
             *(model, tokenizer, encoded.text, encoded.ids, encoded.offsets, encoded.template, named, baseline_id),
-            *(chosen, memory, progress, allow_extrapolation, strict, engine),
+            *(chosen, memory, progress, allow_extrapolation, strict, engine, None if per == "token" else per),
         )
 
     def run(self, wanted: Sequence[Wanted], measure: Measure, total: Measure | None = None) -> Result:
@@ -119,6 +124,7 @@ class Asked:
             *(self.model, checked, exists, scored, self.baseline, self.rules, self.memory, self.progress),
             strict=self.strict,
             engine=self.engine,
+            per=self.per,
         )
 
     def words(self, ids: Sequence[int]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.rules import get as get_rules
-from gim.scoring import Request, Terms, passes
+from gim.scoring import Request, Terms, looked_at, passes
+from gim.targets import Per
 from gim_kernels.types import Engine
 
 #: Parts of an estimate, in the order they are shown.
@@ -165,6 +166,7 @@ class Twin:
     Args:
         model_or_config, rules, device, dtype: as in :func:`estimate_memory`.
         engine: whose operators are accounted, as in :class:`gim.GIM`.
+        per: what is looked at beside the tokens.
     """
 
     def __init__(
@@ -175,7 +177,9 @@ class Twin:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         engine: Engine = "auto",
+        per: Per | None = None,
     ) -> None:
+        self._per = per
         try:
             self.model = _without_memory(model_or_config, dtype)
         except Exception as error:
@@ -325,10 +329,11 @@ class Twin:
             hosts[0] = max(hosts[0], ledger.live["host"])
 
         entered: list[Counter[Tag]] = []
-        request = Request.of(ids, None, scored)
+        request = Request.of(ids, None, scored, per=self._per)
         mlps = {name: self._mlps[self._layers.name(layer)] for name, layer in anatomy.of(self.model).layers}
         try:
             with ExitStack() as stack:
+                taps = looked_at(self.model, request, stack)
                 plan_at_work = checkpoint.applied(
                     plan,
                     self.model,
@@ -342,7 +347,7 @@ class Twin:
                 stack.enter_context(plan_at_work)
                 stack.enter_context(_following(cast.layers, ledger, entered, held))
                 stack.enter_context(ledger)
-                passes(self.model, request, 0, plan, check=False)
+                passes(self.model, request, 0, plan, check=False, taps=taps)
         except Exception as error:
             raise EstimateError(
                 f"{type(self.model).__name__} cannot be run on tensors without data, so its memory cannot be told: "

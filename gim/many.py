@@ -10,6 +10,7 @@ from gim import answering
 from gim.answers import AnswerAttribution
 from gim.asked import Asked
 from gim.attribution import Attribution
+from gim.layerwise import LayerwiseAttribution
 from gim.memory import OutOfMemoryError
 from gim.parts import anatomy
 from gim.scoring import Progress
@@ -27,7 +28,7 @@ BATCH_LOGITS = 2**26
 #: What one prompt may be the cause of.
 OF_A_PROMPT = (ValueError, TypeError, FloatingPointError, OutOfMemoryError)
 
-Result = Attribution | AnswerAttribution
+Result = Attribution | LayerwiseAttribution | AnswerAttribution
 
 
 class PromptError(ValueError):

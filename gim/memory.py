@@ -21,6 +21,7 @@ from gim.plan import CHECKPOINTS, PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.scoring import Progress, Request, Result, Terms
+from gim.targets import Per
 from gim_kernels.types import Engine
 
 __all__ = [
@@ -121,7 +122,7 @@ def gradient_bytes(model: nn.Module, tokens: int) -> float | None:
     return None if kept is None or not layers else LAYERS_A_GRADIENT * kept / layers
 
 
-_twins: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Rules, Engine], Twin | EstimateError]] = (
+_twins: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Rules, Engine, Per | None], Twin | EstimateError]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -165,10 +166,10 @@ class _Adviser:
             EstimateError: there is none.
         """
         twins = _twins.setdefault(self._model, {})
-        key = (self._rules, self._engine)
+        key = (self._rules, self._engine, self._request.per)
         if key not in twins:
             try:
-                twins[key] = Twin(self._model, self._rules, engine=self._engine)
+                twins[key] = Twin(self._model, self._rules, engine=self._engine, per=self._request.per)
             except EstimateError as error:
                 # Without its traceback, which would keep the model alive that the twin is filed under.
                 twins[key] = EstimateError(str(error))
@@ -363,6 +364,7 @@ def run(
     *,
     strict: bool = True,
     engine: Engine = "auto",
+    per: Per | None = None,
 ) -> Result:
     """One forward and one backward over a checked batch, under the plan that ``memory`` means.
 
@@ -378,7 +380,7 @@ def run(
         raise ValueError(f"memory must be a MemoryPlan, 'auto' or one of {CHECKPOINTS}, got {memory!r}")
     chosen = MemoryPlan.parse(memory) if isinstance(memory, str) and memory != "auto" else memory
     adviser = _Adviser(
-        model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id), rules, engine
+        model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id, per), rules, engine
     )
     if isinstance(chosen, MemoryPlan):
         plan = chosen

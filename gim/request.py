@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import nn
@@ -25,13 +25,14 @@ from gim.inputs import (
     infer_baseline,
     resolve_position,
 )
+from gim.layerwise import LayerwiseAttribution
 from gim.memory import MemoryPlan, run
 from gim.parts import anatomy
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
 from gim.scoring import PREDICTION, Progress, Terms
 from gim.single import Single, TargetLike
-from gim.targets import Measure, TokenLike
+from gim.targets import Measure, Per, TokenLike
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -202,8 +203,20 @@ def attribute(
     *,
     answer: None = None,
     generate: None = None,
+    per: Literal["token"] = "token",
     **options: Unpack[Options],
 ) -> Attribution: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    answer: None = None,
+    generate: None = None,
+    per: Per,
+    **options: Unpack[Options],
+) -> LayerwiseAttribution: ...
 @overload
 def attribute(
     model: nn.Module,
@@ -232,8 +245,20 @@ def attribute(
     *,
     answer: None = None,
     generate: None = None,
+    per: Literal["token"] = "token",
     **options: Unpack[ManyOptions],
 ) -> list[Attribution]: ...
+@overload
+def attribute(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompts,
+    *,
+    answer: None = None,
+    generate: None = None,
+    per: Per,
+    **options: Unpack[ManyOptions],
+) -> list[LayerwiseAttribution]: ...
 @overload
 def attribute(
     model: nn.Module,
@@ -274,7 +299,15 @@ def attribute(
     template_arguments: Mapping[str, Any] | None = None,
     answer: str | Sequence[int] | list[Any] | None = None,
     generate: int | None = None,
-) -> Attribution | AnswerAttribution | list[Attribution] | list[AnswerAttribution]:
+    per: Literal["token", "layer", "head"] = "token",
+) -> (
+    Attribution
+    | LayerwiseAttribution
+    | AnswerAttribution
+    | list[Attribution]
+    | list[LayerwiseAttribution]
+    | list[AnswerAttribution]
+):
     """Attributions of a prompt's tokens to what the model says next, as a result that knows its tokens.
 
     Args:
@@ -308,15 +341,18 @@ def attribute(
         answer: what follows the prompt, as text or ids; every token of it is explained, from one forward.
         generate: the same of what the model itself says next, at most this many tokens, as its generation config says:
             greedily where that says nothing. Tokens with which the model ends are left out.
+        per: ``"token"``; or, from the same backward, ``"layer"`` for scores of the residual stream that each layer
+            reads, token by token, or ``"head"`` for those of each attention head's output. Not with ``answer``.
 
     Returns:
-        The attribution; with ``answer`` or ``generate`` a :class:`gim.AnswerAttribution`; of a list of prompts a list
-        in its order. A continuation's own tokens
+        The attribution; with ``per`` a :class:`gim.LayerwiseAttribution`, which has it; with ``answer`` or ``generate``
+        a :class:`gim.AnswerAttribution`; of a list of prompts a list in its order. A continuation's own tokens
         but the last are inputs too, and are part of it. Tokens that are the chat template's own have scores and are
         left out of ranks.
 
     Raises:
-        UnsupportedModelError: a rule cannot be applied to a part of the model; names it.
+        UnsupportedModelError: a rule cannot be applied to a part of the model, or a layer cannot be looked into; names
+            it.
         ValueError: an empty prompt, a chat that is not all text or that the template refuses or changes, a token that
             is not one, an id out of range, a slow tokenizer, segments that are empty, overlap or lie outside the text,
             template arguments for a text or of names that are not the template's; an empty answer, none within
@@ -344,6 +380,8 @@ def attribute(
         for name, given in (("target", target), ("position", position)):
             if given is not None:
                 raise ValueError(f"{name} is one token's: answer and generate explain every token of an answer")
+        if per != "token":
+            raise ValueError(f"per={per!r} is of one explained number: answer and generate explain several")
     ask = functools.partial(
         Asked.of,
         model,
@@ -354,6 +392,7 @@ def attribute(
         allow_extrapolation=allow_extrapolation,
         strict=strict,
         engine=engine,
+        per=per,
         template_arguments=template_arguments,
     )
     if many.is_several(prompt):

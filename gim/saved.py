@@ -14,15 +14,17 @@ import torch
 from gim.applied import PARTS, Application, AppliedReport
 from gim.files import parse_json, read_json
 from gim.rules import Rules
-from gim.targets import MEASURES, Explained, NextToken
+from gim.targets import MEASURES, PERS, Explained, NextToken
 
 if TYPE_CHECKING:
     from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
+    from gim.layerwise import LayerwiseAttribution
 
 #: Names and version of the JSON forms. The version grows when a reader of the one before could not read it.
 SCHEMA = "gim-kernels/attribution"
 ANSWER_SCHEMA = "gim-kernels/answer"
+LAYERWISE_SCHEMA = "gim-kernels/layerwise"
 SCHEMA_VERSION = 1
 
 #: Bytes that are read, at most: about three million tokens, which Python holds in ten times that.
@@ -75,6 +77,18 @@ def answer_to_fields(answer: AnswerAttribution) -> dict[str, Any]:
     }
 
 
+def layerwise_to_fields(found: LayerwiseAttribution) -> dict[str, Any]:
+    """The fields of the JSON form of scores by layer or head, the tokens' own among them."""
+    return {
+        "schema": LAYERWISE_SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "per": found.per,
+        "layers": list(found.layers),
+        "scores": found.scores.tolist(),
+        "attribution": to_fields(found.attribution),
+    }
+
+
 def to_document(fields: dict[str, Any]) -> str:
     """The JSON text of fields, of ASCII characters."""
     # One line for each field keeps the file readable; only ASCII, so that lone surrogates survive.
@@ -82,14 +96,14 @@ def to_document(fields: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def is_answer(source: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bool:
-    """Whether a JSON text, or a file with it, says that it is a whole answer's.
+def schema_of(source: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Any:
+    """What a JSON text, or a file with it, says that it is; None where it says nothing.
 
     Raises:
         OSError, ValueError: it cannot be read, or is not JSON.
     """
     _, fields = _fields(source, max_bytes)
-    return isinstance(fields, dict) and fields.get("schema") == ANSWER_SCHEMA
+    return fields.get("schema") if isinstance(fields, dict) else None
 
 
 def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
@@ -105,21 +119,47 @@ def read(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
 def read_answer(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
     """The arguments of an :class:`gim.AnswerAttribution`, and of its ``prompt``; errors as of :func:`read`."""
     name, given = _fields(source, max_bytes)
-    fields = _checked(name, given, ANSWER_SCHEMA, "an answer's attribution", _ANSWER_FIELDS)
+    what = "an answer's attribution"
+    fields = _checked(name, given, ANSWER_SCHEMA, what, _ANSWER_FIELDS)
     width = len(fields["total"])
-    if any(len(row) != width for row in fields["scores"]):
-        raise ValueError(f"{name} is not an answer's attribution: field 'scores' must have {width} numbers in each row")
     return {
         "prompt": _attribution(f"prompt of {name}", fields["prompt"]),
         "answer": fields["answer"],
         "tokens": tuple(fields["tokens"]),
         "offsets": tuple((start, end) for start, end in fields["offsets"]),
         "special": tuple(fields["special"]),
-        "scores": torch.tensor(fields["scores"], dtype=torch.float32).reshape(-1, width),
+        "scores": _matrix(name, what, fields["scores"], width),
         "total": torch.tensor([float(one) for one in fields["total"]], dtype=torch.float32),
         "targets": tuple(Explained.from_dict(one) for one in fields["targets"]),
         "next_tokens": tuple(tuple(NextToken(**one) for one in row) for row in fields["next_tokens"]),
     }
+
+
+def read_layerwise(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any]:
+    """The arguments of a :class:`gim.LayerwiseAttribution`, and of its ``attribution``; errors as of :func:`read`."""
+    name, given = _fields(source, max_bytes)
+    what = "an attribution by layer or head"
+    fields = _checked(name, given, LAYERWISE_SCHEMA, what, _LAYERWISE_FIELDS)
+    attribution = _attribution(f"attribution of {name}", fields["attribution"])
+    per, scores = fields["per"], fields["scores"]
+    rows = len(fields["layers"]) + (per == "layer")
+    if len(scores) != rows:
+        raise ValueError(f"{name} is not {what}: field 'scores' must have {rows} rows, got {len(scores)}")
+    width = len(attribution["tokens"]) if per == "layer" else len(scores[0]) if scores else 0
+    return {
+        "attribution": attribution,
+        "per": per,
+        "scores": _matrix(name, what, scores, width),
+        "layers": tuple(fields["layers"]),
+    }
+
+
+def _matrix(name: str, what: str, scores: list[list[float]], width: int) -> torch.Tensor:
+    """Rows of one width."""
+    if any(len(row) != width for row in scores):
+        raise ValueError(f"{name} is not {what}: field 'scores' must have {width} numbers in each row")
+    numbers = [[float(one) for one in row] for row in scores]
+    return torch.tensor(numbers, dtype=torch.float32).reshape(len(scores), width)
 
 
 def _fields(source: str | os.PathLike[str], max_bytes: int) -> tuple[str, Any]:
@@ -315,6 +355,12 @@ _ANSWER_FIELDS: dict[str, Check] = {
     "targets": _list_of(_target),
     "next_tokens": _list_of(_list_of(_fields_of(NextToken))),
     "prompt": _is(dict, "an object"),  # which is read as an attribution of its own
+}
+_LAYERWISE_FIELDS: dict[str, Check] = {
+    "per": _one_of(PERS),
+    "layers": _list_of(_text),
+    "scores": _list_of(_list_of(_number)),
+    "attribution": _is(dict, "an object"),  # which is read as an attribution of its own
 }
 #: Fields that earlier documents of this version lack, and what they then are.
 _LATER: dict[str, Callable[[], Any]] = {"template": list, "segments": dict, "next_tokens": list}

@@ -25,7 +25,9 @@ from gim.parts.calling import Kept, Prepared, Rows
 from gim.parts.parameters import frozen_parameters, named_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
-from gim.targets import Measure
+from gim.taps import Taps
+from gim.taps import applied as tapped
+from gim.targets import Measure, Per
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -73,6 +75,8 @@ class Numbers(NamedTuple):
         likeliest: ``[B, 5]``, the ids of largest logits at each row's first position, largest first; with
             :attr:`Terms.total` ``[P, 5]``, at every position.
         probabilities: theirs.
+        inside: where :attr:`Request.per` asks, of the stream that each layer reads and of what the last puts out
+            ``[B, layers + 1, L]``, or of each head ``[B, layers, heads]``; else None.
     """
 
     scores: torch.Tensor
@@ -80,6 +84,7 @@ class Numbers(NamedTuple):
     values: torch.Tensor
     likeliest: torch.Tensor
     probabilities: torch.Tensor
+    inside: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Result:
     values: torch.Tensor
     likeliest: torch.Tensor
     probabilities: torch.Tensor
+    inside: torch.Tensor | None
     report: AppliedReport
     plan: MemoryPlan
     memory: str = ""  # the plan in words
@@ -105,12 +111,14 @@ class Request:
         scored: what is explained, its positions columns of ``rows``.
         kept: every row's positions together: the head runs on these.
         where: ``[B, P]``, each row's positions among ``kept``.
+        per: what is looked at beside the tokens; None for nothing.
     """
 
     rows: Rows
     scored: Terms
     kept: Kept
     where: torch.Tensor
+    per: Per | None = None
 
     @property
     def numbers(self) -> int:
@@ -125,6 +133,7 @@ class Request:
         scored: Terms,
         position_ids: torch.Tensor | None = None,
         pad_token_id: int | None = None,
+        per: Per | None = None,
     ) -> Request:
         """The request for a batch ``[B, T]``, whose positions count its columns."""
         rows = Rows.of(ids, mask, position_ids, pad_token_id)
@@ -136,6 +145,7 @@ class Request:
             dataclasses.replace(scored, positions=positions),
             Kept(kept, rows.ids.shape[1]),
             where.view(positions.shape),
+            per,
         )
 
 
@@ -167,18 +177,37 @@ def run(
         ExitStack() as stack,
     ):
         backwards = -(-request.numbers // at_once)
+        taps = looked_at(model, request, stack)
         stack.enter_context(
             checkpoint.applied(plan, model, request.kept, request.rows.ids.device, several=backwards > 1)
         )
         if progress is not None:
             stack.enter_context(_reporting(parts, progress, backwards))
-        numbers = passes(model, request, baseline_id, plan, at_once=at_once)
-    scores = numbers.scores if request.scored.total else request.rows.as_given(numbers.scores)
-    return Result(*numbers._replace(scores=scores), report, plan)
+        numbers = passes(model, request, baseline_id, plan, at_once=at_once, taps=taps)
+    if not request.scored.total:
+        numbers = numbers._replace(scores=request.rows.as_given(numbers.scores))
+    if request.per == "layer" and numbers.inside is not None:
+        rows = [request.rows.as_given(row) for row in numbers.inside.unbind(1)]
+        numbers = numbers._replace(inside=torch.stack(rows, 1))
+    return Result(*numbers, report, plan)
+
+
+def looked_at(model: nn.Module, request: Request, stack: ExitStack) -> Taps | None:
+    """What looks at the model's inside until the stack closes, where that is asked for; before a plan is applied."""
+    if request.per is None:
+        return None
+    return stack.enter_context(tapped(request.per, model, request.rows.ids.shape[1]))
 
 
 def passes(
-    model: nn.Module, request: Request, baseline_id: int, plan: MemoryPlan, *, check: bool = True, at_once: int = 1
+    model: nn.Module,
+    request: Request,
+    baseline_id: int,
+    plan: MemoryPlan,
+    *,
+    check: bool = True,
+    at_once: int = 1,
+    taps: Taps | None = None,
 ) -> Numbers:
     """Forward and backward inside a GIM context with its plan applied.
 
@@ -186,10 +215,10 @@ def passes(
     """
     *others, last = _seeds(model)
     for seed in others:
-        found = _passes(model, request, baseline_id, plan, check, seed, at_once)
+        found = _passes(model, request, baseline_id, plan, check, seed, at_once, taps)
         if found is not None:
             return found
-    found = _passes(model, request, baseline_id, plan, check, last, at_once, names=True)
+    found = _passes(model, request, baseline_id, plan, check, last, at_once, taps, names=True)
     assert found is not None, "with names=True it raises instead"
     return found
 
@@ -211,11 +240,14 @@ def _passes(
     check: bool,
     seed: float,
     at_once: int,
+    taps: Taps | None,
     names: bool = False,
 ) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
     module it comes from, for which the model runs once more."""
     parts = anatomy.of(model)
+    if taps is not None:
+        taps.begin()
     with torch.enable_grad(), frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
@@ -228,7 +260,7 @@ def _passes(
             leaves=leaves,
             replace_forward=changes.replace_forward,
         )
-        numbers, wanted, *likeliest = _explained(parts, request, prepared, check)
+        numbers, wanted, likeliest, probabilities = _explained(parts, request, prepared, check)
         if len(leaves) != 1:
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
@@ -256,7 +288,8 @@ def _passes(
                 f"the gradient holds NaN or infinity; going backwards, the first module whose output's gradient has "
                 f"one is {module}"
             )
-    return Numbers(found / seed, wanted, values, *likeliest)
+    inside = None if taps is None else taps.scores(found.device) / seed
+    return Numbers(found / seed, wanted, values, likeliest, probabilities, inside)
 
 
 def _backwards(

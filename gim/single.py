@@ -13,6 +13,7 @@ from gim import targets as target_kinds
 from gim.asked import Asked, Wanted, decoded, tokens_of
 from gim.attribution import Attribution
 from gim.inputs import check_target
+from gim.layerwise import LayerwiseAttribution
 from gim.parts import anatomy
 from gim.scoring import PREDICTION, Result
 from gim.segments import Range
@@ -78,8 +79,18 @@ class Single:
             targets, signs, positions = [_target_id(model, "target", chosen.token, tokenizer)], [1], [last]
         return cls(asked, text, tuple(offsets), Wanted(ids, positions, targets, signs), chosen)
 
-    def attribution(self, result: Result, row: int = 0) -> Attribution:
-        """What a row of a result says of it."""
+    def attribution(self, result: Result, row: int = 0) -> Attribution | LayerwiseAttribution:
+        """What a row of a result says of it; with the inside of the model where that was asked for."""
+        tokens = self._tokens(result, row)
+        if self.asked.per is None or result.inside is None:
+            return tokens
+        inside = result.inside[row].float().cpu()
+        if self.asked.per == "layer":
+            inside = inside[:, : len(tokens)]
+        names = tuple(name for name, _ in anatomy.of(self.asked.model).layers)
+        return LayerwiseAttribution(tokens, self.asked.per, inside.contiguous(), names)
+
+    def _tokens(self, result: Result, row: int) -> Attribution:
         count = len(self.wanted.targets)
         found = [int(one) for one in result.token_ids[row, :count]]
         explained = _explained(

@@ -13,6 +13,9 @@ Measure = Literal["logit", "logprob", "logodds"]
 MEASURES: tuple[Measure, ...] = ("logit", "logprob", "logodds")
 #: Each in words.
 MEASURE_NAMES: dict[Measure, str] = {"logit": "logit", "logprob": "log-probability", "logodds": "log-odds"}
+#: What is looked at inside a model beside the tokens.
+Per = Literal["layer", "head"]
+PERS: tuple[Per, ...] = ("layer", "head")
 TokenLike = int | str
 
 

@@ -13,6 +13,10 @@ from gim.cli.errors import UserError
 if TYPE_CHECKING:
     from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
+    from gim.layerwise import LayerwiseAttribution
+
+    #: What can be shown.
+    Shown = Attribution | LayerwiseAttribution | AnswerAttribution
 
 
 @contextmanager
@@ -49,19 +53,22 @@ def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None
         yield report
 
 
-def show(attribution: Attribution | AnswerAttribution, top: int) -> None:
+def show(attribution: Shown, top: int) -> None:
     from rich.console import Console
 
     from gim.answers import AnswerAttribution
-    from gim.report import answers, terminal
+    from gim.layerwise import LayerwiseAttribution
+    from gim.report import answers, layerwise, terminal
 
     if isinstance(attribution, AnswerAttribution):
         Console().print(answers.view(attribution, top=top))
+    elif isinstance(attribution, LayerwiseAttribution):
+        Console().print(layerwise.view(attribution, top=top))
     else:
         Console().print(terminal.view(attribution, top=top))
 
 
-def write(attribution: Attribution | AnswerAttribution, outputs: dict[str, Path], top: int) -> None:
+def write(attribution: Shown, outputs: dict[str, Path], top: int) -> None:
     """Write every file that was asked for, and say so."""
     writers: dict[str, Callable[[Path], object]] = {
         "--html": lambda path: attribution.to_html(path, top=max(top, 20)),

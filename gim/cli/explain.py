@@ -24,6 +24,7 @@ from gim.cli.options import (
     Measure,
     MemoryOption,
     ModelName,
+    Per,
     PngFile,
     RulesName,
     Top,
@@ -68,6 +69,12 @@ def command(
             "log-odds."
         ),
     ] = None,
+    per: Annotated[
+        Per,
+        typer.Option(
+            help="Beside the tokens, score the stream that each layer reads, or each attention head's output."
+        ),
+    ] = Per.TOKEN,
     baseline: Annotated[
         str | None, typer.Option(help="The token that stands for nothing; by default a space, padding or unknown.")
     ] = None,
@@ -76,7 +83,7 @@ def command(
         typer.Option(
             "--chat",
             help="The prompt is what a user says: put it into the model's chat template, and explain the answer, 32 "
-            "tokens of it unless a target or an answer is given, or --next.",
+            "tokens of it unless a target or an answer is given, or --next, or --per.",
         ),
     ] = False,
     segment: Annotated[
@@ -115,9 +122,10 @@ def command(
         check_texts({"--target": target, "--contrast": contrast, "--answer": answer, "--baseline": baseline})
         outputs = check_outputs({"--html": html, "--json": json, "--png": png})
         named = {"--target": target, "--contrast": contrast, "--answer": answer, "--generate": generate}
-        if chat and not next_token and all(given is None for given in named.values()):
+        inside = None if per is Per.TOKEN else per.value
+        if chat and not next_token and not inside and all(given is None for given in named.values()):
             generate = CHAT_TOKENS
-        whole = _whole_answer({**named, "--next": next_token or None}, answer, generate)
+        whole = _whole_answer({**named, "--next": next_token or None, "--per": inside}, answer, generate)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         refuse_engine(engine, loaded)
         with refused():
@@ -126,7 +134,7 @@ def command(
             if whole:
                 wanted = {**whole, "measure": None if measure is None else measure.value}
             else:
-                wanted = {"target": _target(target, contrast, measure, tokenizer, loaded)}
+                wanted = {"target": _target(target, contrast, measure, tokenizer, loaded), "per": per.value}
             asked = [{"role": "user", "content": text}] if chat else text
             parts = _segments(segment, asked, tokenizer) if segment else None
             finished = True

@@ -17,6 +17,14 @@ class Measure(StrEnum):
     LOGODDS = "logodds"
 
 
+class Per(StrEnum):
+    """What is scored."""
+
+    TOKEN = "token"
+    LAYER = "layer"
+    HEAD = "head"
+
+
 class Dtype(StrEnum):
     """The type that weights are loaded in; `auto` is the checkpoint's own."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,8 @@ from gim.cli.errors import UserError, check_outputs, handled
 from gim.cli.options import Debug, HtmlFile, PngFile, Top
 
 if TYPE_CHECKING:
-    from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
+    from gim.cli.attributions import Shown
 
 
 def command(
@@ -42,30 +42,38 @@ def command(
             write(found[0], outputs, top)
 
 
-def _read(path: Path) -> Attribution | AnswerAttribution:
+def _read(path: Path) -> Shown:
     from gim import saved
     from gim.answers import AnswerAttribution
     from gim.attribution import Attribution
+    from gim.layerwise import LayerwiseAttribution
 
+    kinds: dict[Any, type[Shown]] = {
+        saved.ANSWER_SCHEMA: AnswerAttribution,
+        saved.LAYERWISE_SCHEMA: LayerwiseAttribution,
+    }
     try:
-        kind = AnswerAttribution if saved.is_answer(path) else Attribution
-        return kind.from_json(path)
+        return kinds.get(str(saved.schema_of(path)), Attribution).from_json(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _compare(
-    first: Attribution | AnswerAttribution, second: Attribution | AnswerAttribution, outputs: dict[str, Path], top: int
-) -> None:
-    """Two results side by side; of whole answers, what their prompts have for them."""
+def _compare(first: Shown, second: Shown, outputs: dict[str, Path], top: int) -> None:
+    """Two results side by side: the prompts' tokens, of whole answers for those."""
     from rich.console import Console
 
-    from gim.attribution import Attribution
+    from gim.answers import AnswerAttribution
+    from gim.layerwise import LayerwiseAttribution
     from gim.report import comparison
 
-    one, two = (found if isinstance(found, Attribution) else found.prompt for found in (first, second))
+    def tokens(found: Shown) -> Attribution:
+        if isinstance(found, LayerwiseAttribution):
+            return found.attribution
+        return found.prompt if isinstance(found, AnswerAttribution) else found
+
+    one, two = tokens(first), tokens(second)
     both = one.compare(two)
     Console().print(comparison.view(both, top=top))
     write_files(outputs, {"--html": lambda path: both.to_html(path, top=max(top, 20))})

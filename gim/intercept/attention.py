@@ -174,6 +174,7 @@ def _through_kernels(
         else:
             out = _attend(query, key, value, pattern, **options)
     if session is not None:
+        out = session.heads(out)
         session.fire("attention", describe(session.rules), "attention interface", str(ran))
     out = out.transpose(1, 2).contiguous()
     if session is not None and session.see_attention is not None:

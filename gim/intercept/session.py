@@ -67,6 +67,8 @@ class Session:
         #: Is shown each call of the attention interface: the module, then query ``[B, HQ, T, D]``, key, value and
         #: output ``[B, T, HQ, D]``; None where nobody asks.
         self.see_attention: Callable[..., None] | None = None
+        #: Is given each attention's output ``[B, HQ, T, D]``, and gives it back; None where nobody asks.
+        self.see_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def open(self) -> None:
         """Be the innermost session of this task or thread."""
@@ -122,7 +124,12 @@ class Session:
         """
         self._waiting.pop(one or two, None)
         scale = self.rules.v_scale
-        return run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
+        out = run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
+        return self.heads(out)
+
+    def heads(self, out: torch.Tensor) -> torch.Tensor:
+        """The output of an attention that runs, shown to whoever asks."""
+        return out if self.see_heads is None else self.see_heads(out)
 
     def without_values(self) -> list[tuple[str, str]]:
         """Name and reason of attention whose weights met no values, since this was last asked."""

@@ -42,9 +42,10 @@ def _dense(
     }
     query, key = through_scores(query, key, rules.softmax)
     if mask is None:
-        return gim_kernels.scaled_dot_product_attention(
+        out = gim_kernels.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **named
         )
+        return session.heads(out)
     lead = query.shape[:-2]
     if query.dim() == 3:
         query, key, value = query[:, None], key[:, None], value[:, None]
@@ -60,7 +61,7 @@ def _dense(
         key_range=mask.key_range,
         **named,
     )
-    return out.reshape(*lead, *out.shape[-2:])
+    return session.heads(out.reshape(*lead, *out.shape[-2:]))
 
 
 def _scaled_dot_product_attention(

@@ -21,6 +21,7 @@ from gim.report.text import number, one_line, visible
 if TYPE_CHECKING:
     from gim.attribution import Attribution
     from gim.report.answers import Said
+    from gim.report.layerwise import Map
 
 # Columns of the overview strip of a page; more than a screen shows would only make the file larger.
 _STRIP_COLUMNS = 600
@@ -48,12 +49,13 @@ def template(name: str) -> str:
     return resources.files("gim").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
 
 
-def page(attribution: Attribution, *, top: int = 20, said: Said | None = None) -> str:
+def page(attribution: Attribution, *, top: int = 20, said: Said | None = None, map_: Map | None = None) -> str:
     """One page that needs nothing else: no network, no font, no script from elsewhere.
     Args:
         attribution: what to show.
         top: rows of the table of the strongest tokens.
         said: the answer that the attribution is of, whose tokens can then be asked one by one.
+        map_: scores of the model's layers, to stand above the prompt.
     Returns:
         The page, which can be encoded as UTF-8.
     """
@@ -88,6 +90,7 @@ def page(attribution: Attribution, *, top: int = 20, said: Said | None = None) -
             lines=lines(attribution, scale),
             count=len(attribution),
             said=said,
+            map_=map_,
         )
     )
 

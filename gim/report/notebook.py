@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 MOST_TOKENS = 1000
 
 
-def cell(attribution: Attribution) -> str:
+def cell(attribution: Attribution, before: Markup | None = None) -> str:
     """A piece of HTML for a notebook: facts, the strongest tokens and the text, with styles that stay inside.
 
     Args:
         attribution: what to show.
+        before: HTML to stand above the text.
 
     Returns:
         HTML without a script; of a long prompt it has the strongest sentences only.
@@ -68,6 +69,7 @@ def cell(attribution: Attribution) -> str:
             dark=DARK,
             ramps=ramps,
             scale=scale,
+            before=before,
             parts=parts,
             is_whole=len(attribution) <= MOST_TOKENS,
             count=len(attribution),

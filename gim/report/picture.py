@@ -6,7 +6,7 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from gim.report.text import number, one_line, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from gim.attribution import Attribution, RankedToken
 
@@ -38,8 +39,8 @@ _PICTURE_FONTS = (
     "Yu Gothic",
     "Arial Unicode MS",
 )
-_PICTURE_INK = LIGHT.text
-_PICTURE_SOFT = "#5b606b"
+PICTURE_INK = LIGHT.text
+PICTURE_SOFT = "#5b606b"
 _PICTURE_POSITIVE = "#d9711c"
 _PICTURE_NEGATIVE = "#3383c4"
 
@@ -67,14 +68,6 @@ def png(attribution: Attribution, *, top: int = 15) -> bytes:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-        from matplotlib import font_manager
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install gim-kernels[report]") from error
-
     scale = Scale.of(attribution)
     ranked = attribution.top(top)
     named = [*answer_facts(attribution), *method_facts(attribution)[:5]]
@@ -85,6 +78,39 @@ def png(attribution: Attribution, *, top: int = 15) -> bytes:
     heights = [0.16 * len(facts) + 0.1, 1.25, 0.19 * max(1, len(ranked)) + 0.1, 0.2 * max(1, len(rows)) + 0.1]
     gaps = [0.2, 0.3, 0.5, 0.4]
     total = sum(heights) + sum(gaps) + 0.35
+
+    def draw(figure: Figure, monospace: list[str]) -> None:
+        upper = total
+        areas = []
+        for gap, size in zip(gaps, heights, strict=True):
+            upper -= gap + size
+            areas.append(figure.add_axes((0.06, upper / total, 0.91, size / total)))
+        draw_facts(areas[0], facts)
+        _draw_along(areas[1], attribution, scale)
+        _draw_top(areas[2], attribution, ranked, monospace)
+        _draw_rows(areas[3], rows, len(attribution.text) <= _PICTURE_CHARACTERS, monospace)
+        figure.text(0.06, 0.12 / total, scale.describe(), fontsize=6.5, color=PICTURE_SOFT)
+
+    return drawn(total, draw)
+
+
+def drawn(height: float, draw: Callable[[Figure, list[str]], None]) -> bytes:
+    """The content of a PNG file.
+
+    Args:
+        height: of the figure in inches.
+        draw: draws on a figure, and is given the names of monospaced fonts.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+        from matplotlib import font_manager
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install gim-kernels[report]") from error
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fallbacks = [name for name in _PICTURE_FONTS if name in installed]
@@ -103,19 +129,9 @@ def png(attribution: Attribution, *, top: int = 15) -> bytes:
                 "text.parse_math": False,
             }
         )
-        figure = Figure(figsize=(_PICTURE_WIDTH, total), facecolor="white")
+        figure = Figure(figsize=(_PICTURE_WIDTH, height), facecolor="white")
         FigureCanvasAgg(figure)
-        upper = total
-        areas = []
-        for gap, size in zip(gaps, heights, strict=True):
-            upper -= gap + size
-            areas.append(figure.add_axes((0.06, upper / total, 0.91, size / total)))
-        _draw_facts(areas[0], facts)
-        _draw_along(areas[1], attribution, scale)
-        monospace = ["DejaVu Sans Mono", *fallbacks]
-        _draw_top(areas[2], attribution, ranked, monospace)
-        _draw_rows(areas[3], rows, len(attribution.text) <= _PICTURE_CHARACTERS, monospace)
-        figure.text(0.06, 0.12 / total, scale.describe(), fontsize=6.5, color=_PICTURE_SOFT)
+        draw(figure, ["DejaVu Sans Mono", *fallbacks])
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=_PICTURE_DPI, metadata={"Software": "gim-kernels"})
     return content.getvalue()
@@ -169,7 +185,7 @@ def _chunks(text: str, room: int) -> Iterator[tuple[str, int]]:
     yield text[start:], used
 
 
-def _draw_facts(axes: Axes, facts: Sequence[str]) -> None:
+def draw_facts(axes: Axes, facts: Sequence[str]) -> None:
     axes.set_axis_off()
     for index, fact in enumerate(facts):
         axes.text(
@@ -180,7 +196,7 @@ def _draw_facts(axes: Axes, facts: Sequence[str]) -> None:
             va="center",
             fontsize=9 if index == 0 else 7.5,
             fontweight="bold" if index == 0 else "normal",
-            color=_PICTURE_INK if index == 0 else _PICTURE_SOFT,
+            color=PICTURE_INK if index == 0 else PICTURE_SOFT,
         )
 
 
@@ -190,12 +206,12 @@ def _draw_along(axes: Axes, attribution: Attribution, scale: Scale) -> None:
     width = max(len(attribution) / max(1, len(columns)), len(attribution) / 500)
     axes.bar(places, [column.positive for column in columns], width, color=_PICTURE_POSITIVE)
     axes.bar(places, [column.negative for column in columns], width, color=_PICTURE_NEGATIVE)
-    axes.axhline(0, color=_PICTURE_INK, linewidth=0.6)
+    axes.axhline(0, color=PICTURE_INK, linewidth=0.6)
     axes.set_xlim(0, max(1, len(attribution)))
     end = scale.largest * 1.08 or 1.0
     axes.set_ylim(-end, end)
     axes.set_title("Scores along the prompt, by token", loc="left", fontsize=8, fontweight="bold")
-    axes.tick_params(length=2, labelsize=7, colors=_PICTURE_SOFT)
+    axes.tick_params(length=2, labelsize=7, colors=PICTURE_SOFT)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
@@ -209,10 +225,10 @@ def _draw_top(axes: Axes, attribution: Attribution, ranked: Sequence[RankedToken
         found = context(attribution, token, 26)
         colour = _PICTURE_POSITIVE if token.score > 0 else _PICTURE_NEGATIVE
         style: dict[str, Any] = {"va": "center", "fontsize": 7.5, "family": monospace}
-        axes.text(0.045, row, f"{token.position}", ha="right", color=_PICTURE_SOFT, **style)
-        axes.text(0.31, row, found.before, ha="right", color=_PICTURE_SOFT, **style)
-        word = axes.text(0.31, row, found.token, ha="left", color=_PICTURE_INK, fontweight="bold", **style)
-        axes.annotate(found.after, xy=(1, 0.5), xycoords=word, ha="left", color=_PICTURE_SOFT, **style)
+        axes.text(0.045, row, f"{token.position}", ha="right", color=PICTURE_SOFT, **style)
+        axes.text(0.31, row, found.before, ha="right", color=PICTURE_SOFT, **style)
+        word = axes.text(0.31, row, found.token, ha="left", color=PICTURE_INK, fontweight="bold", **style)
+        axes.annotate(found.after, xy=(1, 0.5), xycoords=word, ha="left", color=PICTURE_SOFT, **style)
         axes.barh(row, 0.3 * abs(token.score) / largest, left=0.62, height=0.7, color=colour)
         axes.text(0.63 + 0.3 * abs(token.score) / largest, row, number(token.score), va="center", fontsize=7.5)
 
@@ -240,5 +256,5 @@ def _draw_rows(axes: Axes, rows: Sequence[Sequence[_Cell]], is_whole: bool, mono
                 va="center",
                 family=monospace,
                 fontsize=size,
-                color=_PICTURE_INK,
+                color=PICTURE_INK,
             )

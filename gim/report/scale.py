@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import TYPE_CHECKING
@@ -90,24 +90,33 @@ class Scale:
     Args:
         limit: the |score| from which on the colour is full; 0 where every score is 0.
         largest: the largest |score|.
-        beyond: how many tokens lie beyond the limit.
+        beyond: how many lie beyond the limit.
+        quantile, least: of which the limit was made.
     """
 
     limit: float
     largest: float
     beyond: int
+    quantile: float = SATURATION_QUANTILE
+    least: float = SATURATION_LEAST
 
     @classmethod
     def of(cls, attribution: Attribution) -> Scale:
         """The scale of an attribution: see :data:`SATURATION_QUANTILE` and :data:`SATURATION_LEAST`."""
         scores: list[float] = attribution.scores.tolist()
-        ordered = sorted(abs(s) for s, special in zip(scores, attribution.aside, strict=True) if not special)
+        return cls.over(score for score, special in zip(scores, attribution.aside, strict=True) if not special)
+
+    @classmethod
+    def over(
+        cls, scores: Iterable[float], quantile: float = SATURATION_QUANTILE, least: float = SATURATION_LEAST
+    ) -> Scale:
+        """The scale of numbers: full colour from a quantile of |score| on, or from a part of the largest if more."""
+        ordered = sorted(abs(score) for score in scores)
         if not ordered:
             return cls(0.0, 0.0, 0)
         largest = ordered[-1]
-        quantile = ordered[ceil(SATURATION_QUANTILE * (len(ordered) - 1))]
-        limit = max(quantile, SATURATION_LEAST * largest)
-        return cls(limit, largest, sum(size > limit for size in ordered))
+        limit = max(ordered[ceil(quantile * (len(ordered) - 1))], least * largest)
+        return cls(limit, largest, sum(size > limit for size in ordered), quantile, least)
 
     def level(self, score: float) -> int:
         """The step of colour, from -LEVELS to LEVELS; 0 is no colour."""
@@ -126,9 +135,9 @@ class Scale:
         """The rule of the scale in words, for a legend."""
         if self.limit == 0:
             return "Every score is 0."
-        beyond = f" {self.beyond} tokens lie beyond." if self.beyond > 1 else ""
+        beyond = f" {self.beyond} lie beyond." if self.beyond > 1 else ""
         return (
-            f"Linear around 0; full colour from ±{self.limit:.3g} on: the {100 * SATURATION_QUANTILE:.0f}th "
-            f"percentile of |score| without tokens set aside, at least {100 * SATURATION_LEAST:.0f} % of the "
+            f"Linear around 0; full colour from ±{self.limit:.3g} on: the {100 * self.quantile:.0f}th "
+            f"percentile of |score| without tokens set aside, at least {100 * self.least:.0f} % of the "
             f"largest, {self.largest:.3g}.{beyond}"
         )

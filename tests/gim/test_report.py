@@ -297,7 +297,7 @@ def test_scale() -> None:
     assert even.limit == pytest.approx(0.99, abs=0.002)
     assert even.beyond == 9
     assert "99th percentile" in scale.describe()
-    assert "5 tokens lie beyond" in scale.describe()
+    assert "5 lie beyond" in scale.describe()
     zero = Scale.of(attribution("ab cd ef", [0.0, 0.0]))
     assert (zero.level(0.0), zero.aligned(0.0), zero.describe()) == (0, "0", "Every score is 0.")
 
