@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gim import saved
-from gim.attribution import Attribution, Span, data_frame, write_atomically
+from gim.attribution import Attribution, Span, data_frame
+from gim.files import written
 from gim.segments import Range
 from gim.targets import Explained, NextToken
 
@@ -226,10 +227,7 @@ class AnswerAttribution:
         Raises:
             OSError: the file cannot be written.
         """
-        document = saved.to_document(self.to_dict())
-        if path is not None:
-            write_atomically(path, document.encode("ascii"))
-        return document
+        return written(saved.to_document(self.to_dict()), path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str], *, max_bytes: int = saved.MAX_BYTES) -> AnswerAttribution:
@@ -251,10 +249,7 @@ class AnswerAttribution:
         """
         from gim.report import answers
 
-        page = answers.page(self, top=top)
-        if path is not None:
-            write_atomically(path, page.encode("utf-8"))
-        return page
+        return written(answers.page(self, top=top), path)
 
     def to_png(self, path: str | os.PathLike[str], *, top: int = 15) -> None:
         """Draw the prompt with its scores for the whole answer; arguments and errors as of

@@ -15,7 +15,7 @@ import torch
 
 from gim import saved, segments
 from gim.applied import AppliedReport
-from gim.files import check_writable, write_atomically
+from gim.files import check_writable, write_atomically, written
 from gim.rules import Rules
 from gim.targets import Explained, NextToken
 
@@ -445,10 +445,7 @@ class Attribution:
         Raises:
             OSError: the file cannot be written.
         """
-        document = saved.to_document(self.to_dict())
-        if path is not None:
-            write_atomically(path, document.encode("ascii"))
-        return document
+        return written(saved.to_document(self.to_dict()), path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str], *, max_bytes: int = saved.MAX_BYTES) -> Attribution:
@@ -486,10 +483,7 @@ class Attribution:
         """
         from gim.report import html
 
-        page = html.page(self, top=top)
-        if path is not None:
-            write_atomically(path, page.encode("utf-8"))
-        return page
+        return written(html.page(self, top=top), path)
 
     def to_png(self, path: str | os.PathLike[str], *, top: int = 15) -> None:
         """Draw the attribution as a picture.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gim.attribution import Attribution, Span, data_frame, write_atomically
+from gim.attribution import Attribution, Span, data_frame
+from gim.files import written
 
 if TYPE_CHECKING:
     import pandas
@@ -156,10 +157,7 @@ class Comparison:
         """
         from gim.report import comparison
 
-        page = comparison.page(self, top=top)
-        if path is not None:
-            write_atomically(path, page.encode("utf-8"))
-        return page
+        return written(comparison.page(self, top=top), path)
 
     def __rich__(self) -> RenderableType:
         from gim.report import comparison

@@ -87,6 +87,13 @@ def check_writable(path: str | os.PathLike[str], argument: str = "path") -> None
     beside.unlink(missing_ok=True)  # another process's write may have found it first
 
 
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """A text, which is also written to a file where there is a path; errors as of :func:`write_atomically`."""
+    if path is not None:
+        write_atomically(path, text.encode("utf-8"))
+    return text
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that its path holds the old content or the new, and never a part.
 

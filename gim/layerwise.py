@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gim import saved
-from gim.attribution import Attribution, data_frame, write_atomically
+from gim.attribution import Attribution, data_frame
+from gim.files import write_atomically, written
 from gim.targets import PERS, Per
 
 if TYPE_CHECKING:
@@ -152,10 +153,7 @@ class LayerwiseAttribution:
         Raises:
             OSError: the file cannot be written.
         """
-        document = saved.to_document(self.to_dict())
-        if path is not None:
-            write_atomically(path, document.encode("ascii"))
-        return document
+        return written(saved.to_document(self.to_dict()), path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str], *, max_bytes: int = saved.MAX_BYTES) -> LayerwiseAttribution:
@@ -178,10 +176,7 @@ class LayerwiseAttribution:
         """
         from gim.report import layerwise
 
-        page = layerwise.page(self, top=top)
-        if path is not None:
-            write_atomically(path, page.encode("utf-8"))
-        return page
+        return written(layerwise.page(self, top=top), path)
 
     def to_png(self, path: str | os.PathLike[str], *, top: int = 40) -> None:
         """Draw the map as a picture.

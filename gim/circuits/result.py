@@ -282,13 +282,10 @@ class Circuit:
             OSError: the file cannot be written.
         """
         from gim.circuits import page
-        from gim.files import write_atomically
+        from gim.files import written
 
         self._need_edges("to_html")
-        found = page.html(self, paths)
-        if path is not None:
-            write_atomically(path, found.encode("utf-8"))
-        return found
+        return written(page.html(self, paths), path)
 
     # -- inside
 

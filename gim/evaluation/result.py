@@ -12,7 +12,7 @@ from gim.evaluation.extras import need
 from gim.evaluation.measures import HIGHER_IS_BETTER, METRICS, MeasureName, Record
 from gim.evaluation.perturbation import Outcome
 from gim.evaluation.statistics import Estimate, difference, estimate
-from gim.files import check_writable, write_atomically
+from gim.files import check_writable, write_atomically, written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,10 +194,7 @@ class Evaluation:
         """
         from gim.evaluation import page
 
-        found = page.html(self, reference or self.methods[0])
-        if path is not None:
-            write_atomically(path, found.encode("utf-8"))
-        return found
+        return written(page.html(self, reference or self.methods[0]), path)
 
     # -- inside
 
