@@ -25,7 +25,7 @@ class RankedCell:
 
     Args:
         rank: from 1.
-        layer: index of the layer; with ``per="layer"`` the number of layers stands for what the last one puts out.
+        layer: index of the layer.
         column: index of the token or the head.
         score: its score.
     """
@@ -40,17 +40,17 @@ class RankedCell:
 class LayerwiseAttribution:
     """Scores of a model's inside from the backward that gave the tokens theirs: a value times its gradient.
 
-    With ``per="layer"`` the value is the residual stream, token by token: as layer 0 reads it, as layer 1 does, and so
-    on, and at last as the last layer puts it out, which are the hidden states that transformers lists. A column shows
-    at which depth what is explained still depends on that token's place, and where it has moved on to others. With
-    ``per="head"`` the value is the output of each query head of each layer, its tokens summed.
+    With ``per="layer"`` the value is the residual stream that each layer reads, token by token: the hidden states that
+    transformers lists, but for the last. A column shows down to which depth what is explained depends on that token's
+    place, and where it has moved on to others. With ``per="head"`` the value is the output of each query head of each
+    layer, its tokens summed.
 
     Scores are relative to 0, not to the baseline, which is a token and has no layers.
 
     Args:
         attribution: the tokens' own scores, and all that is known of the run.
         per: ``"layer"`` or ``"head"``.
-        scores: ``[L + 1, T]`` or ``[L, H]``, float32, on the CPU, finite.
+        scores: ``[L, T]`` or ``[L, H]``, float32, on the CPU, finite.
         layers: the names of the L layers, as in ``model.named_modules()``.
 
     Raises:
@@ -66,7 +66,7 @@ class LayerwiseAttribution:
     def __post_init__(self) -> None:
         if self.per not in PERS:
             raise ValueError(f"per must be one of {PERS}, got {self.per!r}")
-        given, rows = self.scores, len(self.layers) + (self.per == "layer")
+        given, rows = self.scores, len(self.layers)
         columns = len(self.attribution) if self.per == "layer" else given.shape[-1] if given.dim() else 0
         if tuple(given.shape) != (rows, columns) or given.dtype != torch.float32 or given.device.type != "cpu":
             raise ValueError(
@@ -213,6 +213,5 @@ class LayerwiseAttribution:
 
     def name(self, cell: RankedCell) -> str:
         """A score's place in words: ``layer 3, ' lantern'`` or ``layer 3, head 5``."""
-        layer = f"layer {cell.layer}" if cell.layer < len(self.layers) else "output"
         column = repr(self.attribution.tokens[cell.column]) if self.per == "layer" else f"head {cell.column}"
-        return f"{layer}, {column}"
+        return f"layer {cell.layer}, {column}"

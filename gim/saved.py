@@ -142,7 +142,7 @@ def read_layerwise(source: str | os.PathLike[str], max_bytes: int) -> dict[str, 
     fields = _checked(name, given, LAYERWISE_SCHEMA, what, _LAYERWISE_FIELDS)
     attribution = _attribution(f"attribution of {name}", fields["attribution"])
     per, scores = fields["per"], fields["scores"]
-    rows = len(fields["layers"]) + (per == "layer")
+    rows = len(fields["layers"])
     if len(scores) != rows:
         raise ValueError(f"{name} is not {what}: field 'scores' must have {rows} rows, got {len(scores)}")
     width = len(attribution["tokens"]) if per == "layer" else len(scores[0]) if scores else 0

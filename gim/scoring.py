@@ -75,8 +75,8 @@ class Numbers(NamedTuple):
         likeliest: ``[B, 5]``, the ids of largest logits at each row's first position, largest first; with
             :attr:`Terms.total` ``[P, 5]``, at every position.
         probabilities: theirs.
-        inside: where :attr:`Request.per` asks, of the stream that each layer reads and of what the last puts out
-            ``[B, layers + 1, L]``, or of each head ``[B, layers, heads]``; else None.
+        inside: where :attr:`Request.per` asks, of the stream that each layer reads ``[B, layers, L]``, or of each head
+            ``[B, layers, heads]``; else None.
     """
 
     scores: torch.Tensor

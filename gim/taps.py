@@ -48,8 +48,8 @@ class Taps:
     A checkpoint's second run is the same run to it: what is seen in it takes the place of what was seen in the first.
 
     Args:
-        per: ``"layer"``: of the stream that each layer reads, and of what the last one puts out, by token;
-            ``"head"``: of the output of each head of each layer's attention, tokens summed.
+        per: ``"layer"``: of the stream that each layer reads, by token; ``"head"``: of the output of each head of each
+            layer's attention, tokens summed.
         layers: with their names.
         tokens: of the ids; a wrapper may have put others before those.
     """
@@ -84,12 +84,7 @@ class Taps:
                     inputs = (self._stream(index, inputs[0]), *inputs[1:])
                 else:
                     named = {**named, "hidden_states": self._stream(index, named.get("hidden_states"))}
-                output = forward(*inputs, **named)
-                if index < len(self._layers) - 1:
-                    return output
-                if isinstance(output, tuple):
-                    return (self._stream(index + 1, output[0]), *output[1:])
-                return self._stream(index + 1, output)
+                return forward(*inputs, **named)
             finally:
                 self._inside.pop()
 
@@ -98,10 +93,7 @@ class Taps:
     def _stream(self, row: int, x: Any) -> torch.Tensor:
         if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[1] < self._tokens:
             shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            self._refuse(
-                min(row, len(self._layers) - 1),
-                f"what it passes on is {shape}, not a stream of [B, T, width], so it has no scores by token",
-            )
+            self._refuse(row, f"what it reads is {shape}, not a stream of [B, T, width]")
         stream = x[:, -self._tokens :]
         self._shapes[row] = stream.shape[:2]
         if not x.requires_grad:
@@ -134,7 +126,7 @@ class Taps:
         raise UnsupportedModelError(f"{self._layers[index][0]}: {why}: per={self._per!r} cannot be told of it")
 
     def scores(self, device: torch.device) -> torch.Tensor:
-        """What was seen since :meth:`begin`: ``[B, layers + 1, T]``, or ``[B, layers, heads]``.
+        """What was seen since :meth:`begin`: ``[B, layers, T]``, or ``[B, layers, heads]``.
 
         Where no gradient came, nothing that is explained depends on it, and the score is 0.
 

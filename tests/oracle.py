@@ -29,6 +29,8 @@ CIRCUIT_LOGITS = 1e-5
 CIRCUIT_TIMES, CIRCUIT_PEAKS, CIRCUIT_BYTES = 1.5, 2.0, 3 * 10**9
 #: Peaks of one attribution where both keep each layer's input alone: 3.03 was measured.
 CIRCUIT_LAYER_PEAKS = 3.25
+#: What scores by layer or head may cost, in times of an attribution without them.
+INSIDE_TIMES = 1.25
 #: What one more layer may cost an explanation whose forward is known: calls of functions of Python and C, of which
 #: 3,027 were counted under CPython 3.11 (the model's own passes take 173), and nodes of the graph that are described.
 CALLS_A_LAYER, NODES_A_LAYER = 3400, 12

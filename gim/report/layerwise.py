@@ -77,18 +77,16 @@ class Map:
         largest = found.scores.abs().amax(0).tolist() if layers else [0.0] * count
         best = sorted(range(count), key=lambda place: (found.aside[place], -largest[place]))[:most]
         chosen = sorted(best)
-        columns = [*layers, "out"]
         tokens = found.attribution.tokens
         which = f"The {len(chosen)} strongest of {count:,} tokens" if len(chosen) < count else "Every token"
         return cls(
             "Tokens by layer",
-            f"The stream that each layer reads, at a token's place, times its gradient; “out” is what the last layer "
-            f"puts out. {which}, in the order of the text.",
+            f"The stream that each layer reads at a token's place, times its gradient. {which}, in their order.",
             "token",
             [one_line(tokens[place]) for place in chosen],
-            columns,
+            layers,
             [[row[place] for row in scores] for place in chosen],
-            [[f"{one_line(tokens[place])}, {_layer(name)}" for name in columns] for place in chosen],
+            [[f"{one_line(tokens[place])}, layer {layer}" for layer in layers] for place in chosen],
             [found.aside[place] for place in chosen],
             scale,
         )
@@ -113,11 +111,7 @@ class Map:
 
     def heads(self) -> list[str]:
         """The names of columns, as many as there is room for."""
-        return [name if index % _NUMBERED == 0 or name == "out" else "" for index, name in enumerate(self.columns)]
-
-
-def _layer(name: str) -> str:
-    return "output of the last layer" if name == "out" else f"layer {name}"
+        return [name if index % _NUMBERED == 0 else "" for index, name in enumerate(self.columns)]
 
 
 def page(found: LayerwiseAttribution, *, top: int = 20) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -23,7 +24,13 @@ from tests.families import ENCODERS, FAMILIES, SHARED, ids, make, text_model, to
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, SOME
 from tests.live import peak_bytes
-from tests.oracle import FLOAT64_MODEL_RELATIVE, FLOAT64_PLAN_RELATIVE, assert_close64, assert_memory_close
+from tests.oracle import (
+    FLOAT64_MODEL_RELATIVE,
+    FLOAT64_PLAN_RELATIVE,
+    INSIDE_TIMES,
+    assert_close64,
+    assert_memory_close,
+)
 
 LENGTH, TARGET, BASELINE = 19, 2, 3
 PERS: tuple[Per, ...] = ("layer", "head")
@@ -54,13 +61,9 @@ def by_its_own_code(
     def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         streams.append(given[0] if given else named["hidden_states"])
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        streams.append(output[0] if isinstance(output, tuple) else output)
-
     monkeypatch.setattr(model_code, "attend", watched)
     layers = model.get_submodule(family.layers)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(after))
     handles.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
     try:
         with model_code.applied(model, PRESETS[rules], family.products):
@@ -154,7 +157,7 @@ def test_virtual_tokens_of_a_wrapper(per: Per) -> None:
         handle.remove()
     seen = [(x.detach() * grad)[0] for x, grad in zip(want, grads, strict=True)]
     if per == "layer":
-        for row, one in zip(found[:-1], seen[::2], strict=True):
+        for row, one in zip(found, seen[::2], strict=True):
             torch.testing.assert_close(row, one.sum(-1)[4:], rtol=1e-4, atol=1e-5)
     else:
         for row, one in zip(found, seen[1::2], strict=True):
@@ -262,6 +265,24 @@ def test_memory_is_that_of_an_attribution(plan: str) -> None:
         assert_memory_close(Twin(model, gim.rules.GIM, per=per).estimate(chosen, 256).activations, found, per)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["none", "layer"])
+def test_time_is_that_of_an_attribution(plan: str) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 9}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=512, num_key_value_heads=3, **settings)).eval()
+    tokens, chosen = ids(1, 512), MemoryPlan.parse(plan)
+    taken: dict[Per | None, list[float]] = {None: [], "layer": [], "head": []}
+    for _ in range(8):
+        for per, times in taken.items():
+            start = time.process_time()
+            inside(model, tokens, per, chosen)
+            times.append(time.process_time() - start)
+    least = {per: min(times[1:]) for per, times in taken.items()}  # the first forward is watched
+    for per in PERS:
+        assert least[per] <= INSIDE_TIMES * least[None], per
+
+
 # ---- as a result
 
 
@@ -281,11 +302,8 @@ def test_a_result_has_the_tokens_beside_it(model: Any, found: gim.LayerwiseAttri
     assert found.attribution == dataclasses.replace(plain, report=found.attribution.report)
     layers = model.config.num_hidden_layers
     assert found.layers == tuple(f"model.layers.{index}" for index in range(layers))
-    shape = (layers + 1, len(plain)) if found.per == "layer" else (layers, model.config.num_attention_heads)
+    shape = (layers, len(plain)) if found.per == "layer" else (layers, model.config.num_attention_heads)
     assert found.scores.shape == shape
-    if found.per == "layer":
-        # After the last layer only the place that is explained counts.
-        assert not found.scores[-1, :-1].any() and found.scores[-1, -1] != 0
 
 
 def test_the_strongest(found: gim.LayerwiseAttribution) -> None:
@@ -366,8 +384,7 @@ def test_a_long_prompt_shows_its_strongest_tokens(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), TEXT * 20, per="layer")
     page = found.to_html()
     assert f"The 40 strongest of {len(found.attribution)} tokens" in page
-    strongest = found.top(1)[0]
-    assert f"layer {strongest.layer}: " in page or "output of the last layer: " in page
+    assert f"layer {found.top(1)[0].layer}: " in page
 
 
 def test_the_command_line(model: Any, tmp_path: Any) -> None:
