@@ -271,3 +271,39 @@ def attribution(
         start = model.get_input_embeddings()(torch.tensor([[baseline]]))
     scores = ((leaves[0].detach() - start) * grad).sum(-1)
     return scores.masked_fill(~exists, 0.0), grad
+
+
+def inside(
+    model: Any, ids: torch.Tensor, rules: EagerRules, products: dict[str, str], *, layers: Any, target: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each layer reads ``[B, L, T]``, and each head of its attention puts out ``[B, L, H]``, times the gradient.
+
+    Args:
+        layers: of the decoder; their attention calls transformers' interface.
+        target: whose number at each row's last token, or whose class, is explained.
+    """
+    streams: list[torch.Tensor] = []
+    heads: list[torch.Tensor] = []
+
+    def watched(*args: Any, **named: Any) -> torch.Tensor:
+        heads.append(own(*args, **named))
+        return heads[-1]
+
+    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        streams.append(given[0] if given else named["hidden_states"])
+
+    own = attend
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
+    try:
+        with pytest.MonkeyPatch.context() as patch, applied(model, rules, products):
+            patch.setitem(globals(), "attend", watched)
+            logits = model(ids).logits
+            explained = (logits[:, -1] if logits.dim() == 3 else logits)[:, target].sum()
+            grads = torch.autograd.grad(explained, [*streams, *heads])
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = [x.detach() * grad for x, grad in zip([*streams, *heads], grads, strict=True)]
+    cut = len(streams)
+    return torch.stack([x.sum(-1) for x in seen[:cut]], 1), torch.stack([x.sum((-1, -2)) for x in seen[cut:]], 1)

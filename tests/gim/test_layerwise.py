@@ -46,41 +46,6 @@ def inside(model: Any, tokens: torch.Tensor, per: Per | None, plan: MemoryPlan =
     return scoring.run(model, request, BASELINE, gim.rules.get(rules), plan, None)
 
 
-def by_its_own_code(
-    model: Any, family: Any, tokens: torch.Tensor, rules: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by hooks on the model's own forward, under the rules as the tests write them."""
-    streams: list[torch.Tensor] = []
-    heads: list[torch.Tensor] = []
-    attend = model_code.attend
-
-    def watched(*args: Any, **named: Any) -> torch.Tensor:
-        heads.append(attend(*args, **named))
-        return heads[-1]
-
-    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        streams.append(given[0] if given else named["hidden_states"])
-
-    monkeypatch.setattr(model_code, "attend", watched)
-    layers = model.get_submodule(family.layers)
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles.append(model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_()))
-    try:
-        with model_code.applied(model, PRESETS[rules], family.products):
-            logits = model(tokens).logits
-            explained = (logits[:, -1] if logits.dim() == 3 else logits)[:, TARGET].sum()
-            grads = torch.autograd.grad(explained, [*streams, *heads])
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = [(x.detach() * grad) for x, grad in zip([*streams, *heads], grads, strict=True)]
-    cut = len(streams)
-    return (
-        torch.stack([x.sum(-1) for x in seen[:cut]], 1),
-        torch.stack([x.sum((-1, -2)) for x in seen[cut:]], 1),
-    )
-
-
 #: One of each layout; the others repeat the proof.
 LAYOUTS = ("llama", "gemma2", "gpt2", "gpt-neox", "modernbert")
 
@@ -90,9 +55,10 @@ LAYOUTS = ("llama", "gemma2", "gpt2", "gpt-neox", "modernbert")
     [pytest.param(one, marks=[] if one in LAYOUTS else pytest.mark.slow) for one in (*FAMILIES, *ENCODERS)],
 )
 @pytest.mark.parametrize("rules", ["GIM", "GRADIENT"])
-def test_against_the_models_own_code(family: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = make(family), ids(2, LENGTH)
-    want = by_its_own_code(model, {**FAMILIES, **ENCODERS}[family], tokens, rules, monkeypatch)
+def test_against_the_models_own_code(family: str, rules: str) -> None:
+    model, tokens, parts = make(family), ids(2, LENGTH), {**FAMILIES, **ENCODERS}[family]
+    layers = model.get_submodule(parts.layers)
+    want = model_code.inside(model, tokens, PRESETS[rules], parts.products, layers=layers, target=TARGET)
     with model_code.Wide():
         plain, *both = (inside(model, tokens, per, rules=rules) for per in (None, *PERS))
     for per, scores, found in zip(PERS, want, both, strict=True):

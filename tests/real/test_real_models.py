@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gim
 from gim.plan import PLANS, MemoryPlan
 from tests import eager, model_code
+from tests.gim.test_layerwise import PERS, TARGET, inside
 from tests.model_code import Wide
 from tests.oracle import FLOAT64_MODEL_RELATIVE, FLOAT64_PLAN_RELATIVE, assert_close64, assert_within_budget
 
@@ -91,6 +92,15 @@ def test_every_preset_equals_the_rules_on_the_models_own_code(
         got = gim.explain(model, rows[0], baseline_token_id=BASELINE, rules=preset)
     want, _ = model_code.attribution(model, rows[:1][0][None], eager.PRESETS[preset], KINDS[kind][0], baseline=BASELINE)
     assert_close64(got, want[0], f"{kind} {preset}", relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_layers_and_heads_are_those_of_the_models_own_code(model: Any, kind: str, rows: list[torch.Tensor]) -> None:
+    (products, _), ids = KINDS[kind], rows[0][None]
+    want = model_code.inside(model, ids, eager.PRESETS["GIM"], products, layers=model.model.layers, target=TARGET)
+    for per, scores in zip(PERS, want, strict=True):
+        with Wide():
+            found = inside(model, ids, per)
+        assert_close64(found.inside, scores, f"{kind} {per}", relative=FLOAT64_MODEL_RELATIVE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
