@@ -99,8 +99,9 @@ def command(
         }
         found, finished = _evaluated(loaded, tokenizer, data, settings, forward_dtype and forward_dtype.value)
         against = reference or names[0]
-        _show(found, against)
-        _write(found, outputs, against)
+        with refused():
+            _show(found, against)
+            _write(found, outputs, against)
     if not finished:
         raise typer.Exit(130)
 

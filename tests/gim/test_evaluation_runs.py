@@ -101,6 +101,21 @@ def test_going_on_with_something_else_is_refused_and_leaves_the_file_alone(
     assert path.read_bytes() == before
 
 
+def test_a_line_that_is_not_as_it_was_written_is_named(demo: Any, tmp_path: Path) -> None:
+    path = tmp_path / "state.jsonl"
+    interrupted(demo, path)
+    head, line = path.read_text().splitlines()
+    record = json.loads(line)
+    for changed in (
+        {name: value for name, value in record.items() if name != "whole"},
+        record | {"whole": [*record["whole"][:3], record["whole"][3] + 1e-9]},
+        record | {"methods": {}},
+    ):
+        path.write_text(f"{head}\n{json.dumps(changed)}\n")
+        with pytest.raises(ValueError, match="resume: line 2 of .* is not as it was written"):
+            gim.evaluate(*demo, DATA, resume=path, **ASKED)
+
+
 def test_a_full_disk_keeps_what_was_there(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.jsonl"
     interrupted(demo, path)
