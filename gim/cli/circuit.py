@@ -55,6 +55,10 @@ Resume = Annotated[Path | None, typer.Option(help="Keep finished pairs here, and
 Absolute = Annotated[bool, typer.Option("--absolute", help="Take the strongest whatever their sign.")]
 
 
+#: What is exported in no part.
+WHOLE = (".parquet", ".html")
+
+
 @app.command("find")
 def find(
     data: Data,
@@ -80,6 +84,8 @@ def find(
     with handled(debug):
         if html is not None and level is LevelName.NODE:
             raise UserError("--html: paths need --level edge")
+        if save.suffix != ".parquet":  # before hours of work, which could not be written
+            raise UserError(f"--save: must end in .parquet, got {save}")
         outputs = check_outputs({"--save": save, "--html": html})
         chosen = rules_named(rules, None)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
@@ -165,6 +171,10 @@ def export(
     """Write a circuit in another format, told by the ending."""
     with handled(debug):
         check_outputs({"to": to})
+        if absolute and n is None:
+            raise UserError("--absolute says which edges -n takes: give -n too")
+        if n is not None and to.suffix in WHOLE:
+            raise UserError(f"-n is not for {' and '.join(WHOLE)}, which have every score, or the strongest paths")
         found = _loaded(circuit)
 
         def graphml(path: Path) -> None:
