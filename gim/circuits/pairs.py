@@ -123,7 +123,7 @@ def _ids(model: nn.Module, given: Any, tokenizer: Any, argument: str) -> tuple[i
         if given.dim() != 1:
             raise ValueError(f"{argument} must have shape [T], got {tuple(given.shape)}")
         given = given.tolist()
-    if not isinstance(given, Sequence) or not given:
+    if not isinstance(given, Sequence) or isinstance(given, targets.BYTES) or not given:
         raise TypeError(f"{argument} must be text or a list of token ids that is not empty, got {given!r:.80}")
     ids = tuple(whole_number(one) for one in given)
     for one in ids:
