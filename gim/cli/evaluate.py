@@ -81,7 +81,7 @@ def command(
     --resume the same command goes on from there.
     """
     with handled(debug):
-        outputs = check_outputs({"--save": save, "--html": html})
+        outputs = check_outputs({"--save": save, "--html": html}, [("data", data), ("--resume", resume)])
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if reference is not None and reference not in names:
             raise UserError(f"--reference must be one of {', '.join(names)}, got {reference!r}")
