@@ -79,7 +79,7 @@ def refused() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(str(error)) from error
-    except (ValueError, ArithmeticError, NotImplementedError, UnsupportedModelError) as error:
+    except (ValueError, FloatingPointError, NotImplementedError, UnsupportedModelError) as error:
         raise UserError(": ".join([*getattr(error, "__notes__", ()), str(error)])) from error
 
 

@@ -99,9 +99,11 @@ def command(
         }
         found, finished = _evaluated(loaded, tokenizer, data, settings, forward_dtype and forward_dtype.value)
         against = reference or names[0]
-        with refused():
+        try:
             _show(found, against)
             _write(found, outputs, against)
+        except ZeroDivisionError as error:  # a ratio to a logit of 0, of which the library says what to do
+            raise UserError(str(error)) from error
     if not finished:
         raise typer.Exit(130)
 
