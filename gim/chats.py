@@ -70,6 +70,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     if given[-1]["role"] not in ANSWERING:
         chat = _Chat(given, tokenizer, {**arguments, "add_generation_prompt": True})
         text, form = chat.render(contents)
+        chat.warn(contents, text)
         return Rendered(text, chat.segments(contents, form, text))
 
     if contents[-1] is None or given[-1].get("tool_calls"):
@@ -94,6 +95,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
             + ". Give it as the template has it, such as without white space in front, or render the chat yourself and "
             "give the text"
         )
+    chat.warn(contents, whole)
     ranges = chat.segments(contents, form, whole).items()
     cut = {name: (start, min(end, len(rendered))) for name, (start, end) in ranges}
     return Rendered(rendered, {name: (start, end) for name, (start, end) in cut.items() if start < end})
@@ -146,13 +148,15 @@ class _Chat:
                 rendered = self._fill(contents, form)
         except Exception as error:  # a template is code of somebody's
             raise ValueError(f"prompt is a chat that the tokenizer's chat template refuses: {error}") from error
-        left_out = self._left_out(contents, rendered)
-        if "user" in left_out:
+        if "user" in self._left_out(contents, rendered):
             raise ValueError("prompt is a chat, and the tokenizer's chat template leaves out what a user says in it")
-        if left_out:
-            roles = ", ".join(dict.fromkeys(left_out))
-            warnings.warn(f"the chat template leaves out, or changes, what messages say: {roles}", stacklevel=2)
         return rendered, form
+
+    def warn(self, contents: Sequence[list[str] | None], rendered: str) -> None:
+        """Say whose messages are not in the rendered chat as they are."""
+        if left_out := self._left_out(contents, rendered):
+            roles = ", ".join(dict.fromkeys(left_out))
+            warnings.warn(f"the chat template leaves out, or changes, what messages say: {roles}", stacklevel=3)
 
     def segments(self, contents: Sequence[list[str] | None], form: _Form, rendered: str) -> dict[str, Range]:
         """Where in the rendered chat each message stands that says something, by its role.

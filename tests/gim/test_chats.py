@@ -161,6 +161,8 @@ def test_what_a_template_leaves_out_of_other_messages_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prompts.encode(list(CHAT), with_template("thoughts"))
+        with pytest.raises(ValueError, match="message 3, the last, cannot be continued"):
+            prompts.encode(thoughts[:3], with_template("thoughts"))
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for"])
