@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 
 from gim_kernels.aot.resources import of_nvidia, whole_tile_stores
 from gim_kernels.triton import tiles
-from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
 from gim_kernels.triton.attention_grad_query import grad_query_variant
+from gim_kernels.triton.attention_out import forward_variant
 from gim_kernels.triton.tiles import Tile, Variant, Work
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

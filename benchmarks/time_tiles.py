@@ -9,7 +9,6 @@ from here.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -30,7 +29,7 @@ from rich.console import Console
 from benchmarks.measure import DTYPES, Stopwatch, environment, interleaved
 from benchmarks.results import SCHEMA, save
 from gim_kernels.budget import relative_error
-from gim_kernels.triton import attention_backward, attention_forward, launch, tiles
+from gim_kernels.triton import attention_grad, attention_out, launch, tiles
 from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
 from gim_kernels.triton.attention_grad_query import grad_query_variant
 from gim_kernels.triton.dispatch import Launch
@@ -49,15 +48,13 @@ RULES: dict[Work, str] = {
 HEADS = ((32, 32), (32, 8))
 #: Tiles of a kernel, the table's own and its like among them.
 CANDIDATES = 8
-_FORWARD = importlib.import_module(attention_forward.__module__)
-_BACKWARD = importlib.import_module(attention_backward.__module__)
 
 
 def forget() -> None:
     """Forget which tile any layout got."""
-    _FORWARD.forward_plans.clear()
-    _BACKWARD.backward_plans.clear()
-    for variant in (_FORWARD.forward_variant, grad_query_variant, grad_key_value_variant):
+    attention_out.forward_plans.clear()
+    attention_grad.backward_plans.clear()
+    for variant in (attention_out.forward_variant, grad_query_variant, grad_key_value_variant):
         variant.cache_clear()
 
 
@@ -175,13 +172,14 @@ def kernel_of(
 
     query, key, value, grad = draw(heads[0]), draw(heads[1]), draw(heads[1]), draw(heads[0])
     options = Options(job.head_size**-0.5, causal=True)
-    out, lse = attention_forward(query, key, value, None, None, options)
+    out, lse = attention_out.attention_forward(query, key, value, None, None, options)
     if job.work == "forward":
-        plan = _FORWARD.forward_plans((query, key, value, None, None), options)
-        return plan.launch, (query, key, value, None, None, out, lse), [out, lse]
+        forward = attention_out.forward_plans((query, key, value, None, None), options).launch
+        assert forward is not None
+        return forward, (query, key, value, None, None, out, lse), [out, lse]
     needs, scales = (True, True, True, False), (1.0, 1.0, 1.0)
     tensors = (grad, query, key, value, None, None, out)
-    plan = _BACKWARD.backward_plans(tensors, options, RULES[job.work], 2.0, scales, needs)
+    plan = attention_grad.backward_plans(tensors, options, RULES[job.work], 2.0, scales, needs)
     rows = [torch.empty_like(lse) if i != 1 or plan.norm else None for i in range(3)]
     read = (grad, query, key, value)
     if plan.over_queries is not None:

@@ -13,7 +13,7 @@ from gim.asked import Asked, Wanted, tokens_of
 from gim.parts import anatomy
 from gim.scoring import Result
 from gim.segments import Range
-from gim.targets import Explained, Measure, check_measure, whole_number
+from gim.targets import BYTES, Explained, Measure, check_measure, whole_number
 
 #: What a whole answer is explained under; benchmarks/answer_measures.py compares.
 WHOLE_ANSWER: Measure = "logodds"
@@ -107,7 +107,8 @@ def _ids(argument: str, given: Any) -> str | list[int]:
     """Text, or ids as Python's integers."""
     if isinstance(given, str):
         return given
-    if not isinstance(given, Sequence | torch.Tensor) or (isinstance(given, torch.Tensor) and given.dim() != 1):
+    is_list = isinstance(given, Sequence) and not isinstance(given, BYTES)
+    if not is_list and not (isinstance(given, torch.Tensor) and given.dim() == 1):
         raise TypeError(f"{argument} must be text or a list of token ids, got {given!r:.80}")
     ids = [whole_number(one) for one in given]
     for one in ids:
@@ -131,6 +132,8 @@ def generated(asked: Asked, count: Any) -> list[int]:
     ends = getattr(config, "eos_token_id", None)
     ends = {*ends} if isinstance(ends, Sequence) else {ends, asked.tokenizer.eos_token_id}
     padding = getattr(config, "pad_token_id", None)
+    # Where a text ends it, it must be cut, and not every model's `generate` takes a tokenizer.
+    named = {"tokenizer": asked.tokenizer} if getattr(config, "stop_strings", None) else {}
     with torch.no_grad():
         found = model.generate(
             input_ids=ids,
@@ -138,6 +141,7 @@ def generated(asked: Asked, count: Any) -> list[int]:
             max_new_tokens=count,
             # Without one of its own transformers says that it takes the end's.
             pad_token_id=min((one for one in ends if one is not None), default=0) if padding is None else padding,
+            **named,
         )
     found = getattr(found, "sequences", found)
     new = list(takewhile(lambda one: one not in ends, found[0, len(asked.ids) :].tolist()))

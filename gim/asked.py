@@ -195,6 +195,7 @@ def tokens_of(
         ValueError: none, or ids out of range; names ``argument``.
     """
     if isinstance(given, str):
+        target_kinds.check_text(given, argument)
         encoded = tokenizer(given, add_special_tokens=False, return_offsets_mapping=True)
         text, ids = given, list(encoded["input_ids"])
         spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from jinja2 import TemplateError
 
 from gim.segments import Range
 
 #: The roles of the model itself, in the words of transformers and of Gemma: their last message is continued.
 ANSWERING = ("assistant", "model")
 
-#: What a chat template raises where messages do not fit it: on purpose, or by an operation on another type.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, KeyError)
 #: What the template is told by us, and by nobody else.
 _OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
 
@@ -40,7 +37,8 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     """A chat as the text that the model sees, up to where the model goes on.
 
     That is where its answer starts or, where the last message is the model's own, inside that message: at its last
-    character, white space included.
+    character, white space included. What a template leaves out or changes of other messages than a user's, such as an
+    earlier answer's thoughts, is warned of.
 
     Args:
         messages: each with ``role`` and ``content``: text, or parts ``{"type": "text", "text": ...}``. A message
@@ -57,6 +55,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
         not isinstance(messages, Sequence)
         or not messages
         or not all(isinstance(one, Mapping) and {"role", "content"} <= {*one, *_no_content(one)} for one in messages)
+        or not all(isinstance(one["role"], str) for one in messages)
     ):
         raise TypeError(f"prompt must be text, or messages with role and content, got {messages!r:.200}")
     if not getattr(tokenizer, "chat_template", None):
@@ -71,6 +70,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     if given[-1]["role"] not in ANSWERING:
         chat = _Chat(given, tokenizer, {**arguments, "add_generation_prompt": True})
         text, form = chat.render(contents)
+        chat.warn(contents, text)
         return Rendered(text, chat.segments(contents, form, text))
 
     if contents[-1] is None or given[-1].get("tool_calls"):
@@ -95,6 +95,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
             + ". Give it as the template has it, such as without white space in front, or render the chat yourself and "
             "give the text"
         )
+    chat.warn(contents, whole)
     ranges = chat.segments(contents, form, whole).items()
     cut = {name: (start, min(end, len(rendered))) for name, (start, end) in ranges}
     return Rendered(rendered, {name: (start, end) for name, (start, end) in cut.items() if start < end})
@@ -140,16 +141,22 @@ class _Chat:
             rendered = self._fill(contents, form)
             if any(len(texts) > 1 for texts in contents if texts) and self._reads_parts(contents, rendered):
                 form = _as_parts
-            elif not self._has_all(contents, rendered):
+            elif "user" in self._left_out(contents, rendered) and not self._prints_parts(contents):
                 # A template for parts alone finds none in a text, and leaves it out without a word.
                 form = _as_parts
             if form is _as_parts:
                 rendered = self._fill(contents, form)
-        except _TEMPLATE_ERRORS as error:
+        except Exception as error:  # a template is code of somebody's
             raise ValueError(f"prompt is a chat that the tokenizer's chat template refuses: {error}") from error
-        if not self._has_all(contents, rendered):
+        if "user" in self._left_out(contents, rendered):
             raise ValueError("prompt is a chat, and the tokenizer's chat template leaves out what a user says in it")
         return rendered, form
+
+    def warn(self, contents: Sequence[list[str] | None], rendered: str) -> None:
+        """Say whose messages are not in the rendered chat as they are."""
+        if left_out := self._left_out(contents, rendered):
+            roles = ", ".join(dict.fromkeys(left_out))
+            warnings.warn(f"the chat template leaves out, or changes, what messages say: {roles}", stacklevel=3)
 
     def segments(self, contents: Sequence[list[str] | None], form: _Form, rendered: str) -> dict[str, Range]:
         """Where in the rendered chat each message stands that says something, by its role.
@@ -172,7 +179,7 @@ class _Chat:
         try:
             filled = self._fill([None if parts is None else [*map(marked, parts)] for parts in contents], form)
             pieces = re.split(rf"{mark}(\d+)\.", filled)
-        except _TEMPLATE_ERRORS:
+        except Exception:  # of a template that minds the marks
             return {}
         # The template's own, a mark, a text, the same mark, the template's own, and so on.
         if pieces[1::2] != [str(number) for number in range(1, len(texts) + 1) for _ in range(2)]:
@@ -208,19 +215,24 @@ class _Chat:
         ]
         return str(self._tokenizer.apply_chat_template(filled, tokenize=False, **self._arguments))
 
-    def _has_all(self, contents: Sequence[list[str] | None], rendered: str) -> bool:
-        return all(
-            text.strip() in rendered
+    def _left_out(self, contents: Sequence[list[str] | None], rendered: str) -> list[str]:
+        """The roles of messages that have a text which the rendered chat has not."""
+        return [
+            message["role"]
             for message, texts in zip(self._messages, contents, strict=True)
-            if message["role"] == "user"
-            for text in texts or ()
-        )
+            if not all(text.strip() in rendered for text in texts or ())
+        ]
+
+    def _prints_parts(self, contents: Sequence[list[str] | None]) -> bool:
+        """Whether a template that is given parts writes them down as a list, and does not read what they say."""
+        mark = "GIM_UNREAD"
+        return mark in self._fill(contents, lambda texts: [{**part, mark: mark} for part in _as_parts(texts)])
 
     def _reads_parts(self, contents: Sequence[list[str] | None], of_text: str) -> bool:
         """Whether a template makes the same of a text as of one part with it: then it knows how several go together."""
         try:
             return self._fill(contents, lambda texts: _as_parts(["".join(texts)])) == of_text
-        except _TEMPLATE_ERRORS:
+        except Exception:  # of a template that knows no parts
             return False
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from gim import chats
 from gim.segments import Range
+from gim.targets import check_text
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def encode(prompt: Any, tokenizer: Any, template_arguments: Mapping[str, Any] | 
             f"tokenizer must be a fast one, which tells character offsets, got {type(tokenizer).__name__}: load it "
             "with AutoTokenizer.from_pretrained(...), or use gim.explain with ids"
         )
+    check_text(text, "prompt")
     encoded = tokenizer(
         text,
         return_offsets_mapping=True,

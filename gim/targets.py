@@ -17,6 +17,22 @@ MEASURE_NAMES: dict[Measure, str] = {"logit": "logit", "logprob": "log-probabili
 Per = Literal["layer", "head"]
 PERS: tuple[Per, ...] = ("layer", "head")
 TokenLike = int | str
+#: Sequences of whole numbers that are never meant as ids.
+BYTES = (bytes, bytearray)
+
+
+def check_text(text: str, argument: str) -> None:
+    """Refuse text that no tokenizer can cut: with half a character, as what is not UTF-8 on a command line becomes.
+
+    Raises:
+        ValueError: there is one; names ``argument`` and its place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{argument} must be text, and {text[error.start]!r} at character {error.start} of it is no character"
+        ) from error
 
 
 def check_measure(measure: str) -> None:
@@ -77,6 +93,8 @@ class Continuation:
         check_measure(self.measure)
         if len(self.tokens) == 0:
             raise ValueError("tokens of a Continuation must not be empty")
+        if isinstance(self.tokens, BYTES):
+            raise TypeError(f"tokens of a Continuation must be text or token ids, got {self.tokens!r:.80}")
         if not isinstance(self.tokens, str):
             ids = tuple(whole_number(token) for token in self.tokens)
             for one in ids:
@@ -156,11 +174,12 @@ def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> 
     if isinstance(target, int):
         return Token(target)
     if isinstance(target, str):
+        check_text(target, "target")
         ids = tokenizer.encode(target, add_special_tokens=False)
         return Token(ids[0]) if len(ids) == 1 else Continuation(target)
     if isinstance(target, torch.Tensor) and target.dim() != 1:
         raise ValueError(f"target must be one id or a list of ids, got a tensor of shape {tuple(target.shape)}")
-    if isinstance(target, Sequence | torch.Tensor):
+    if isinstance(target, Sequence | torch.Tensor) and not isinstance(target, BYTES):
         return Continuation([*target])
     raise TypeError(f"target must be a token id, text, ids or a Target, got {type(target).__name__}")
 
@@ -234,6 +253,7 @@ def _cut(token: Any, tokenizer: Any, argument: str) -> list[Any]:
         return [token]
     if not isinstance(token, str):
         raise TypeError(f"{argument} must be a token id, or text that is one token, got {token!r:.80}")
+    check_text(token, argument)
     return [int(one) for one in tokenizer.encode(token, add_special_tokens=False)]
 
 

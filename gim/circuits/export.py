@@ -74,31 +74,67 @@ def load(path: str | os.PathLike[str]) -> Circuit:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return readers[ending](Path(path))
-    except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, ImportError):
+        raise
+    except pickle.UnpicklingError as error:  # whose own advice is to run the code in the file
+        raise ValueError(
+            f"{path} is no file of a circuit: it is damaged, or holds more than tensors and plain values"
+        ) from error
+    except Exception as error:  # anybody may have made the file, so that anything may be wrong with it
         raise ValueError(f"{path} is no file of a circuit ({type(error).__name__}: {error})") from error
 
 
 def _from_parquet(path: Path) -> Circuit:
-    arrow = need("pyarrow", "circuits")
-    try:
-        table = need("pyarrow.parquet", "circuits").read_table(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    arrow, parquet = need("pyarrow", "circuits"), need("pyarrow.parquet", "circuits")
+    with path.open("rb") as file:
+        try:
+            table = parquet.read_table(file)
+        except (arrow.ArrowException, OSError) as error:  # the latter of a damaged page
+            raise ValueError(f"not a Parquet file, or a damaged one: {error}") from error
     said = json.loads((table.schema.metadata or {})[KEY])
     graph = _graph(said["graph"])
     values = torch.tensor(table.column("score").to_pylist(), dtype=torch.float64)
-    if "reader" not in table.column_names:
-        return Circuit(graph, values.view(graph.writers), said["settings"])
-    scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
-    scores[graph.edges] = values
-    return Circuit(graph, scores, said["settings"])
+    is_edges = "reader" in table.column_names
+    _check_size("scores", len(values), graph.edge_count if is_edges else graph.writers)
+    if not is_edges:
+        scores, names = values, [("writer", graph.writer_names)]
+    else:
+        scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+        scores[graph.edges] = values
+        rows, columns = (one.tolist() for one in graph.edges.nonzero().unbind(1))
+        names = [
+            ("writer", [graph.writer_names[row] for row in rows]),
+            ("reader", [graph.reader_names[column] for column in columns]),
+        ]
+    for column, wanted in names:
+        if table.column(column).to_pylist() != wanted:
+            raise ValueError(f"its {column}s are not those of its graph, in their order")
+    return _circuit(graph, scores, said["settings"])
 
 
 def _graph(said: Mapping[str, Any]) -> Graph:
-    numbers = [said[name] for name in ("layers", "heads", "width")]
-    if not all(isinstance(one, int) and 0 < one < 2**20 for one in numbers):
+    numbers = {name: said[name] for name in ("layers", "heads", "width")}
+    if not all(type(one) is int and 0 < one < 2**20 for one in numbers.values()):
         raise TypeError(f"layers, heads and width must be whole numbers, got {numbers}")
-    return Graph(said["layers"], said["heads"], bool(said["parallel"]), said["width"], said.get("groups"))
+    groups, parallel = said.get("groups"), said["parallel"]
+    if groups is not None and (type(groups) is not int or groups < 1 or numbers["heads"] % groups):
+        raise TypeError(f"groups must be a whole number that the heads are a multiple of, got {groups!r:.80}")
+    if not isinstance(parallel, bool):
+        raise TypeError(f"whether attention and MLP are parallel must be true or false, got {parallel!r:.80}")
+    return Graph(parallel=parallel, groups=groups, **numbers)
+
+
+def _check_size(what: str, found: int, wanted: int) -> None:
+    """Before anything of the graph's size is made: a file says any size."""
+    if found != wanted:
+        raise ValueError(f"it has {found:,} {what}, and its graph {wanted:,}")
+
+
+def _circuit(graph: Graph, scores: torch.Tensor, settings: Mapping[str, Any]) -> Circuit:
+    """A circuit whose scores came from a file."""
+    if not scores.is_floating_point() or not bool(scores.isfinite().all()):
+        raise ValueError("its scores are not all finite real numbers")
+    return Circuit(graph, scores.double(), settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- MIB
@@ -165,23 +201,32 @@ def _of_edges(circuit: Circuit) -> torch.Tensor:
 def _from_json(path: Path) -> Circuit:
     held = read_json(path, LONGEST)
     graph = _of_config(held["cfg"])
+    _check_size("edges", len(held["edges"]), graph.edge_count)
     of_nodes = [held["nodes"].get(name, {}).get("score") for name in graph.writer_names]
     if all(one is not None for one in of_nodes):
-        return Circuit(graph, torch.tensor(of_nodes, dtype=torch.float64), {})
+        return _circuit(graph, torch.tensor(of_nodes, dtype=torch.float64), {})
     scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
     for name, row, column in graph.names():
         scores[row, column] = held["edges"][name]["score"]
-    return Circuit(graph, scores, {})
+    return _circuit(graph, scores, {})
 
 
 def _from_tensors(path: Path) -> Circuit:
     held = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(held, dict):
+        raise TypeError(f"it holds {type(held).__name__}")
     graph = _of_config(held["cfg"])
-    if list(held["src_nodes"]) != graph.writer_names or list(held["dst_nodes"]) != graph.reader_names:
-        raise ValueError(f"{path}: its nodes are not those of its cfg, in EAP-IG's order")
-    if "nodes_scores" in held:
-        return Circuit(graph, held["nodes_scores"].double().view(graph.writers), {})
-    return Circuit(graph, held["edges_scores"].double().view(graph.writers, graph.readers) * graph.edges, {})
+    writers, readers = list(held["src_nodes"]), list(held["dst_nodes"])
+    _check_size("writers", len(writers), graph.writers)
+    _check_size("readers", len(readers), graph.readers)
+    if (writers, readers) != (graph.writer_names, graph.reader_names):
+        raise ValueError("its nodes are not those of its cfg, in EAP-IG's order")
+    is_nodes = "nodes_scores" in held
+    scores = held["nodes_scores" if is_nodes else "edges_scores"]
+    shape = (graph.writers,) if is_nodes else (graph.writers, graph.readers)
+    if scores.shape != shape:
+        raise ValueError(f"its scores have the shape {tuple(scores.shape)}, and its graph {shape}")
+    return _circuit(graph, scores if is_nodes else scores.masked_fill(~graph.edges, 0), {})
 
 
 def _of_config(config: Mapping[str, Any]) -> Graph:

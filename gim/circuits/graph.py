@@ -132,7 +132,8 @@ class Graph:
     @property
     def edge_count(self) -> int:
         """How many pairs can meet."""
-        return int(self.edges.sum())
+        of_heads = self.heads + 2 * self.keys
+        return self.writers + sum(self.head(one) * of_heads + self.before_mlp(one) for one in range(self.layers))
 
     def names(self) -> Iterator[tuple[str, int, int]]:
         """Every edge in EAP-IG's words, ``a0.h1->m2`` or ``m0->a1.h0<k>``, with its row and column."""

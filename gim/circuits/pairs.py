@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ YEARS = re.compile(r"(\d\d)(\d\d)\D+\1$")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and one of as many tokens that has another answer.
+    """A prompt, and one of as many tokens that has another answer; the same prompt twice adds 0 to every score.
 
     Args:
         clean: what the model should answer; text, or token ids.
@@ -69,32 +70,31 @@ class Encoded:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def encode(model: nn.Module, pairs: Iterable[Pair], tokenizer: Any) -> list[Encoded]:
+def encode(model: nn.Module, given: Read, tokenizer: Any) -> list[Encoded]:
     """Pairs in token ids, each checked.
 
     Args:
         model: the vocabulary and the longest prompt are its own.
-        pairs: at least one.
+        given: at least one.
         tokenizer: cuts texts; None where everything is ids.
 
     Raises:
         TypeError, ValueError: not such a pair, texts without a tokenizer, prompts of unequal length, an answer that is
-            no single token, a token that is both right and wrong; names the pair and the argument.
+            no single token, a token that is both right and wrong; names where the pair came from and the argument.
     """
     found = []
-    for index, pair in enumerate(pairs):
-        where = f"pairs[{index}]"
+    for pair, where in zip(given.pairs, given.places, strict=True):
         if not isinstance(pair, Pair):
             raise TypeError(f"{where} must be a gim.circuits.Pair, got {pair!r:.80}")
         clean, corrupted = (
-            _ids(model, getattr(pair, name), tokenizer, f"{where}.{name}") for name in ("clean", "corrupted")
+            _ids(model, getattr(pair, name), tokenizer, _argument(where, name)) for name in ("clean", "corrupted")
         )
         if len(clean) != len(corrupted):
             raise ValueError(
                 f"{where}: clean and corrupted must have as many tokens, got {len(clean)} and {len(corrupted)}"
             )
         right, wrong = (
-            _answers(model, getattr(pair, name), tokenizer, f"{where}.{name}") for name in ("answer", "wrong")
+            _answers(model, getattr(pair, name), tokenizer, _argument(where, name)) for name in ("answer", "wrong")
         )
         if set(right) & set(wrong):
             raise ValueError(f"{where}: answer and wrong hold the same token, {min(set(right) & set(wrong))}")
@@ -102,6 +102,11 @@ def encode(model: nn.Module, pairs: Iterable[Pair], tokenizer: Any) -> list[Enco
     if not found:
         raise ValueError("pairs must hold at least one pair")
     return found
+
+
+def _argument(where: str, name: str) -> str:
+    """What to call a part of a pair: ``pairs[3].clean``, or ``pairs.csv, row 3: clean``."""
+    return f"{where}.{name}" if where.endswith("]") else f"{where}: {name}"
 
 
 def _ids(model: nn.Module, given: Any, tokenizer: Any, argument: str) -> tuple[int, ...]:
@@ -118,7 +123,7 @@ def _ids(model: nn.Module, given: Any, tokenizer: Any, argument: str) -> tuple[i
         if given.dim() != 1:
             raise ValueError(f"{argument} must have shape [T], got {tuple(given.shape)}")
         given = given.tolist()
-    if not isinstance(given, Sequence) or not given:
+    if not isinstance(given, Sequence) or isinstance(given, targets.BYTES) or not given:
         raise TypeError(f"{argument} must be text or a list of token ids that is not empty, got {given!r:.80}")
     ids = tuple(whole_number(one) for one in given)
     for one in ids:
@@ -171,9 +176,16 @@ def batches(model: nn.Module, pairs: Sequence[Encoded], batch_tokens: int) -> It
 
 @dataclass(frozen=True)
 class Read:
-    """Pairs, and how many rows of a file of MIB's, or of greater-than, do not make a pair on this tokenizer."""
+    """Pairs, where each came from, and how many rows of a file of MIB's, or of greater-than, make none here.
+
+    Args:
+        pairs: to be encoded.
+        places: of each, what to call it in a message.
+        passed_by: rows whose prompts are not of one length, or whose answers no single tokens, of this tokenizer.
+    """
 
     pairs: list[Pair]
+    places: list[str]
     passed_by: int = 0
 
 
@@ -198,29 +210,34 @@ def read(data: Any, tokenizer: Any, *, seed: int = 0, limit: int | None = None, 
     if not isinstance(data, str | os.PathLike):
         if not isinstance(data, Iterable):
             raise TypeError(f"pairs must be pairs, a task or a file, got {type(data).__name__}")
-        given = list(data)[skip:]
-        return Read(given if limit is None else given[:limit])
+        given = list(itertools.islice(data, skip, None if limit is None else skip + limit))
+        return Read(given, [f"pairs[{index}]" for index in range(skip, skip + len(given))])
     found: list[Pair] = []
+    places: list[str] = []
     passed_by = 0
     count = skip + (limit or TASK_PAIRS) if str(data) in tasks.TASKS else None if limit is None else skip + limit
     if str(data) in tasks.TASKS:
         _need_tokenizer(tokenizer, str(data))
         drawn = tasks.draw_pairs(str(data), tokenizer, count or 0, seed)
         found = [Pair(text, other, list(right), list(wrong)) for text, other, right, wrong in drawn]
+        places = [f"task {data}, pair {index}" for index in range(len(found))]
     else:
         for index, row in enumerate(_rows(Path(data))):
-            pair, is_mib = _pair(row, f"{data}, row {index}")
+            where = f"{data}, row {index}"
+            pair, is_mib = _pair(row, where)
             if is_mib:
-                _need_tokenizer(tokenizer, f"{data}, row {index}")
+                _need_tokenizer(tokenizer, where)
             if is_mib and not _fits(pair, tokenizer):
                 passed_by += 1
                 continue
             found.append(pair)
+            places.append(where)
             if len(found) == count:
                 break
     if len(found) <= skip:
-        raise ValueError(f"pairs: {data} holds {len(found)} pairs, and {skip} of them are left out")
-    return Read(found[skip:], passed_by)
+        others = f", {passed_by} rows make none with this tokenizer" if passed_by else ""
+        raise ValueError(f"pairs: {data} holds {len(found)} pairs{others}, and {skip} of them are left out")
+    return Read(found[skip:], places[skip:], passed_by)
 
 
 def _need_tokenizer(tokenizer: Any, what: str) -> None:
@@ -230,8 +247,11 @@ def _need_tokenizer(tokenizer: Any, what: str) -> None:
 
 def _rows(path: Path) -> Iterator[Any]:
     if path.suffix == ".csv" and path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            try:
+                yield from csv.DictReader(file)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is not CSV in UTF-8: {error}") from error
     else:
         yield from rows_of(path, None)
 
@@ -265,13 +285,22 @@ def _indices(row: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _of_mib(row: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> Pair:
     """A row of MIB's indirect objects, multiple choice, ARC or arithmetic, as its benchmark reads them."""
+    prompts = _said(row["prompt"]), _said(other["prompt"])
     if name == "s2_io_flip_counterfactual":
         said = row["metadata"]
-        return Pair(row["prompt"], other["prompt"], f" {said['indirect_object']}", f" {said['subject']}")
+        return Pair(*prompts, f" {_said(said['indirect_object'])}", f" {_said(said['subject'])}")
     if name == "symbol_counterfactual":
         right, wrong = (one["choices"]["label"][one["answerKey"]] for one in (row, other))
-        return Pair(row["prompt"], other["prompt"], str(right), str(wrong))
-    return Pair(row["prompt"], other["prompt"], str(row["label"]), str(other["label"]))
+    else:
+        right, wrong = row["label"], other["label"]
+    return Pair(*prompts, _said(right), _said(wrong))
+
+
+def _said(value: Any) -> str:
+    """A text that is not empty, or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        raise TypeError(f"a prompt or an answer must be text that is not empty, got {value!r:.80}")
+    return str(value)
 
 
 def _of_years(row: Mapping[str, Any]) -> Pair:
@@ -280,7 +309,7 @@ def _of_years(row: Mapping[str, Any]) -> Pair:
     if said is None or int(said[2]) != label or label == 99:
         raise ValueError(f"label {label} is no year of its prompt that another of the century comes after")
     years = [f"{year:02d}" for year in range(100)]
-    return Pair(row["clean"], row["corrupted"], years[label + 1 :], years[: label + 1])
+    return Pair(row["clean"], _said(row["corrupted"]), years[label + 1 :], years[: label + 1])
 
 
 def _fits(pair: Pair, tokenizer: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 
 from gim.circuits import probe
 from gim.circuits.curve import MIB_SIZES, ORDERS, Curve
-from gim.circuits.metrics import Metric, logit_difference, name_of
+from gim.circuits.metrics import METRICS, Metric, logit_difference, name_of
 from gim.circuits.pairs import Encoded, Pair, batches, encode, read
 from gim.circuits.patching import Patcher
 from gim.circuits.result import Circuit
@@ -114,7 +114,8 @@ def attribute(
         memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits
             beside what every part of the model writes.
         engine: as in :class:`gim.GIM`.
-        resume: a file that keeps the sum over finished pairs, and that another call of the same goes on from.
+        resume: a file that keeps the sum over finished pairs, and that another call of the same goes on from. A metric
+            of your own is told from another as functions are in :func:`gim.evaluate`.
         limit: pairs, at most.
         seed: of a task's pairs.
 
@@ -148,7 +149,7 @@ def attribute(
     _check_model(model)
     with anatomy.held(model) as parts:
         given = read(pairs, tokenizer, seed=seed, limit=limit)
-        encoded = encode(model, given.pairs, tokenizer)
+        encoded = encode(model, given, tokenizer)
         found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         graph = found.graph(grouped=grouped)
         scorer = Scorer(model, found, graph.ungrouped(), chosen, metric, level, ig_steps, memory, engine)
@@ -158,7 +159,7 @@ def attribute(
             "rules": chosen.to_dict(),
             "level": level,
             "ig_steps": ig_steps,
-            "metric": name_of(metric),
+            "metric": _key(metric),
             "grouped": grouped,
             "dtype": str(parts.dtype),
             "pairs": [pair.digest for pair in encoded],
@@ -167,6 +168,7 @@ def attribute(
         notes = [CONSTANT] if chosen.softmax == "constant" else []
         about = {
             **{name: value for name, value in settings.items() if name != "pairs"},
+            "metric": name_of(metric),
             "name": fingerprint.name_of(model),
             "rules_name": chosen.name,
             "passed_by": given.passed_by,
@@ -175,7 +177,7 @@ def attribute(
         for note in notes:
             warnings.warn(f"gim.circuits: {note}", stacklevel=2)
         tokens = batch_tokens or BATCH_TOKENS.get(parts.device.type, BATCH_TOKENS_GPU)
-        sums = _Sums(resume, settings, scorer.shape)
+        sums = _Sums(resume, settings, scorer.shape, len(encoded))
 
         def result() -> Circuit:
             mean = sums.total / len(sums.done)
@@ -233,12 +235,15 @@ class _Sums:
         path: the file; None for none.
         settings: what the sum depends on. A file with other settings is refused, and left as it is.
         shape: of the sum.
+        pairs: how many there are in all.
 
     Raises:
         ValueError: the file is none of these, or of another model, rules, versions or pairs; names what differs.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, settings: dict[str, Any], shape: tuple[int, ...], pairs: int
+    ) -> None:
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.done: set[int] = set()
         self._path = None if path is None else Path(path)
@@ -247,20 +252,24 @@ class _Sums:
             return
         check_writable(self._path, "resume")
         if self._path.exists() and self._path.stat().st_size:
-            self._read(self._path)
+            self._read(self._path, pairs)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, pairs: int) -> None:
         try:
             with safe_open(path, "pt") as file:
                 there, done = (json.loads((file.metadata() or {})[name]) for name in ("settings", "done"))
                 total = file.get_tensor("total")
-        except (SafetensorError, KeyError, ValueError) as error:
+            there, done = dict(there), set(done)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"resume: {path} is no file of a search for a circuit: {error}") from error
         for name, value in self._settings.items():
             if there.get(name) != value:
                 shown = "" if name == "pairs" else f": {there.get(name)!r:.120} there, {value!r:.120} here"
                 raise ValueError(f"resume: {path} was made with other {name}{shown}; give another file to start anew")
-        self.total, self.done = total, set(done)
+        whole = total.dtype == self.total.dtype and total.shape == self.total.shape and bool(total.isfinite().all())
+        if not whole or not done <= set(range(pairs)):
+            raise ValueError(f"resume: {path} does not hold the sum over some of these {pairs} pairs")
+        self.total, self.done = total, done
 
     def add(self, places: Sequence[int], scores: torch.Tensor) -> None:
         """Add pairs, on the disk before this returns."""
@@ -298,7 +307,7 @@ def faithfulness(
     _check_numbers(0, skip=skip, seed=seed)
     _check_model(model)
     with anatomy.held(model) as parts:
-        encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip).pairs, tokenizer)
+        encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip), tokenizer)
         found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         whole = found.graph()
         if whole != circuit.graph.ungrouped():
@@ -308,7 +317,7 @@ def faithfulness(
         cuts = {order: [1 - circuit.graph.expand(one).float() for one in several] for order, several in kept.items()}
         digests = [pair.digest for pair in encoded]
         settings = {
-            "weights": fingerprint.of_model(model), "circuit": circuit.digest, "metric": name_of(metric),
+            "weights": fingerprint.of_model(model), "circuit": circuit.digest, "metric": _key(metric),
             "sizes": list(sizes), "versions": fingerprint.versions(),
         }  # fmt: skip
         store = None if resume is None else Store(resume, settings, digests)
@@ -397,6 +406,11 @@ def _check(level: str, grouped: Any, metric: Any, memory: Any) -> None:
 def _check_function(metric: Any) -> None:
     if not callable(metric):
         raise TypeError(f"metric must be a function of logits and answers, got {metric!r:.80}")
+
+
+def _key(metric: Metric) -> str:
+    """What tells a metric from another: one of our own its name, a function of the user's its code too."""
+    return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
 
 
 def _check_numbers(least: int, **given: Any) -> None:

@@ -197,6 +197,8 @@ class Scorer:
             stack.enter_context(listening())
             values = self.metric(Forwards(self.model).logits(batch.clean), batch.answers)
             check_metric(values, len(batch))
+            if not values.requires_grad:
+                raise ValueError("metric must let a gradient through from the logits, and its numbers have none")
             out, told = -values.sum(), None
             del values
             for layers in stops:

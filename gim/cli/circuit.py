@@ -55,6 +55,10 @@ Resume = Annotated[Path | None, typer.Option(help="Keep finished pairs here, and
 Absolute = Annotated[bool, typer.Option("--absolute", help="Take the strongest whatever their sign.")]
 
 
+#: What is exported in no part.
+WHOLE = (".parquet", ".html")
+
+
 @app.command("find")
 def find(
     data: Data,
@@ -80,7 +84,9 @@ def find(
     with handled(debug):
         if html is not None and level is LevelName.NODE:
             raise UserError("--html: paths need --level edge")
-        outputs = check_outputs({"--save": save, "--html": html})
+        if save.suffix != ".parquet":  # before hours of work, which could not be written
+            raise UserError(f"--save: must end in .parquet, got {save}")
+        outputs = check_outputs({"--save": save, "--html": html}, [("data", data), ("--resume", resume)])
         chosen = rules_named(rules, None)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         from gim import circuits
@@ -126,7 +132,8 @@ def score(
     Ctrl-C keeps what is finished.
     """
     with handled(debug):
-        outputs = check_outputs({"--save": save})
+        read: list[tuple[str, str | Path | None]] = [("circuit", circuit), ("data", data), ("--resume", resume)]
+        outputs = check_outputs({"--save": save}, read)
         found = _loaded(circuit)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         from gim.circuits import CurveInterrupted
@@ -164,7 +171,11 @@ def export(
 ) -> None:
     """Write a circuit in another format, told by the ending."""
     with handled(debug):
-        check_outputs({"to": to})
+        check_outputs({"to": to}, [("circuit", circuit)])
+        if absolute and n is None:
+            raise UserError("--absolute says which edges -n takes: give -n too")
+        if n is not None and to.suffix in WHOLE:
+            raise UserError(f"-n is not for {' and '.join(WHOLE)}, which have every score, or the strongest paths")
         found = _loaded(circuit)
 
         def graphml(path: Path) -> None:
@@ -201,7 +212,7 @@ def show(
 ) -> None:
     """List a circuit's strongest edges, or nodes, and what it was found on; draw its strongest paths."""
     with handled(debug):
-        outputs = check_outputs({"--html": html})
+        outputs = check_outputs({"--html": html}, [("circuit", circuit)])
         found = _loaded(circuit)
         _show(found, top, absolute=absolute)
         _write(outputs, {"--html": lambda path: found.to_html(path, paths=paths)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +26,14 @@ def check_texts(texts: dict[str, str | None]) -> None:
             raise UserError(f"{name} must not be empty")
 
 
-def check_outputs(outputs: dict[str, Path | None]) -> dict[str, Path]:
-    """The files to write, after it is known that they can be."""
+def check_outputs(
+    outputs: dict[str, Path | None], inputs: Iterable[tuple[str, str | Path | None]] = ()
+) -> dict[str, Path]:
+    """The files to write, after it is known that they can be, and are none of those that are read, by their options."""
     from gim.files import check_writable
 
     wanted = {name: path for name, path in outputs.items() if path is not None}
-    seen: dict[Path, str] = {}
+    seen = {Path(path).resolve(): name for name, path in inputs if path is not None}
     for name, path in wanted.items():
         try:
             check_writable(path, name)
@@ -78,7 +80,7 @@ def refused() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(str(error)) from error
     except (ValueError, FloatingPointError, NotImplementedError, UnsupportedModelError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(": ".join([*getattr(error, "__notes__", ()), str(error)])) from error
 
 
 def _line(console: Console, word: str, style: str, message: str) -> None:

@@ -81,7 +81,7 @@ def command(
     --resume the same command goes on from there.
     """
     with handled(debug):
-        outputs = check_outputs({"--save": save, "--html": html})
+        outputs = check_outputs({"--save": save, "--html": html}, [("data", data), ("--resume", resume)])
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if reference is not None and reference not in names:
             raise UserError(f"--reference must be one of {', '.join(names)}, got {reference!r}")
@@ -99,8 +99,11 @@ def command(
         }
         found, finished = _evaluated(loaded, tokenizer, data, settings, forward_dtype and forward_dtype.value)
         against = reference or names[0]
-        _show(found, against)
-        _write(found, outputs, against)
+        try:
+            _show(found, against)
+            _write(found, outputs, against)
+        except ZeroDivisionError as error:  # a ratio to a logit of 0, of which the library says what to do
+            raise UserError(str(error)) from error
     if not finished:
         raise typer.Exit(130)
 

@@ -120,7 +120,7 @@ def command(
         chosen = rules_named(rules, temperature)
         text = _read_prompt(source, prompt, prompt_file)
         check_texts({"--target": target, "--contrast": contrast, "--answer": answer, "--baseline": baseline})
-        outputs = check_outputs({"--html": html, "--json": json, "--png": png})
+        outputs = check_outputs({"--html": html, "--json": json, "--png": png}, [("--prompt-file", prompt_file)])
         named = {"--target": target, "--contrast": contrast, "--answer": answer, "--generate": generate}
         inside = None if per is Per.TOKEN else per.value
         if chat and not next_token and not inside and all(given is None for given in named.values()):

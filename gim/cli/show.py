@@ -28,7 +28,7 @@ def command(
     With --html two are compared on one page, word by word: of other rules, another model or another prompt.
     """
     with handled(debug):
-        outputs = check_outputs({"--html": html, "--png": png})
+        outputs = check_outputs({"--html": html, "--png": png}, [("results", path) for path in results])
         if png is not None and len(results) > 1:
             raise UserError(f"--png is for one result, got {len(results)} of them")
         if html is not None and len(results) > 2:

@@ -133,7 +133,12 @@ def occlusion(case: Case, _: int | None = None) -> torch.Tensor:
 
 
 def kernel_shap(case: Case, samples: int | None) -> torch.Tensor:
-    """Shapley values by weighted least squares; three samples for each token where no number is given."""
+    """Shapley values by weighted least squares; three samples for each token where no number is given.
+
+    That of a single token is what leaving it out does, and captum has no distribution to draw from.
+    """
+    if len(case.ids) == 3:
+        return occlusion(case)
     return _sampled(case, "KernelShap", {}, samples or SAMPLES_PER_TOKEN * len(case.ids))
 
 

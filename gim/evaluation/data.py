@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from gim import prompts, targets
 from gim.evaluation import tasks
 from gim.evaluation.extras import need
 from gim.evaluation.perturbation import Forwards, Outcome, outcomes_of
+from gim.files import parse_json
 from gim.inputs import check_length
-from gim.targets import TokenLike
+from gim.targets import TokenLike, whole_number
 
 #: Right examples of a task, where no limit is given.
 TASK_EXAMPLES = 100
@@ -99,7 +100,7 @@ def read(data: Any, tokenizer: Any, *, seed: int, limit: int | None) -> Iterator
     elif isinstance(data, str | os.PathLike):
         rows, name = rows_of(Path(data)), f"{data}, row"
     elif isinstance(data, Iterable):
-        rows, name = data, "data, row"
+        rows, name = _by_row(data), "data, row"
     else:
         raise TypeError(
             f"data must be a task, a file, a Dataset or a list of texts or pairs, got {type(data).__name__}"
@@ -123,7 +124,7 @@ def rows_of(path: Path, columns: tuple[str, ...] | None = COLUMNS) -> Iterator[A
         columns: of a Parquet file that are read; None for all.
     """
     if path.is_dir():
-        yield from need("datasets").load_from_disk(str(path))
+        yield from _by_row(need("datasets").load_from_disk(str(path)))
     elif not path.is_file():
         raise FileNotFoundError(f"data: {str(path)!r} is no file, and no task: those are {', '.join(tasks.TASKS)}")
     elif path.suffix == ".parquet":
@@ -134,28 +135,42 @@ def rows_of(path: Path, columns: tuple[str, ...] | None = COLUMNS) -> Iterator[A
         raise ValueError(f"data must be a file .jsonl or .parquet, got {path}")
 
 
+def _by_row(data: Iterable[Any]) -> Iterable[Any]:
+    """Data as it is, where Python goes through it row by row; of a table it goes through the names of its columns.
+
+    Raises:
+        TypeError: a mapping of columns or of parts (a ``DatasetDict``), or a data frame.
+    """
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"data must be rows, got {type(data).__name__} of {', '.join(map(repr, itertools.islice(data, 5)))}: give "
+            "one of them, or a list of rows"
+        )
+    if hasattr(data, "columns"):
+        raise TypeError(f"data must be rows, got {type(data).__name__}: give its rows, such as to_dict('records')")
+    return data
+
+
 def _json_lines(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
-        for index, line in enumerate(file):
-            if not line.strip():
-                continue
+        for index, line in enumerate(filter(bytes.strip, file)):
             try:
-                yield json.loads(line.decode("utf-8"))
+                document = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, row {index} is not text in UTF-8: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"{path}, row {index} is not JSON: {error}") from error
+            yield parse_json(f"{path}, row {index}", document)
 
 
 def _parquet(path: Path, columns: tuple[str, ...] | None) -> Iterator[Any]:
-    arrow = need("pyarrow")
-    try:
-        table = need("pyarrow.parquet").ParquetFile(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"data: {path} is not a Parquet file: {error}") from error
-    there = [name for name in table.schema_arrow.names if columns is None or name in columns]
-    for batch in table.iter_batches(columns=there):
-        yield from batch.to_pylist()
+    arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    with path.open("rb") as file:
+        try:
+            table = parquet.ParquetFile(file)
+            there = [name for name in table.schema_arrow.names if columns is None or name in columns]
+            for batch in table.iter_batches(columns=there):
+                yield from batch.to_pylist()
+        except (arrow.ArrowException, OSError) as error:  # the latter of a damaged page
+            raise ValueError(f"data: {path} is not a Parquet file, or a damaged one: {error}") from error
 
 
 def _example(row: Any, index: int, where: str) -> Example:
@@ -183,7 +198,7 @@ def _tokens(given: Any, what: str, where: str) -> tuple[TokenLike, ...]:
     """One token or several."""
     if given is None:
         return ()
-    found = list(given) if isinstance(given, list | tuple) else [given]
+    found = [whole_number(one) for one in (given if isinstance(given, list | tuple) else [given])]
     for one in found:
         if isinstance(one, bool) or not isinstance(one, int | str) or one == "":
             raise TypeError(f"{where}: {what} must be a token, as id or text, or a list of them, got {given!r:.80}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -73,6 +75,43 @@ def _held(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in flatten()[0]:
         yield from _held(getattr(weight, name))
+
+
+def of_function(function: Callable[..., Any]) -> str:
+    """What tells a function from another of its name: its place, its code and the plain values that it holds.
+
+    Those are its defaults, what it closes over and what ``functools.partial`` binds: numbers, texts, tuples and
+    functions of such. What else it reads, such as a global or an attribute, is not seen.
+    """
+    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    return f"{where} {hashlib.sha256(repr(_held_by(function, ())).encode()).hexdigest()[:16]}"
+
+
+def _held_by(value: Any, inside: tuple[int, ...]) -> Any:
+    """What of a value is plain, at any depth; of anything else its type alone."""
+    if id(value) in inside:  # a function that closes over itself
+        return None
+    inside = (*inside, id(value))
+    if isinstance(value, functools.partial):
+        return _held_by((value.func, value.args, tuple(sorted(value.keywords.items()))), inside)
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, _held_by(value.co_consts, inside)
+    if isinstance(value, tuple | frozenset):
+        several = value if isinstance(value, tuple) else sorted(value, key=repr)
+        return [_held_by(one, inside) for one in several]
+    if isinstance(value, str | bytes | int | float | complex | None):
+        return value
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return type(value).__qualname__
+    named = tuple(sorted((value.__kwdefaults__ or {}).items()))
+    cells = []
+    for cell in value.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    return _held_by((code, value.__defaults__, named, tuple(cells)), inside)
 
 
 def of_example(kept: Kept) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim.evaluation import captum_methods
+from gim.evaluation import captum_methods, fingerprint
 from gim.evaluation.case import Case
 from gim.evaluation.extras import need
 from gim.request import explain
@@ -40,9 +39,17 @@ class Method:
         """Scores ``[T]``, float64, on the CPU.
 
         Raises:
+            TypeError: what are no numbers.
             ValueError: another shape, or numbers that are not finite.
         """
-        found = torch.as_tensor(self.run(case)).detach().to("cpu", torch.float64)
+        given = self.run(case)
+        try:
+            found = torch.as_tensor(given).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"method {self.name}: scores must be numbers, got {given!r:.80}") from error
+        if found.is_complex():
+            raise TypeError(f"method {self.name}: scores must be real numbers, got {found.dtype}")
+        found = found.to(torch.float64)
         if found.shape != case.ids.shape:
             raise ValueError(
                 f"method {self.name}: scores must have the shape of the ids {tuple(case.ids.shape)}, "
@@ -143,6 +150,8 @@ def parse(methods: Iterable[MethodLike] | MethodLike) -> list[Method]:
     """
     if isinstance(methods, str | Rules) or callable(methods):
         methods = [methods]
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"methods must be names, rules or functions, got {methods!r:.80}")
     found = [_parse(one) for one in methods]
     if not found:
         raise ValueError("methods must hold at least one method")
@@ -161,7 +170,7 @@ def _parse(one: MethodLike) -> Method:
     if not callable(one):
         raise TypeError(f"methods must be names or functions from ids to scores, got {one!r:.80}")
     name = getattr(one, "__name__", type(one).__name__)
-    return Method(name, _function_key(one), lambda case: one(case.ids.clone()))
+    return Method(name, fingerprint.of_function(one), lambda case: one(case.ids.clone()))
 
 
 def _named(name: str) -> Method:
@@ -182,16 +191,3 @@ def _named(name: str) -> Method:
     for module in kind.needs:
         need(module)
     return Method(name, f"{word.lower()}:{argument}", lambda case: kind.run(case, argument))
-
-
-def _function_key(function: Any) -> str:
-    """What tells a function from another of its name: its place, and its compiled code where it has some.
-
-    What the function reads from outside itself is not seen.
-    """
-    code = getattr(function, "__code__", None)
-    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    if code is None:
-        return where
-    content = repr((code.co_code, [one for one in code.co_consts if not hasattr(one, "co_code")], code.co_names))
-    return f"{where} {hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -102,7 +102,8 @@ def evaluate(
             without foils, of the vocabulary. Without a target the model's prediction is explained.
         methods: presets of :mod:`gim.rules`, :class:`gim.rules.Rules`; ``gradient_x_input`` (no baseline),
             ``gradient_x_difference``, ``IG:steps``, ``occlusion``, ``KernelSHAP:samples``, ``LIME:samples``,
-            ``DeepLIFT`` (all captum's), ``attention``, ``random``; or functions from ids ``[T]`` to scores ``[T]``.
+            ``DeepLIFT`` (all captum's), ``attention``, ``random``; or functions from ids ``[T]`` to scores ``[T]``,
+            which ``resume`` tells apart by their code and the plain values they hold, not by what else they read.
         measures: f, the number that is compared: ``logprob``, ``logit``, ``logodds``, ``contrast`` (logit of the target
             minus that of the foil, which is the most likely other token where none is given).
         protocol: ``"aopc"``: the means over k = 1..min(50, T - 2) and over the shares .5, .8, .9, .95, .99.
@@ -144,7 +145,7 @@ def evaluate(
     for module in ("scipy.stats", "pandas"):
         need(module)
     wanted = _measures(measures)
-    _check(protocol, grid, batch_tokens, seed, limit)
+    _check(protocol, grid, batch_tokens, seed, limit, forward_dtype)
     _check_model(model)
     chosen = parse(methods)
     baseline_id = infer_baseline(tokenizer) if baseline is None else targets.token_id(baseline, tokenizer, "baseline")
@@ -226,8 +227,9 @@ def _record(plan: _Plan, kept: Kept, index: int, digest: str) -> Record:
         started = time.perf_counter()
         try:
             scores[method.name] = method.scores(case)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"method {method.name} on {what}: {error}") from error
+        except Exception as error:
+            error.add_note(f"method {method.name} on {what}")
+            raise
         seconds[method.name] = time.perf_counter() - started
     sets: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
     for name, one in scores.items():
@@ -268,16 +270,18 @@ def _record(plan: _Plan, kept: Kept, index: int, digest: str) -> Record:
 
 
 def _measures(measures: Iterable[MeasureName] | MeasureName) -> list[MeasureName]:
-    found = [measures] if isinstance(measures, str) else list(measures)
+    found = list(measures) if isinstance(measures, Iterable) and not isinstance(measures, str) else [measures]
     for one in found:
-        if one not in MEASURES:
+        if not isinstance(one, str) or one not in MEASURES:
             raise ValueError(f"measures must be of {', '.join(get_args(MeasureName))}, got {one!r:.80}")
     if not found or len(set(found)) < len(found):
         raise ValueError(f"measures must hold at least one, and none twice, got {found!r}")
     return found
 
 
-def _check(protocol: str, grid: str, batch_tokens: int | None, seed: int, limit: int | None) -> None:
+def _check(
+    protocol: str, grid: str, batch_tokens: int | None, seed: int, limit: int | None, forward_dtype: Any
+) -> None:
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r:.80}")
     if grid not in GRIDS:
@@ -289,6 +293,8 @@ def _check(protocol: str, grid: str, batch_tokens: int | None, seed: int, limit:
             raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number >= 0, got {seed!r:.80}")
+    if forward_dtype is not None and not getattr(forward_dtype, "is_floating_point", False):
+        raise TypeError(f"forward_dtype must be a floating-point torch.dtype or None, got {forward_dtype!r:.80}")
 
 
 def _check_model(model: nn.Module) -> None:

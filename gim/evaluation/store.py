@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,10 @@ class Store:
         whole = content[: content.rfind(b"\n") + 1]
         lines = [self._parsed(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
         self._check(lines[0] if lines else {}, header)
-        for record in lines[1:]:
+        for number, record in enumerate(lines[1:], start=2):
             self._check_record(record, digests)
+            if record.pop("sum", None) not in (_sum(record), None):  # None of a version that wrote none
+                raise ValueError(f"resume: line {number} of {self.path} is not as it was written; take it out")
             self.records[record["example"]] = record
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
@@ -55,7 +58,7 @@ class Store:
         before = self.path.stat().st_size
         try:
             with self.path.open("ab") as file:
-                file.write(_line(record))
+                file.write(_line({**record, "sum": _sum(record)}))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -95,12 +98,17 @@ class Store:
             raise ValueError(
                 f"resume: {self.path} was made with other data: it holds example {example} of {len(digests)}"
             )
-        if record["digest"] != digests[example]:
+        if record.get("digest") != digests[example]:
             raise ValueError(f"resume: {self.path} was made with other data: example {example} is another one")
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, separators=(",", ":")) + "\n").encode("ascii")
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    """By which a finished example is known to be what was written, whatever it holds."""
+    return hashlib.sha256(_line(record)).hexdigest()[:16]
 
 
 def _apart(there: Any, here: Any) -> tuple[Any, Any]:

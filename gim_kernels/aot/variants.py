@@ -11,9 +11,9 @@ import torch
 
 from gim_kernels.triton import gated, norm, norm_weight, pointwise_tiles, tiles
 from gim_kernels.triton.attention_fold import fold_parts_variant
-from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
 from gim_kernels.triton.attention_grad_query import grad_query_variant
+from gim_kernels.triton.attention_out import forward_variant
 
 #: What a build holds unless it is told otherwise.
 TARGETS = ("cuda:80:32", "cuda:90:32")

@@ -174,6 +174,106 @@ def _sums(grad: torch.Tensor | None, row: int, kv_head: slice, wide: torch.dtype
     return torch.zeros_like(own, dtype=wide, memory_format=torch.contiguous_format)
 
 
+class _Work(NamedTuple):
+    """A backward: what it is of, and where the gradients go, None of those that are not wanted.
+
+    Args:
+        tensors: grad_out, query, key, value, sinks, lse.
+        options, temperature: of the softmax.
+        factors: of the gradients of query, key and value.
+        through_scores: whether the gradient of the scores is needed.
+        grad_query, grad_key, grad_value, grad_sinks: zeros; the last ``[HQ]`` in wide numbers.
+    """
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+    options: Options
+    temperature: float
+    factors: tuple[float, float, float]
+    through_scores: bool
+    grad_query: torch.Tensor | None
+    grad_key: torch.Tensor | None
+    grad_value: torch.Tensor | None
+    grad_sinks: torch.Tensor | None
+
+
+def _add_heads(
+    work: _Work, rows: list[int], keys: tuple[int, int], kv_head: slice, step: int, buffers: Buffers
+) -> None:
+    """Add what some key heads of rows of one prompt give, ``step`` queries at a time.
+
+    Whatever is copied here is gone before the next heads' copies are made.
+    """
+    _, query, key, value, sinks, _ = work.tensors
+    wide, row = buffers.dtype, rows[0]
+    group = query.shape[1] // key.shape[1]
+    head = slice(kv_head.start * group, kv_head.stop * group)
+    k, v = matrix(key[row, kv_head], wide), matrix(value[row, kv_head], wide)  # [HEADS, S, D]
+    sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
+    grad_key = work.grad_key if work.through_scores else None
+    sums_key = [_sums(grad_key, one, kv_head, wide) for one in rows]
+    sums_value = [_sums(work.grad_value, one, kv_head, wide) for one in rows]
+    for block in blocks(query.shape[2], key.shape[2], work.options, *keys, step):
+        if block.keys:
+            seen = slice(block.first, block.end)
+            sums = [
+                (to_key if to_key is None else to_key[:, seen], to_value if to_value is None else to_value[:, seen])
+                for to_key, to_value in zip(sums_key, sums_value, strict=True)
+            ]
+            _add_block(work, rows, head, block, k[:, seen], v[:, seen], sink, sums, buffers)
+    for of_all, all_sums in ((work.grad_key, sums_key), (work.grad_value, sums_value)):
+        for one, own in zip(rows, all_sums, strict=True):
+            if own is not None and of_all is not None and not _sums_in_place(of_all, wide):
+                of_all[one, kv_head] = own
+
+
+def _add_block(
+    work: _Work,
+    rows: list[int],
+    head: slice,
+    block: Block,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    sums: list[tuple[torch.Tensor | None, torch.Tensor | None]],
+    buffers: Buffers,
+) -> None:
+    """Add what the queries of a block give, of the heads of ``k`` and ``v`` ``[HEADS, KEYS, D]``, to the gradients.
+
+    ``sums`` are those of key and value ``[HEADS, KEYS, D]`` for each of the rows.
+    """
+    grad_out, query, _, _, _, lse = work.tensors
+    at, length, size = slice(block.start, block.stop), block.stop - block.start, query.shape[3]
+    count, heads = k.shape[0], head.stop - head.start
+    q = matrix(query[rows[0], head, at].reshape(count, -1, size), buffers.dtype)  # [HEADS, G * ROWS, D]
+    row_lse = lse[rows[0], head, at].reshape(count, -1, 1)
+    sink_score = None if sink is None else sink.expand(-1, length, 1).reshape(row_lse.shape)
+    value_path = work.grad_value is not None
+    weights = _weights(q, k, row_lse, sink_score, work.temperature, work.options, block, buffers, value_path)
+    e, z = weights.e, weights.z
+    grads = [matrix(grad_out[one, head, at].reshape(q.shape), buffers.dtype) for one in rows]
+    for grad, (_, sum_value) in zip(grads, sums, strict=True):
+        if sum_value is not None:
+            # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
+            sum_value.baddbmm_(weights.p.mT, grad / weights.p_sum, alpha=work.factors[2])
+    if not work.through_scores:
+        return
+    # From here on P's buffer is dP's.
+    q_over_z = q / z
+    for one, grad, (sum_key, _) in zip(rows, grads, sums, strict=True):
+        grad_p = torch.bmm(grad, v.mT, out=buffers.get("p or dp", *e.shape)).mul_(e)
+        delta = grad_p.sum(-1, keepdim=True) / z
+        if work.grad_sinks is not None and weights.share is not None:
+            work.grad_sinks[head] -= (weights.share * delta / z).view(heads, length).sum(-1)
+        grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
+        if weights.slope is not None:
+            grad_s.mul_(weights.slope)
+        if work.grad_query is not None:
+            grad_q = torch.bmm(grad_s, k).div_(z).mul_(work.factors[0])
+            work.grad_query[one, head, at] = grad_q.view(heads, length, size)
+        if sum_key is not None:
+            sum_key.baddbmm_(grad_s.mT, q_over_z, alpha=work.factors[1])
+
+
 def attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
@@ -199,74 +299,29 @@ def attention_backward(
         dS    = e * (dP - delta) / Z          no factor 1 / T
         dV    = P^T dO                        P = exp(S - lse): the value path keeps T = 1
     """
-    batch, heads, queries, size = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    group = heads // kv_heads
+    heads, (kv_heads, keys) = query.shape[1], key.shape[1:3]
     wide = wide_dtype(query.dtype)
-    constant = softmax_backward == "constant"
-    temperature = temperature if softmax_backward == "temperature" else 1.0
     need_query, need_key, need_value, need_sinks = needs
     # A constant softmax passes no gradient on, so these are 0 without any work.
-    through_scores = not constant and (need_query or need_key or need_sinks)
-
-    grad_query = torch.zeros_like(query) if need_query else None
-    grad_key = torch.zeros_like(key) if need_key else None
-    grad_value = torch.zeros_like(value) if need_value else None
-    grad_sinks = torch.zeros(heads, dtype=wide, device=query.device) if need_sinks else None
-
-    tile = tile_of(queries, keys, kv_heads, group, options)
+    through_scores = softmax_backward != "constant" and (need_query or need_key or need_sinks)
+    work = _Work(
+        (grad_out, query, key, value, sinks, lse),
+        options,
+        temperature if softmax_backward == "temperature" else 1.0,
+        (options.scale * grad_scale[0], options.scale * grad_scale[1], grad_scale[2]),
+        through_scores,
+        torch.zeros_like(query) if need_query else None,
+        torch.zeros_like(key) if need_key else None,
+        torch.zeros_like(value) if need_value else None,
+        torch.zeros(heads, dtype=wide, device=query.device) if need_sinks else None,
+    )
+    tile = tile_of(query.shape[2], keys, kv_heads, heads // kv_heads, options)
     buffers = Buffers(tile.scores, wide, query.device)
-    for row, (first, end) in _shared(ranges_of(key_range, batch, keys), query, key, value, lse):
-        for first_head in range(0, kv_heads, tile.heads):
-            kv_head = slice(first_head, min(first_head + tile.heads, kv_heads))
-            count = kv_head.stop - kv_head.start
-            head = slice(kv_head.start * group, kv_head.stop * group)
-            k, v = matrix(key[row[0], kv_head], wide), matrix(value[row[0], kv_head], wide)  # [HEADS, S, D]
-            sink = None if sinks is None else sinks[head].to(wide)[:, None, None]  # [HEADS * G, 1, 1]
-            sums_key = [_sums(grad_key, one, kv_head, wide) if through_scores else None for one in row]
-            sums_value = [_sums(grad_value, one, kv_head, wide) for one in row]
-            for block in blocks(queries, keys, options, first, end, tile.queries):
-                if block.keys == 0:
-                    continue
-                rows = slice(block.start, block.stop)
-                seen = slice(block.first, block.end)
-                length = block.stop - block.start
-                flat = (count, group * length, block.keys)
-                q = matrix(query[row[0], head, rows].reshape(count, group * length, size), wide)
-                row_lse = lse[row[0], head, rows].reshape(count, group * length, 1)
-                sink_score = None if sink is None else sink.expand(-1, length, 1).reshape(row_lse.shape)
-                weights = _weights(q, k[:, seen], row_lse, sink_score, temperature, options, block, buffers, need_value)
-                e, z = weights.e, weights.z
-                grads = [matrix(grad_out[one, head, rows].reshape(q.shape), wide) for one in row]
-                for grad, sum_value in zip(grads, sums_value, strict=True):
-                    if sum_value is not None:
-                        # Rows sum to 1 but for the rounding of lse, which dividing by their sum takes out again.
-                        sum_value[:, seen].baddbmm_(weights.p.mT, grad / weights.p_sum, alpha=grad_scale[2])
-                if not through_scores:
-                    continue
-                # From here on P's buffer is dP's.
-                q_over_z = q / z
-                for one, grad, sum_key in zip(row, grads, sums_key, strict=True):
-                    grad_p = torch.bmm(grad, v[:, seen].mT, out=buffers.get("p or dp", *flat)).mul_(e)
-                    delta = grad_p.sum(-1, keepdim=True) / z
-                    if grad_sinks is not None and weights.share is not None:
-                        grad_sinks[head] -= (weights.share * delta / z).view(count * group, length).sum(-1)
-                    grad_s = grad_p.addcmul_(e, delta, value=-1.0)  # still without the factor 1 / Z of its row
-                    if weights.slope is not None:
-                        grad_s.mul_(weights.slope)
-                    if grad_query is not None:
-                        grad_q = torch.bmm(grad_s, k[:, seen]).div_(z).mul_(options.scale * grad_scale[0])
-                        grad_query[one, head, rows] = grad_q.view(count * group, length, size)
-                    if sum_key is not None:
-                        sum_key[:, seen].baddbmm_(grad_s.mT, q_over_z, alpha=options.scale * grad_scale[1])
-            for all_sums, of_all in ((sums_key, grad_key), (sums_value, grad_value)):
-                for one, sums in zip(row, all_sums, strict=True):
-                    if sums is not None and of_all is not None and not _sums_in_place(of_all, wide):
-                        of_all[one, kv_head] = sums
-            del k, v, sums_key, sums_value, all_sums, sums  # copies, which would be alive beside the next heads'
-    if grad_sinks is not None and sinks is not None:
-        return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
-    return grad_query, grad_key, grad_value, None
+    for rows, seen in _shared(ranges_of(key_range, query.shape[0], keys), query, key, value, lse):
+        for first in range(0, kv_heads, tile.heads):
+            _add_heads(work, rows, seen, slice(first, min(first + tile.heads, kv_heads)), tile.queries, buffers)
+    grad_sinks = None if work.grad_sinks is None or sinks is None else work.grad_sinks.to(sinks.dtype)
+    return work.grad_query, work.grad_key, work.grad_value, grad_sinks
 
 
 def backward_workspace(

@@ -134,6 +134,7 @@ class Buffers:
     """Score buffers reused by every block, so that a pass allocates each once."""
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
         self._new = lambda: torch.empty(elements, dtype=dtype, device=device)
         self._flat: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[str, *tuple[int, ...]], torch.Tensor] = {}

@@ -18,9 +18,9 @@ from gim_kernels import reference
 from gim_kernels.budget import excess
 from gim_kernels.inner_autograd import gradients, leaf, recording
 from gim_kernels.triton import verified
-from gim_kernels.triton.attention_backward import attention_backward
 from gim_kernels.triton.attention_fold import fold_parts
-from gim_kernels.triton.attention_forward import attention_forward
+from gim_kernels.triton.attention_grad import attention_backward
+from gim_kernels.triton.attention_out import attention_forward
 from gim_kernels.triton.device import interpreted
 from gim_kernels.triton.dispatch import noted
 from gim_kernels.triton.gated import ACTIVATIONS, gated_backward, gated_forward

@@ -319,6 +319,37 @@ _READ = {"grad_out": "t", "query": "t", "key": "s", "value": "s"}
 _INTEGERS = ("heads", "group", "members", "section", "queries", "keys", "window")
 
 
+@dataclass(frozen=True)
+class _Types:
+    """Triton's types of an attention kernel's arguments.
+
+    Args:
+        short, sinks: the dtypes of the matrices and of the sinks.
+        tile, width: the shape of what a descriptor reads at once.
+        described: whether matrices are read through tensor descriptors.
+    """
+
+    short: str
+    sinks: str
+    tile: Tile
+    width: int
+    described: bool
+
+    def of(self, name: str) -> str:
+        """The type of the argument of a name."""
+        matrix = name.removesuffix("_ptr")
+        if self.described and matrix in _READ:
+            rows = self.tile.block_t if _READ[matrix] == "t" else self.tile.block_s
+            return f"tensordesc<{self.short}[1, 1, {rows}, {self.width}]>"
+        if name == "sinks_ptr":
+            return f"*{self.sinks}"
+        if name.endswith("_ptr"):
+            return _POINTERS.get(name, f"*{self.short}")
+        if "_stride_" in name:
+            return "i64"
+        return "i32" if name in _INTEGERS else "fp32"
+
+
 def attention_variant(
     kernel: Any,
     tile: Tile,
@@ -354,21 +385,8 @@ def attention_variant(
     if described:
         strides = [name for name in kernel.arg_names if name.startswith(tuple(f"{name}_stride" for name in _READ))]
         constants |= dict.fromkeys(strides)
-    signature: dict[str, str] = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif described and name.removesuffix("_ptr") in _READ:
-            rows = tile.block_t if _READ[name.removesuffix("_ptr")] == "t" else tile.block_s
-            signature[name] = f"tensordesc<{short}[1, 1, {rows}, {constants['BLOCK_D']}]>"
-        elif name == "sinks_ptr":
-            signature[name] = "*" + TRITON_TYPES[sinks or torch.float32]
-        elif name.endswith("_ptr"):
-            signature[name] = _POINTERS.get(name, f"*{short}")
-        elif "_stride_" in name:
-            signature[name] = "i64"
-        else:
-            signature[name] = "i32" if name in _INTEGERS else "fp32"
+    types = _Types(short, TRITON_TYPES[sinks or torch.float32], tile, constants["BLOCK_D"], described)
+    signature = {name: "constexpr" if name in constants else types.of(name) for name in kernel.arg_names}
     wide = head_size % 16 == 0
     divisible = tuple(
         name

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
-from gim import memory, scoring
+from gim import circuits, memory, scoring
 from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
 from gim.report.scale import Scale
-from gim.targets import MEASURES
+from gim.targets import MEASURES, Continuation, Contrast
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, LAYOUTS, SOME, every_plan
@@ -315,6 +315,15 @@ def test_a_generated_answer_is_what_the_model_says(model: Any) -> None:
     assert found == gim.attribute(model, made, PROMPT, answer=said[:ended])
 
 
+def test_a_generated_answer_ends_where_the_models_stop_strings_say(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = gim.attribute(model, tokenizer(), PROMPT, generate=6)
+    stop = next(one for one in said.tokens[1:] if one.strip() and one not in said.tokens[0])
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    found = gim.attribute(model, tokenizer(), PROMPT, generate=6)
+    first = said.tokens.index(stop) + 1
+    assert first < len(said) and found.tokens == said.tokens[:first]
+
+
 def test_characters_of_several_tokens(model: Any) -> None:
     made = tokenizer()
     given = made.encode("日 \U0001f600", add_special_tokens=False)
@@ -388,6 +397,12 @@ def test_documents_that_are_no_answers(answer: gim.AnswerAttribution, field: str
         ({"answer": []}, ValueError, "answer must have at least one token"),
         ({"answer": [1.5]}, TypeError, "answer must be text or a list of token ids, got 1.5"),
         ({"answer": 3}, TypeError, "answer must be text or a list of token ids, got 3"),
+        ({"answer": b"ab"}, TypeError, "answer must be text or a list of token ids, got b'ab'"),
+        ({"target": b"ab"}, TypeError, "target must be a token id, text, ids or a Target, got bytes"),
+        ({"answer": "a\udcff"}, ValueError, r"answer must be text, and '\\udcff' at character 1 of it is no"),
+        ({"target": "\udcff"}, ValueError, r"target must be text, and '\\udcff' at character 0 of it is no"),
+        ({"target": Contrast("a", "\udcff")}, ValueError, r"against must be text, and '\\udcff' at character 0"),
+        ({"baseline": "\udcff"}, ValueError, r"baseline must be text, and '\\udcff' at character 0"),
         ({"answer": [99999]}, ValueError, "answer must be a token id in"),
         ({"generate": 0}, ValueError, "generate must be at least 1 token, got 0"),
         ({"generate": 2.0}, TypeError, "generate must be a number of tokens"),
@@ -401,6 +416,13 @@ def test_documents_that_are_no_answers(answer: gim.AnswerAttribution, field: str
 def test_what_is_no_answer(model: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gim.attribute(model, tokenizer(), PROMPT, **given)
+
+
+def test_bytes_are_no_ids() -> None:
+    with pytest.raises(TypeError, match="tokens of a Continuation must be text or token ids, got b'ab'"):
+        Continuation(b"ab")
+    with pytest.raises(TypeError, match=r"pairs\[0\].clean must be text or a list of token ids"):
+        circuits.attribute(text_model(), [circuits.Pair(b"ab", [1, 2], 1, 2)])
 
 
 def test_models_that_give_no_answers() -> None:

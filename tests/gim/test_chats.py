@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -135,6 +136,50 @@ def test_a_prefilled_answer_is_found_as_well(template: str) -> None:
 def test_where_a_template_changes_messages_nothing_is_said_of_it(template: str) -> None:
     found = prompts.encode([CHAT[1]], with_template(template))
     assert found.segments == {} and not any(found.template)
+
+
+@pytest.mark.parametrize("dumped", ["m.content", "m.content | tojson"])
+def test_a_template_that_prints_parts_as_a_list_reads_none(dumped: str) -> None:
+    """Where it changes a user's text, the list is no way to have that said."""
+    template = (
+        f"{{% for m in messages %}}[{{% if m.content is string %}}{{{{ m.content.split('</t>')[-1] }}}}"
+        f"{{% else %}}{{{{ {dumped} }}}}{{% endif %}}]{{% endfor %}}"
+    )
+    made = with_template(template)
+    assert prompts.encode([{"role": "user", "content": "The cat"}], made).text == "[The cat]"
+    with pytest.raises(ValueError, match="chat template leaves out what a user says"):
+        prompts.encode([{"role": "user", "content": "so </t> The cat"}], made)
+
+
+def test_what_a_template_leaves_out_of_other_messages_is_warned_of() -> None:
+    users = with_template("{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}")
+    with pytest.warns(UserWarning, match="leaves out, or changes, what messages say: system, assistant$"):
+        assert prompts.encode(list(CHAT), users).text == "[The cat sat? ][The cat sat? ]"
+    thoughts = [*CHAT[:2], {"role": "assistant", "content": "<think>cat</think>On the mat"}, CHAT[3]]
+    with pytest.warns(UserWarning, match="leaves out, or changes, what messages say: assistant$"):
+        prompts.encode(thoughts, with_template("thoughts"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts.encode(list(CHAT), with_template("thoughts"))
+        with pytest.raises(ValueError, match="message 3, the last, cannot be continued"):
+            prompts.encode(thoughts[:3], with_template("thoughts"))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for"])
+def test_a_template_that_fails_in_whatever_way_refuses_the_chat(template: str) -> None:
+    with pytest.raises(ValueError, match="prompt is a chat that the tokenizer's chat template refuses"):
+        prompts.encode([CHAT[1]], with_template(template))
+
+
+def test_what_is_no_chat_or_no_text_is_refused() -> None:
+    for role in (None, 3, ["user"]):
+        with pytest.raises(TypeError, match="prompt must be text, or messages with role and content"):
+            prompts.encode([{"role": role, "content": "The cat"}], with_template("chatml"))
+    for prompt in ("cat \ud83d", [{"role": "user", "content": "cat \ud83d"}]):
+        with pytest.raises(
+            ValueError, match=r"prompt must be text, and '\\ud83d' at character \d+ of it is no character"
+        ):
+            prompts.encode(prompt, with_template("chatml"))
 
 
 def test_messages_without_text_and_several_parts() -> None:

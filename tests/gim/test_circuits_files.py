@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from pyarrow import parquet
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -235,6 +237,12 @@ def test_files_of_eap_ig_and_mib_load_as_they_are(tmp_path: Path, demo: tuple[An
     path.write_text(f"clean,corrupted,correct_idx,incorrect_idx\n{one},{other},{ids[0]},{ids[1]}\n")
     (pair,) = read(path, cut).pairs
     assert (pair.clean, pair.corrupted, tokens(pair.answer), tokens(pair.wrong)) == want
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read(path, cut).pairs == [pair]
+    path.write_bytes(content + b"\xff")
+    with pytest.raises(ValueError, match="eap.csv is not CSV in UTF-8"):
+        read(path, cut)
     path.write_text("clean,corrupted\na,b\n")
     with pytest.raises(ValueError, match="eap.csv, row 0: neither clean, corrupted, answer and wrong, nor a row of"):
         read(path, cut)
@@ -256,6 +264,39 @@ def test_eap_igs_years_are_those_after_the_one_in_the_prompt(tmp_path: Path, dem
         path.write_text(f"clean,corrupted,label\n{line}\n")
         with pytest.raises(ValueError, match=r"years.csv, row 0: .* is no year of its prompt that another"):
             read(path, cut)
+
+
+def test_a_row_is_named_as_the_file_has_it(tmp_path: Path, demo: tuple[Any, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    sums = [
+        {
+            "prompt": one.clean,
+            "label": one.answer,
+            "random_counterfactual": {"prompt": one.corrupted, "label": one.wrong},
+        }
+        for one in PAIRS
+    ]
+
+    def written(*rows: Any) -> None:
+        path.write_text("\n\n".join(map(json.dumps, rows)))
+
+    written({**sums[0], "prompt": "too short"}, *sums)
+    assert read(path, demo[1]).places == [f"{path}, row {row}" for row in (1, 2, 3)]
+    written(*({"clean": one.clean, "corrupted": one.corrupted, "answer": " two words", "wrong": 1} for one in PAIRS))
+    with pytest.raises(ValueError, match="rows.jsonl, row 0: answer must be one token"):
+        attribute(demo[0], path, tokenizer=demo[1])
+    found = Circuit(Graph(1, 1, False, 8), torch.zeros(3, 5), {})
+    with pytest.raises(ValueError, match="rows.jsonl, row 2: answer must be one token"):
+        found.faithfulness(path, model=demo[0], tokenizer=demo[1], skip=2)
+    with pytest.raises(ValueError, match=r"pairs\[2\].answer must be one token"):
+        found.faithfulness([*PAIRS[:2], Pair("a", "b", " two words", 1)], model=demo[0], tokenizer=demo[1], skip=2)
+    written({**sums[0], "prompt": "too short"})
+    with pytest.raises(ValueError, match="holds 0 pairs, 1 rows make none with this tokenizer"):
+        read(path, demo[1])
+    for change in ({"prompt": None}, {"prompt": ""}, {"label": None}, {"label": [" lantern"]}):
+        written({**sums[0], **change})
+        with pytest.raises(ValueError, match="row 0: .* a prompt or an answer must be text that is not empty, got"):
+            read(path, demo[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- curves
@@ -338,6 +379,68 @@ def test_files_hold_every_score(tmp_path: Path, circuit: Circuit, demo: tuple[An
         Circuit(Graph(1, 2, False, 8, 1), torch.zeros(4, 6), {}).to_mib(tmp_path / "c.json")
 
 
+def test_what_a_file_says_is_proved_before_it_is_believed(tmp_path: Path) -> None:
+    """Another order, another size, numbers that are none: each is refused by the file's name, and at once."""
+    circuit = Circuit(Graph(1, 2, False, 8), torch.arange(32, dtype=torch.float64).view(4, 8) + 1, {})
+    circuit.scores *= circuit.graph.edges
+
+    def refused(name: str, reason: str) -> None:
+        with pytest.raises(ValueError, match=f"{name} is no file of a circuit.*{reason}"):
+            Circuit.load(tmp_path / name)
+
+    circuit.save(tmp_path / "a.parquet")
+    table = parquet.read_table(tmp_path / "a.parquet")
+    huge = {**json.loads(table.schema.metadata[b"gim.circuits"])["graph"], "layers": 2**19, "heads": 2**10}
+    for change, reason in (
+        (lambda: table.sort_by([("score", "descending")]), "its writers are not those of its graph, in their order"),
+        (lambda: table.take(list(range(table.num_rows - 1))), "it has 12 scores, and its graph 13"),
+        (lambda: _with_graph(table, huge), r"it has 13 scores, and its graph [0-9]+,[0-9]+,"),
+        (lambda: _with_graph(table, {**huge, "layers": 1, "heads": 2, "groups": 0}), "groups must be a whole number"),
+        (lambda: table.set_column(2, "score", [[float("nan")] * 13]), "its scores are not all finite real numbers"),
+    ):
+        parquet.write_table(change(), tmp_path / "b.parquet")
+        refused("b.parquet", reason)
+    circuit.to_mib(tmp_path / "a.json")
+    held = json.loads((tmp_path / "a.json").read_text())
+    for entry, reason in (
+        (
+            {"cfg": {**held["cfg"], "n_layers": 2**19, "n_heads": 2**10}},
+            r"it has 13 edges, and its graph [0-9]+,[0-9]+,",
+        ),
+        ({"cfg": {**held["cfg"], "n_layers": True}}, "must be whole numbers"),
+        ({"cfg": {**held["cfg"], "parallel_attn_mlp": "false"}}, "must be true or false, got 'false'"),
+        ({"nodes": {name: {"score": "1"} for name in held["nodes"]}}, "too many dimensions 'str'"),
+    ):
+        (tmp_path / "b.json").write_text(json.dumps({**held, **entry}))
+        refused("b.json", reason)
+    circuit.to_mib(tmp_path / "a.pt")
+    kept = torch.load(tmp_path / "a.pt", weights_only=True)
+    scores = kept["edges_scores"]
+    for changed, reason in (
+        (
+            {**kept, "edges_scores": scores.T.contiguous()},
+            r"its scores have the shape \(8, 4\), and its graph \(4, 8\)",
+        ),
+        ({**kept, "edges_scores": scores * float("inf")}, "its scores are not all finite real numbers"),
+        ({**kept, "edges_scores": scores + 0j}, "its scores are not all finite real numbers"),
+        (
+            {**kept, "cfg": {**kept["cfg"], "n_layers": 2**19, "n_heads": 2**10}},
+            "it has 4 writers, and its graph 53[0-9],",
+        ),
+        (scores, "it holds Tensor"),
+        ({**kept, "more": Path("x")}, "it is damaged, or holds more than tensors and plain values"),
+    ):
+        torch.save(changed, tmp_path / "b.pt")
+        refused("b.pt", reason)
+    (tmp_path / "b.pt").write_bytes(b"")
+    refused("b.pt", "EOFError")
+
+
+def _with_graph(table: Any, graph: dict[str, Any]) -> Any:
+    metadata = {b"gim.circuits": json.dumps({"graph": graph, "settings": {}}).encode()}
+    return table.replace_schema_metadata(metadata)
+
+
 def test_the_exchange_format_is_eap_igs(tmp_path: Path) -> None:
     """A graph of one layer with one head, as its code writes it."""
     scores = torch.tensor([[0.5, -0.25, 2.0, 1.0, 0.125], [0, 0, 0, 3.0, -1.0], [0, 0, 0, 0, 4.0]], dtype=torch.float64)
@@ -404,10 +507,41 @@ def test_a_search_goes_on_from_its_file(
             attribute(demo[0], PAIRS, **{**named, **change})
     with pytest.raises(ValueError, match="was made with other pairs"):
         attribute(demo[0], PAIRS[:2], **named)
+    content, sums = file.read_bytes(), safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as held:
+        metadata = held.metadata()
+    for total, change in (
+        (sums["total"][:3], {}),
+        (sums["total"].float(), {}),
+        (sums["total"], {"done": "[0, 7]"}),
+    ):
+        safetensors.torch.save_file({"total": total.contiguous()}, file, {**metadata, **change})
+        with pytest.raises(ValueError, match="does not hold the sum over some of these 3 pairs"):
+            attribute(demo[0], PAIRS, **named)
+    for change in ({"settings": "[1]"}, {"done": "1"}):
+        safetensors.torch.save_file(sums, file, {**metadata, **change})
+        with pytest.raises(ValueError, match="is no file of a search for a circuit"):
+            attribute(demo[0], PAIRS, **named)
+    file.write_bytes(content)
+    assert attribute(demo[0], PAIRS, **named).settings["pairs"] == 3
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is no file of a search for a circuit"):
         attribute(demo[0], PAIRS, **named)
     assert file.read_bytes() == b"something else"
+
+
+def test_another_metric_of_one_name_is_another(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    def of(token: int) -> Any:
+        return lambda logits, answers: logits[:, token]
+
+    named: dict[str, Any] = {"tokenizer": demo[1], "resume": tmp_path / "find"}
+    first = attribute(demo[0], PAIRS, metric=of(3), **named)
+    assert torch.equal(attribute(demo[0], PAIRS, metric=of(3), **named).scores, first.scores)
+    with pytest.raises(ValueError, match="was made with other metric"):
+        attribute(demo[0], PAIRS, metric=of(4), **named)
+    assert first.settings["metric"].endswith("<lambda>")
+    with pytest.raises(ValueError, match="metric must let a gradient through from the logits"):
+        attribute(demo[0], PAIRS, tokenizer=demo[1], metric=lambda logits, answers: logits.detach()[:, 0])
 
 
 def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path) -> None:
@@ -511,6 +645,12 @@ def test_the_command_finds_scores_exports_and_shows(tmp_path: Path) -> None:
     shown = call("show", str(tmp_path / "a.pt"), "--top", "3", "--html", str(tmp_path / "a.html"), "--paths", "2")
     assert "m3" in shown and (tmp_path / "a.html").read_text(encoding="utf-8").count("<tr><td>") == 2
     assert "must end in" in call("export", found, str(tmp_path / "a.txt"), code=2)
+    for name in ("b.html", "b.parquet"):
+        assert "-n is not for" in call("export", found, str(tmp_path / name), "-n", "40", code=2)
+    assert "give -n too" in call("export", found, str(tmp_path / "b.json"), "--absolute", code=2)
+    # Said before the model is looked for.
+    out = call("find", str(pairs), "--model", "none", "--save", str(tmp_path / "b.json"), code=2)
+    assert "--save: must end in .parquet, got" in out
     assert "a circuit is a file" in call("show", str(tmp_path / "a.graphml"), code=2)
     assert "row 0: neither clean" in call("score", found, str(_bad(tmp_path)), *model, code=2)
 

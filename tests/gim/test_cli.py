@@ -250,6 +250,28 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "other"),
+    [
+        ("explain -m x -f {0} --html {0}", "--prompt-file"),
+        ("show other {0} --html {0}", "results"),
+        ("evaluate -m x {0} --save {0}", "data"),
+        ("evaluate -m x facts --resume {0} --html {0}", "--resume"),
+        ("circuit find -m x {0} --save {0}", "data"),
+        ("circuit score -m x {0} agreement --save {0}", "circuit"),
+        ("circuit score -m x other {0} --save {0}", "data"),
+        ("circuit export {0} {0}", "circuit"),
+        ("circuit show {0} --html {0}", "circuit"),
+    ],
+)
+def test_no_file_that_is_read_is_written(tmp_path: Path, command: str, other: str) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_text("hours of work")
+    result = run(*command.format(path).split())
+    assert result.code == 2 and result.err.endswith(f"{path} is the file of {other} too\n")
+    assert path.read_text() == "hours of work"
+
+
 def test_outputs_are_checked_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded too early")

@@ -125,7 +125,7 @@ def test_the_command_line_takes_an_engine_and_shows_what_ran() -> None:
         ("blockwise/backward.py", "needs: tuple[bool, bool, bool, bool]"),
         ("pointwise.py", "frozen: bool"),
         ("reference_engine.py", "activation_backward: str"),
-        ("triton/attention_backward.py", "grad_scale: tuple[float, float, float]"),
+        ("triton/attention_grad.py", "grad_scale: tuple[float, float, float]"),
         ("triton/gated.py", "needs: tuple[bool, bool]"),
     ],
 )

@@ -225,6 +225,10 @@ def test_masked_forwards_may_run_in_another_type_in_a_copy(demo: Any) -> None:
         ("methods", ["random:3"], "methods: 'random:3' must be random alone"),
         ("methods", ["random", "random"], "methods must have different names, got 'random' 2 times"),
         ("measures", ["probability"], "measures must be of logprob"),
+        ("measures", None, "measures must be of logprob"),
+        ("methods", None, "methods must be names, rules or functions, got None"),
+        ("forward_dtype", torch.int64, "forward_dtype must be a floating-point torch.dtype or None, got torch.int64"),
+        ("forward_dtype", "bfloat16", "forward_dtype must be a floating-point torch.dtype or None, got 'bfloat16'"),
         ("measures", ["logit", "logit"], "none twice"),
         ("protocol", "mine", "protocol must be one of"),
         ("grid", "fine", "grid must be one of"),
@@ -235,7 +239,7 @@ def test_masked_forwards_may_run_in_another_type_in_a_copy(demo: Any) -> None:
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(demo: Any, argument: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         gim.evaluate(*demo, pairs(1), **{argument: value})
 
 

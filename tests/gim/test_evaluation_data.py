@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -40,7 +41,11 @@ def test_every_form_of_data_is_the_same_examples(demo: Any, tmp_path: Path) -> N
     table.save_to_disk(str(tmp_path / "saved"))
     wanted = chosen(demo, rows)
     assert [kept.example.id for kept in wanted.kept] == ["a", "b"] and wanted.dropped == 0
-    for given in (lines, str(tmp_path / "rows.parquet"), table, table.to_iterable_dataset(), tmp_path / "saved"):
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(lines.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    numbers = [row | {"target": np.int64(demo[1].encode(row["target"], add_special_tokens=False)[0])} for row in rows]
+    files = (lines, marked, str(tmp_path / "rows.parquet"), tmp_path / "saved")
+    for given in (*files, table, table.to_iterable_dataset(), numbers):
         found = chosen(demo, given)
         assert [(one.example.id, one.ids.tolist(), one.target, one.foil) for one in found.kept] == [
             (one.example.id, one.ids.tolist(), one.target, one.foil) for one in wanted.kept
@@ -80,6 +85,9 @@ def test_what_the_model_has_wrong_is_dropped_and_counted(demo: Any) -> None:
         (["word " * 9000], "data, row 0: the prompt has 18,001 tokens"),
         ([3], "data, row 0 must be a text, a pair"),
         (3, "data must be a task, a file, a Dataset or a list"),
+        # Python goes through these by the names of their columns, each a text of its own.
+        (pd.DataFrame({FIRST: [OTHER]}), r"data must be rows, got DataFrame: give .* to_dict\('records'\)"),
+        (datasets.DatasetDict({FIRST: datasets.Dataset.from_list([{"text": OTHER}])}), "data must be rows, got Datase"),
         ("no-task", "data: 'no-task' is no file, and no task: those are indirect-objects"),
     ],
 )
@@ -92,6 +100,8 @@ def test_what_does_not_fit_is_named_with_its_row(demo: Any, given: Any, message:
     ("name", "content", "message"),
     [
         ("rows.jsonl", b'{"text": "a"}\n{"text', "rows.jsonl, row 1 is not JSON"),
+        ("rows.jsonl", b'\n\n{"text": "a"}\n\n{"text', "rows.jsonl, row 1 is not JSON"),
+        ("rows.jsonl", b"[" * 100_000, "rows.jsonl, row 0 is not JSON that can be read: it is nested too deeply"),
         ("rows.jsonl", b"\xff\xfe\n", "rows.jsonl, row 0 is not text in UTF-8"),
         ("rows.parquet", b"PAR2", "rows.parquet is not a Parquet file"),
         ("rows.csv", b"text\n", "data must be a file .jsonl or .parquet"),
@@ -101,6 +111,20 @@ def test_a_file_that_is_none_is_named(demo: Any, tmp_path: Path, name: str, cont
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(data.read(tmp_path / name, demo[1], seed=0, limit=None))
+
+
+def test_damaged_pages_and_folders_of_several_parts_are_named(demo: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pd.DataFrame({"text": [FIRST, OTHER]}).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[30:90] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="rows.parquet is not a Parquet file, or a damaged one"):
+        list(data.read(path, demo[1], seed=0, limit=None))
+    parts = datasets.DatasetDict({FIRST: datasets.Dataset.from_list([{"text": OTHER}])})
+    parts.save_to_disk(str(tmp_path / "parts"))
+    with pytest.raises(TypeError, match="data must be rows, got DatasetDict of 'The password"):
+        list(data.read(tmp_path / "parts", demo[1], seed=0, limit=None))
 
 
 class Words:

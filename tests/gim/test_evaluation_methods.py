@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def demo() -> tuple[Any, Any]:
     return gim.demo.load()
 
 
-def case_of(model: Any, tokenizer: Any, seed: int = 0) -> Case:
-    ids = torch.tensor(tokenizer(PROMPT).input_ids)
+def case_of(model: Any, tokenizer: Any, seed: int = 0, tokens: int | None = None) -> Case:
+    ids = torch.tensor(tokenizer(PROMPT).input_ids)[:tokens]
     forwards = Forwards(model)
     with torch.no_grad():
         logits = forwards.logits(ids[None])
@@ -181,6 +182,73 @@ def test_a_function_is_a_method_and_what_it_returns_is_looked_at(demo: Any) -> N
     with pytest.raises(ValueError, match="method endless: scores must be finite, and those of the example are not"):
         scores(case, endless)
     assert parse(mine)[0].key != parse(short)[0].key
+
+    def nothing(ids: torch.Tensor) -> None:
+        return None
+
+    def turned(ids: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(ids), dtype=torch.complex64)
+
+    with pytest.raises(TypeError, match="method nothing: scores must be numbers, got None"):
+        scores(case, nothing)
+    with pytest.raises(TypeError, match="method turned: scores must be real numbers, got torch.complex64"):
+        scores(case, turned)
+
+
+def test_a_function_is_told_from_another_by_its_code_and_what_it_holds() -> None:
+    def closing(weight: float, log: list[int]) -> Any:
+        def closed(ids: torch.Tensor) -> torch.Tensor:
+            log.append(len(ids))
+            return ids * weight + (lambda: 1)()
+
+        return closed
+
+    def defaulting(weight: float) -> Any:
+        def defaulted(ids: torch.Tensor, by: float = weight, *, more: tuple[float, ...] = (weight,)) -> torch.Tensor:
+            return ids * by * more[0]
+
+        return defaulted
+
+    def inner(weight: float) -> Any:
+        first, second = (lambda ids: (lambda: ids * 2)()), (lambda ids: (lambda: ids * 3)())
+        return first if weight == 2 else second
+
+    def plain(ids: torch.Tensor, weight: float) -> torch.Tensor:
+        return ids * weight
+
+    makers = (
+        lambda weight: closing(weight, []),
+        defaulting,
+        inner,
+        lambda weight: functools.partial(plain, weight=weight),
+        lambda weight: functools.partial(closing(weight, [])),
+    )
+    for make in makers:
+        key, same, other = (parse(make(weight))[0].key for weight in (2, 2, 3))
+        assert key == same != other
+    # What a function keeps count in is not what it is.
+    log: list[int] = []
+    before = parse(closing(2, log))[0].key
+    log.append(1)
+    assert parse(closing(2, log))[0].key == before
+
+
+@pytest.mark.parametrize("name", ["occlusion", "KernelSHAP", "LIME:20", "IG:5", "GIM", "attention", "random"])
+def test_a_prompt_with_one_token_to_replace_has_scores(demo: Any, name: str) -> None:
+    few = case_of(*demo, tokens=3)
+    found = scores(few, name)
+    assert found.shape == (3,)
+    if name == "KernelSHAP":  # the Shapley value of a single token is what leaving it out does
+        assert torch.equal(found, scores(few, "occlusion")) and float(found[1]) != 0
+
+
+def test_what_fails_is_named_with_its_example(demo: Any) -> None:
+    def mine(ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no scores today")
+
+    with pytest.raises(RuntimeError, match="no scores today") as caught:
+        gim.evaluate(*demo, ["The password of Irene is"], methods=mine)
+    assert caught.value.__notes__ == ["method mine on example 0 (data, row 0)"]
 
 
 def test_no_code_that_comes_with_data_is_run() -> None:

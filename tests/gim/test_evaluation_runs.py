@@ -101,6 +101,21 @@ def test_going_on_with_something_else_is_refused_and_leaves_the_file_alone(
     assert path.read_bytes() == before
 
 
+def test_a_line_that_is_not_as_it_was_written_is_named(demo: Any, tmp_path: Path) -> None:
+    path = tmp_path / "state.jsonl"
+    interrupted(demo, path)
+    head, line = path.read_text().splitlines()
+    record = json.loads(line)
+    for changed in (
+        {name: value for name, value in record.items() if name != "whole"},
+        record | {"whole": [*record["whole"][:3], record["whole"][3] + 1e-9]},
+        record | {"methods": {}},
+    ):
+        path.write_text(f"{head}\n{json.dumps(changed)}\n")
+        with pytest.raises(ValueError, match="resume: line 2 of .* is not as it was written"):
+            gim.evaluate(*demo, DATA, resume=path, **ASKED)
+
+
 def test_a_full_disk_keeps_what_was_there(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.jsonl"
     interrupted(demo, path)
@@ -209,6 +224,7 @@ def test_the_command_line_evaluates_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").stat().st_size > 10_000
     for wrong, message in (
         (("--methods", "GIMM"), "methods: 'GIMM' is none of"),
+        (("--methods", "DeepLIFT"), "method DeepLIFT on example 0 ("),
         (("--reference", "GIM"), "--reference must be one of random, attention"),
         (("--save", str(tmp_path / "no" / "a")), "--save: cannot write"),
         (("--protocol", "paper", "--grid", "coarse"), "protocol 'paper' has one grid"),
@@ -218,6 +234,19 @@ def test_the_command_line_evaluates_a_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": ""}')
     result = run(*asked)
     assert result.exit_code == 2 and "row 0: text must be a text that is not empty" in " ".join(result.output.split())
+
+
+def test_the_command_line_says_what_to_do_about_a_logit_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, model = gim.evaluate, str(gim.demo.model_folder())
+
+    def zeroed(*given: Any, **named: Any) -> Any:
+        found = evaluate(*given, **named)
+        found.records[0]["whole"][0] = 0.0
+        return found
+
+    monkeypatch.setattr(gim, "evaluate", zeroed)
+    result = run("evaluate", "-m", model, "facts-in-context", "--methods", "random", "--limit", "1", "--grid", "coarse")
+    assert result.exit_code == 2 and "ask for other measures" in " ".join(result.output.split()), result.output
 
 
 def test_the_command_line_lists_tasks_and_shows_one() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -181,8 +180,9 @@ def run(engine: str, tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, members: int) -> None:
     """Programs of the key kernel each sum over ``members`` query heads of a group, as they do where few would run."""
-    module = importlib.import_module("gim_kernels.triton.attention_backward")
-    monkeypatch.setattr(module, "members_of", lambda *_: members)
+    from gim_kernels.triton import attention_grad
+
+    monkeypatch.setattr(attention_grad, "members_of", lambda *_: members)
 
 
 def hold(

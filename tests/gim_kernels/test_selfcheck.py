@@ -22,7 +22,7 @@ import triton.language as tl
 
 from gim_kernels import engines
 from gim_kernels.aot import variants
-from gim_kernels.triton import attention_forward, norm, pointwise_tiles, selfcheck, verified
+from gim_kernels.triton import attention_out, norm, pointwise_tiles, selfcheck, verified
 from gim_kernels.triton.selfcheck import KernelError
 from tests.gim_kernels import test_attention as contract
 
@@ -60,16 +60,12 @@ def attend(window: int | None) -> torch.Tensor:
     return gim_kernels.attention(query, key, value, causal=True, window=window, engine="triton")
 
 
-def module(function: Any) -> Any:
-    return sys.modules[function.__module__]
-
-
 @pytest.mark.usefixtures("unverified")
 def test_a_wrong_option_is_an_error_that_names_variant_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     attend(5)
     assert [name for name in selfcheck.found_right(-1) if "window" in name and "no_window" not in name]
     monkeypatch.setattr(selfcheck, "_right", {})
-    monkeypatch.setattr(module(attention_forward), "sees", sees_all)
+    monkeypatch.setattr(attention_out, "sees", sees_all)
     for _ in range(2):  # and never a number
         with pytest.raises(
             KernelError,
@@ -83,7 +79,7 @@ def test_a_wrong_option_is_an_error_that_names_variant_and_device(monkeypatch: p
 @pytest.mark.usefixtures("unverified")
 def test_a_norm_is_held_against_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(3, 70), torch.randn(70)
-    monkeypatch.setattr(module(norm.rms_norm_forward), "_times_weight", plain_weight)
+    monkeypatch.setattr(norm, "_times_weight", plain_weight)
     with pytest.raises(KernelError, match="gim_rms_norm_forward_fp32_weight_16x128 on .* wrong output"):
         gim_kernels.rms_norm(x, weight, 1e-5, weight_offset=1.0, engine="triton")
 

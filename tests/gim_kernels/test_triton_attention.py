@@ -22,9 +22,9 @@ pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gim_kernels.triton import attention_backward, attention_forward, device, launch, tiles
-from gim_kernels.triton.attention_forward import forward_variant
 from gim_kernels.triton.attention_grad_key_value import grad_key_value_variant
 from gim_kernels.triton.attention_grad_query import grad_query_variant
+from gim_kernels.triton.attention_out import forward_variant
 from gim_kernels.triton.launch import described
 from gim_kernels.triton.tiles import Tile
 from gim_kernels.types import Options

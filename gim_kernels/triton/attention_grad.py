@@ -93,23 +93,87 @@ class _Plan(NamedTuple):
     norm: bool
 
 
+class _Asked(NamedTuple):
+    """What both kernels are launched for.
+
+    Args:
+        read: grad_out, query, key and value by name, as they are walked.
+        architecture: of the device.
+        rule: of the softmax.
+        mask: whether it is causal, has a window, and is capped.
+        key_range: whether there is one.
+        by_descriptor: whether matrices are read through tensor descriptors.
+        arguments: that both kernels take.
+    """
+
+    read: dict[str, torch.Tensor]
+    architecture: str
+    rule: Rule
+    mask: tuple[bool, bool, bool]
+    key_range: bool
+    by_descriptor: bool
+    arguments: dict[str, Any]
+
+
+def _query_launch(
+    asked: _Asked,
+    out: torch.Tensor,
+    place: torch.Tensor,
+    sinks: torch.Tensor | None,
+    writes: tuple[bool, bool, bool],
+    factor: float,
+) -> Launch | None:
+    """The launch over query tiles, None where nothing asks for it.
+
+    Args:
+        asked: of both kernels.
+        out: of the forward.
+        place: has the layout of the gradient of query.
+        sinks: of the heads.
+        writes: whether it writes the gradients of query and of sinks, and what the kernel over key tiles reads.
+        factor: of the gradient of query.
+    """
+    if not any(writes):
+        return None
+    query, key = asked.read["query"], asked.read["key"]
+    batch, heads, queries, size = query.shape
+    variant = grad_query_variant(
+        asked.architecture,
+        query.dtype,
+        size,
+        asked.rule,
+        *asked.mask,
+        None if sinks is None else sinks.dtype,
+        asked.key_range,
+        *writes,
+        asked.by_descriptor,
+    )
+    tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
+    return Launch(
+        variant,
+        tiles_t * batch * heads,
+        **asked.arguments,
+        **matrices(variant, **asked.read),
+        section=query_section(tiles_t, query, key, asked.mask[0]),
+        **strides("out", out, "t"),
+        **strides("grad_query", place, "t"),
+        grad_factor=factor,
+    )
+
+
 def _key_launches(
-    read: dict[str, torch.Tensor],
-    architecture: str,
+    asked: _Asked,
     places: tuple[torch.Tensor, torch.Tensor],
     writes: tuple[bool, bool],
-    rule: Rule,
-    mask: tuple[bool, bool, bool],
-    key_range: bool,
-    by_descriptor: bool,
-    common: dict[str, Any],
     factors: tuple[float, float],
 ) -> tuple[_Over, ...]:
     """The launches over key tiles; ``places`` have the layouts of the gradients of key and value."""
-    query, key = read["query"], read["key"]
+    query, key = asked.read["query"], asked.read["key"]
     batch, key_heads, keys, size = key.shape
-    causal, window, capped = mask
-    together = tiles.attention_tile("grad_key_value", architecture, size, query.dtype, capped, by_descriptor)
+    causal, _, capped = asked.mask
+    together = tiles.attention_tile(
+        "grad_key_value", asked.architecture, size, query.dtype, capped, asked.by_descriptor
+    )
     launches = [writes]
     if all(writes) and together.split:
         launches = [(False, True), (True, False)]
@@ -118,21 +182,20 @@ def _key_launches(
         if not grad_key and not grad_value:
             continue
         variant = grad_key_value_variant(
-            architecture,
+            asked.architecture,
             query.dtype,
             size,
-            rule if grad_key else "constant",
-            causal,
-            window,
-            capped,
-            key_range,
+            asked.rule if grad_key else "constant",
+            *asked.mask,
+            asked.key_range,
             grad_key,
             grad_value,
-            by_descriptor,
+            asked.by_descriptor,
         )
         block_t, block_s = variant.constants["BLOCK_T"], variant.constants["BLOCK_S"]
-        tiles_s, columns, group = triton.cdiv(keys, block_s), batch * key_heads, common["group"]
-        members = members_of(query.shape[2], keys, common["window"], causal, block_t, block_s, columns, group)
+        tiles_s, columns, group = triton.cdiv(keys, block_s), batch * key_heads, asked.arguments["group"]
+        window = asked.arguments["window"]
+        members = members_of(query.shape[2], keys, window, causal, block_t, block_s, columns, group)
         parts = group // members
         shape = (grad_key + grad_value, parts, *key.shape) if parts > 1 else None
         # Sums of parts are contiguous.
@@ -140,8 +203,8 @@ def _key_launches(
         launch = Launch(
             variant,
             tiles_s * columns * parts,
-            **common,
-            **matrices(variant, **read),
+            **asked.arguments,
+            **matrices(variant, **asked.read),
             **strides("grad_key", to_key, "s"),
             **strides("grad_value", to_value, "s"),
             grad_stride_part=key.numel(),
@@ -185,14 +248,12 @@ def backward_plans(
     architecture = tiles.architecture_of(query)
     named = {"grad_out": grad_out, "query": query, "key": key, "value": value}
     read = {name: as_walked(x) for name, x in named.items()}
-    batch, heads, queries, size = query.shape
     factor, inner = score_factors(options)
     window = hiding_window(options, key.shape[2])
-    by_descriptor = described(architecture, inner, key_range, *read.values())
-    common: dict[str, Any] = {
-        "heads": heads,
-        "group": heads // key.shape[1],
-        "queries": queries,
+    arguments: dict[str, Any] = {
+        "heads": query.shape[1],
+        "group": query.shape[1] // key.shape[1],
+        "queries": query.shape[2],
         "keys": key.shape[2],
         "window": window,
         "factor": factor,
@@ -200,46 +261,32 @@ def backward_plans(
         "inverse_temperature": 1.0 / temperature,
     }
     mask = (options.causal, window is not None, inner is not None)
-    over_queries = None
-    if writes[0] or writes[1] or writes[3]:
-        variant = grad_query_variant(
-            architecture,
-            query.dtype,
-            size,
-            rule,
-            *mask,
-            None if sinks is None else sinks.dtype,
-            key_range is not None,
-            writes[0],
-            writes[3],
-            writes[1],
-            by_descriptor,
-        )
-        tiles_t = triton.cdiv(queries, variant.constants["BLOCK_T"])
-        over_queries = Launch(
-            variant,
-            tiles_t * batch * heads,
-            **common,
-            **matrices(variant, **read),
-            section=query_section(tiles_t, query, key, options.causal),
-            **strides("out", out, "t"),
-            **strides("grad_query", to_query, "t"),
-            grad_factor=options.scale * grad_scale[0],
-        )
-    over_keys = _key_launches(
-        read,
-        architecture,
-        (to_key, to_value),
-        (writes[1], writes[2]),
-        rule,
-        mask,
-        key_range is not None,
-        by_descriptor,
-        common,
-        (options.scale * grad_scale[1], grad_scale[2]),
-    )
+    by_descriptor = described(architecture, inner, key_range, *read.values())
+    asked = _Asked(read, architecture, rule, mask, key_range is not None, by_descriptor, arguments)
+    factors = (options.scale * grad_scale[0], options.scale * grad_scale[1], grad_scale[2])
+    over_queries = _query_launch(asked, out, to_query, sinks, (writes[0], writes[3], writes[1]), factors[0])
+    over_keys = _key_launches(asked, (to_key, to_value), writes[1:3], factors[1:])
     copies_first = not all(map(readable, tensors[:4]))
     return _Plan(over_queries, over_keys, writes, copies_first, copies, writes[1], rule != "exact")
+
+
+def _run_over_keys(
+    over: _Over,
+    read: list[torch.Tensor],
+    key_range: torch.Tensor | None,
+    lse: torch.Tensor,
+    to: list[torch.Tensor | None],
+    rows: list[torch.Tensor | None],
+) -> None:
+    """Run a launch over key tiles, which writes to ``to[1]`` and ``to[2]``, and fold what its parts summed."""
+    places = (to[1] if over.grad_key else None, to[2] if over.grad_value else None)
+    # Without parts nothing is written to the sums.
+    partial = None if over.parts is None else torch.empty(over.parts, dtype=torch.float32, device=lse.device)
+    handed = rows if over.grad_key else (lse, None, None)
+    over.launch(*read, key_range, *places, lse if partial is None else partial, *handed)
+    if partial is not None:
+        for sums, whole in zip(partial, [place for place in places if place is not None], strict=True):
+            fold_parts(sums, whole)
 
 
 def attention_backward(
@@ -288,15 +335,8 @@ def attention_backward(
     with guard(query):
         if plan.over_queries is not None:
             plan.over_queries(*read, sinks, key_range, out, lse, to[0], to[3], *rows)
-        for launch, has_key, has_value, shape in plan.over_keys:
-            places = (to[1] if has_key else None, to[2] if has_value else None)
-            # Without parts nothing is written to the sums.
-            partial = None if shape is None else torch.empty(shape, dtype=torch.float32, device=key.device)
-            handed = rows if has_key else (lse, None, None)
-            launch(*read, key_range, *places, lse if partial is None else partial, *handed)
-            if partial is not None:
-                for sums, whole in zip(partial, [place for place in places if place is not None], strict=True):
-                    fold_parts(sums, whole)
+        for over in plan.over_keys:
+            _run_over_keys(over, read, key_range, lse, to, rows)
     if plan.copies:
         for grad, written in zip(grads[:3], to, strict=False):
             if grad is not None and written is not None and written is not grad:
