@@ -8,6 +8,7 @@ ends with the graph; no tensor and no node is held.
 from __future__ import annotations
 
 import itertools
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +59,13 @@ _OWN = {"attention": "attention", "rms_norm": "norm", "layer_norm": "norm", "gat
 
 
 class Reduced(NamedTuple):
-    """What a statistic was taken of: the value, its root, and whether it was a nonlinear function of that."""
+    """What a statistic was taken of: the value of which it is a sum or an extreme, 0 where it is neither, the root, and
+    whether it is a nonlinear function of that; and how many numbers it was, before it met a weight."""
 
     value: int
     root: int
     nonlinear: bool
+    size: int
 
 
 class Origin(NamedTuple):
@@ -252,7 +255,9 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         return _new(scores=len(matrices) >= 2 and name not in ("Convolution", "Linear"))
     if kind == "reduction":
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
-        return _new(reduced=Reduced(first.number, first.root, nonlinear), scores=first.scores, rows=first.rows)
+        value = 0 if name in _POWERS else first.number
+        size = prod(node._input_metadata[0].shape)
+        return _new(reduced=Reduced(value, first.root, nonlinear, size), scores=first.scores, rows=first.rows)
     if kind == "softmax":
         return first._replace(number=next(_numbers), bend=2, scores=False)
     if kind == "product" and name != "gated":
@@ -285,11 +290,12 @@ def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
     return whole._replace(number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
 
 
-def _same_root(live: list[Origin]) -> Origin | None:
+def same_root(live: list[Origin]) -> Origin | None:
     """The value that others are statistics or functions of, where there is one."""
     first = next((one for one in live if one.reduced is None), live[0])
+    root = first.root if first.reduced is None else first.reduced.root
     for one in live:
-        if one.place != first.place and not (one.reduced is not None and one.reduced.root == first.root):
+        if one.place != first.place and not (one.reduced is not None and one.reduced.root == root):
             return None
     return first
 
@@ -298,11 +304,11 @@ def _product(live: list[Origin], bend: int) -> Origin:
     weights = next((one.weights for one in live if one.weights), 0)
     if len(live) == 1:
         return live[0]._replace(number=next(_numbers), bend=max(live[0].bend, bend))
-    same = _same_root(live)
+    same = same_root(live)
     if same is not None:
-        statistics = [one for one in live if one.reduced is not None]
+        statistics = [one.reduced for one in live if one.reduced is not None]
         if len(statistics) == len(live):
-            return same._replace(number=next(_numbers), bend=2)
+            return same._replace(number=next(_numbers), bend=2, reduced=statistics[0]._replace(nonlinear=True))
         return same._replace(number=next(_numbers), bend=same.bend if statistics else 2)
     found: dict[tuple[int, tuple[Any, ...]], str] = {}
     for one in live:
@@ -313,17 +319,20 @@ def _product(live: list[Origin], bend: int) -> Origin:
 
 def _pointwise(name: str, live: list[Origin]) -> Origin:
     step = 0 if name in _AFFINE else 1 if name in _CLIPS else 2
-    same = _same_root(live)
+    same = same_root(live)
     if same is None:
         return _new(bend=step, scores=any(one.scores for one in live), rows=live[0].rows)
-    reduced = same.reduced if all(one.reduced is not None for one in live) else None
+    statistics = [one.reduced for one in live if one.reduced is not None]
+    reduced = None
+    if len(statistics) == len(live):
+        reduced = statistics[0]._replace(nonlinear=any(one.nonlinear for one in statistics))
     bend = max(step, *(one.bend for one in live if one.place == same.place), 0)
     return same._replace(number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
 
 
 def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether linear maps and functions number by number lead to two values from one source."""
-    starts: list[Any] = [first.grad_fn, second.grad_fn]
+    starts: list[Any] = [torch.autograd.graph.get_gradient_edge(one).node for one in (first, second)]
     sides: list[set[Any]] = [{one} for one in starts]
     fronts = [[one] for one in starts]
     while fronts[0] or fronts[1]:

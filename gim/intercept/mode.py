@@ -27,6 +27,21 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
+#: What torch calls the tensors that its functions begin with.
+_FIRST = ({"input"}, {"other", "mat2", "tensor1", "end"}, {"tensor2", "weight"})
+
+
+def _by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's tensors by their place, where the model gives some of them by name."""
+    rest = dict(named)
+    for names in _FIRST[len(args) :]:
+        name = next((name for name in rest if name in names), None)
+        if name is None:
+            break
+        args = (*args, rest.pop(name))
+    return args, rest
+
+
 class Mode(TorchFunctionMode):
     """Sends the calls that a model's modules make to the functions of :data:`HANDLERS`."""
 
@@ -45,7 +60,8 @@ class Mode(TorchFunctionMode):
         else:
             if torch.is_grad_enabled():
                 checkpoints.follow(self.session)
-            out = handler(self.session, func, *args, **named)
+            places, rest = _by_place(args, named) if named else (args, named)
+            out = handler(self.session, func, *places, **rest)
         if frame is not None and frame.trace is not None:
             frame.trace.add(func, args, named, out)
         return out

@@ -18,13 +18,15 @@ KINDS = {
         "detach _to_copy contiguous movedim",
         "piece": "slice select split split_with_sizes unbind as_strided diagonal index gather index_select unfold roll "
         "flip topk sort constant_pad_nd repeat masked_select tril triu",
-        "linear": "mm addmm bmm baddbmm mv addmv dot linear convolution cumsum _fft_r2c _fft_c2r _fft_c2c",
-        "reduction": "mean sum amax amin max min logsumexp prod norm linalg_vector_norm var std var_mean std_mean",
+        "linear": "mm addmm bmm baddbmm mv addmv dot linear convolution cumsum _trilinear _cdist_forward _fft_r2c "
+        "_fft_c2r _fft_c2c",
+        "reduction": "mean sum amax amin max min logsumexp prod cumprod norm linalg_vector_norm var std var_mean "
+        "std_mean",
         "softmax": "_softmax _safe_softmax _log_softmax _masked_softmax",
         "join": "cat stack",
-        "product": "mul addcmul div addcdiv",
+        "product": "mul addcmul div addcdiv xlogy special_xlog1py",
         "gated product": "glu",
-        "norm": "native_layer_norm _fused_rms_norm native_group_norm native_batch_norm _native_batch_norm_legit",
+        "norm": "native_layer_norm _fused_rms_norm renorm native_group_norm native_batch_norm _native_batch_norm_legit",
         "random": "bernoulli bernoulli_ uniform rand rand_like normal randn randn_like native_dropout",
         "copy": "copy",
     }.items()
@@ -46,8 +48,10 @@ AFFINE = {"add", "sub", "rsub", "where", "neg", "masked_fill", "lerp"}
 AFFINE |= {"index_add", "index_put", "index_copy", "scatter", "scatter_add", "slice_scatter", "select_scatter"}
 AFFINE |= {"masked_scatter"}
 POWERS = {"norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp"}  # nonlinear in themselves
+CLIPS = {"maximum", "minimum", "fmax", "fmin"}
 EXTREMES = {"amax", "amin", "max", "min"}
-QUOTIENTS = {"div", "addcdiv"}
+#: Products whose last factor is bent by the operator itself.
+QUOTIENTS = {"div", "addcdiv", "xlogy", "special_xlog1py"}
 
 
 def describe(func: Any) -> tuple[str, str]:
@@ -67,6 +71,8 @@ def describe(func: Any) -> tuple[str, str]:
         return "linear", base
     if not _RULED.search(name) and _QUANTISED.search(name + space):
         return "same", base
-    if space not in _SEEN_INTO or _RECURRENT.search(name):
+    if space not in _SEEN_INTO or _RECURRENT.search(name) or name.startswith("_foreach_"):
         return "opaque operator", f"{space}::{name}" if space else name
+    if base == "exp2" or str(func) == "aten.pow.Scalar":  # a number to the power of a tensor
+        return "pointwise", "exp"
     return "pointwise", base

@@ -16,7 +16,7 @@ from torch import nn
 
 import gim_kernels
 from gim.intercept import activations
-from gim.intercept.flow import Origin, mark, origin, share_a_source
+from gim.intercept.flow import Origin, mark, origin, same_root, share_a_source
 from gim.intercept.frames import running
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
@@ -89,9 +89,15 @@ def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *arg
     """``addcmul`` and ``addcdiv``: a value plus a product."""
     if len(args) != 2 or not flows(args[0]) or not flows(args[1]) or not torch.is_grad_enabled():
         return func(input, *args, **named)
-    quotient = "div" in func.__name__
-    first, second = args
-    return multiply(session, lambda a, b: func(input, a, b, **named), first, second, quotient)
+    run = torch.div if "div" in func.__name__ else torch.mul
+    return torch.add(input, multiply(session, run, *args, run is torch.div), alpha=named.get("value", 1))
+
+
+def _lerp(session: Session, func: Callable[..., Any], input: torch.Tensor, end: Any, weight: Any) -> Any:
+    """``start + weight * (end - start)``, a product where the weight is computed."""
+    if not flows(weight) or not torch.is_grad_enabled():
+        return func(input, end, weight)
+    return torch.add(input, multiply(session, torch.mul, weight, end - input, False))
 
 
 def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -144,6 +150,8 @@ def multiply(
     if not quotient and _is_statistic(first, one, second, two):
         return _freeze(session, lambda b, a: run(a, b), second, first)
     if bool(one.weights) != bool(two.weights):
+        if first.shape == second.shape or same_root([one, two]) is not None:
+            return run(first, second)  # a factor of each weight, or their sum
         return session.with_values(run, first, second, one.weights, two.weights)
     if first.shape != second.shape or first.dim() < 2 or first.shape[-1] == 1 or one.place == two.place:
         return run(first, second)
@@ -151,11 +159,11 @@ def multiply(
 
 
 def _is_statistic(small: torch.Tensor, of: Origin, value: torch.Tensor, whole: Origin) -> bool:
-    """Whether ``small`` is a statistic of ``value`` over its features, broadcast."""
+    """Whether ``small`` is a statistic of ``value`` over its features, broadcast, maybe times a weight."""
     reduced = of.reduced
     if reduced is None or whole.reduced is not None or reduced.root != whole.root or reduced.value == whole.number:
         return False
-    return reduced.nonlinear and spans(small) < value.numel()
+    return reduced.nonlinear and min(reduced.size, spans(small)) < value.numel()
 
 
 def spans(tensor: torch.Tensor) -> int:
@@ -290,6 +298,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.addcdiv: _fused,
     torch.Tensor.addcmul: _fused,
     torch.Tensor.addcdiv: _fused,
+    torch.lerp: _lerp,
+    torch.Tensor.lerp: _lerp,
     torch.einsum: _einsum,
     F.glu: _glu,
 }

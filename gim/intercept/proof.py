@@ -176,7 +176,8 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
 
 def _kind_of_module(module: nn.Module) -> Any:
     held = module.__dict__
-    parameter = next((one for one in held["_parameters"].values() if one is not None), None)
+    # A traced module has its parameters elsewhere.
+    parameter = next((one for one in module._parameters.values() if one is not None), None)
     hooks = tuple(_hook(number, hook) for name in _HOOKS for number, hook in held[name].items())
     return (
         type(module),

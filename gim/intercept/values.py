@@ -30,8 +30,8 @@ class Value:
         self.source = self.id if source is None else source  # the value of which it is a function, number by number
         self.act = act  # something nonlinear happened, number by number, since the last linear map
         self.top = ""  # the operator it came from
-        self.stat: tuple[int, int, str] | None = None  # (value, its source, how) where it is a reduction
-        self.parts: Any = None  # what was joined to it; of exp(scores) @ values, the source of the exp
+        self.stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
+        self.parts: Any = None  # what was joined to it
         self.scores = False  # from a product of two values that depend on the input
         self.depth = 0  # how often tokens were mixed since the input, on the longest way
         self.mixed = False  # tokens were mixed by attention since the last linear map

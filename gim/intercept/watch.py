@@ -8,11 +8,12 @@ rules, and learns from it one thing only: :mod:`gim.intercept.sites`. Operators 
 Found are a softmax over keys, a norm (a statistic over features that scales what it was computed from), a gated product
 (two factors that elementwise functions and linear maps lead to from one source, one of them past a nonlinearity), a
 dropout that acts, an operator whose inside cannot be seen, and a tensor that no operator under the watch wrote. Noted
-are products with an activation that no rule is about, and what a user's hook computes, which is left alone. Linear maps
-over quantised weights are linear maps.
+are products and other meetings of branches that no rule is about, and what a user's hook computes, which is left alone.
+Linear maps over quantised weights are linear maps.
 
-What the flow of data cannot tell: a product without a nonlinearity; ``exp`` of a sum of logarithms; ``x / mean(x)``,
-which is taken for shares; what another library's operator computes, which is found as one that cannot be seen into.
+What the flow of data cannot tell: whether a product without a nonlinearity is an MLP's, so all are noted; ``exp`` of a
+sum of logarithms; ``x / mean(x)``, which is taken for shares; what another library's operator computes, which is found
+as one that cannot be seen into.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gim.applied import Part
 from gim.intercept.hooks import hooked
-from gim.intercept.operators import AFFINE, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe
+from gim.intercept.operators import AFFINE, CLIPS, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe
 from gim.intercept.sites import SITES, Sites
 from gim.intercept.values import (
     CONSTANT,
@@ -360,10 +361,13 @@ class Watch(TorchDispatchMode):
             return first
         if kind == "reduction":
             return self._reduced(name, first, outs[0])
-        if kind == "product":
-            result = self._product(name, list(zip(tensors, values, strict=True))[-2:], outs[0])
+        if kind == "product" or (name == "lerp" and len(tensors) == 3):
+            pair = list(zip(tensors, values, strict=True))[-2:]
+            if name == "lerp":  # start + weight * (end - start)
+                pair[0] = tensors[not values[0].dep], join(values[:2])
+            result = self._product(name, pair, outs[0])
             return join([values[0], result]) if len(tensors) == 3 and values[0].dep else result
-        return self._pointwise(name, values, deps)
+        return self._pointwise(name, values, deps, outs[0])
 
     def _without_gradient(self, kind: str, name: str, values: list[Value], outs: Tensors) -> Value:
         if kind in MADE:
@@ -379,28 +383,33 @@ class Watch(TorchDispatchMode):
         return Value(dep=True)  # rows of a table, by the ids that came in; or such ids, rearranged
 
     def _linear(self, name: str, given: list[tuple[torch.Tensor, Value]], out: torch.Tensor) -> Value:
-        pair = given[name in ("addmm", "baddbmm", "addmv") :][:2]
-        if len(pair) < 2 or not (pair[0][1].dep and pair[1][1].dep):
+        pair = [one for one in given[name in ("addmm", "baddbmm", "addmv") :] if one[1].dep][:2]
+        if len(pair) < 2:
             return Value(dep=True)
         (x, a), (y, b) = pair
         if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
             return self._product(name, pair, out)  # number by number, as einsum writes it
-        stat = (0, a.source, "power") if a.source == b.source else None
+        stat = (0, a.source, "power", spans(out)) if a.source == b.source else None
         new = Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat)
         weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
-        if weights and weights.top == "exp":
-            new.parts = weights.source  # to be divided by their sum
-        elif weights and weights.top != "share":
+        if weights and weights.top == "exp":  # whatever their sum is divided by, and when
+            self._report("softmax over keys", f"exp, {name}", weights)
+        elif weights:
             self._report("attention that is no softmax", weights.top, to=self._noted)
+        elif any(v.soft and not v.scores for v in (a, b)):
+            self._report("a mix by a softmax of no scores", name, to=self._noted)
+        elif (a.act or b.act) and not (a.soft or b.soft):
+            self._report("matrix product of branches, one of them bent", name, to=self._noted)
         return new
 
     def _reduced(self, name: str, value: Value, out: torch.Tensor) -> Value:
-        if name == "prod" and isinstance(value.parts, list):
+        if "prod" in name and isinstance(value.parts, list):
             return self._product(name, [(out, part) for part in value.parts[:2]], out)
+        if name == "logsumexp" and value.scores:
+            self._report("softmax over keys", name, value)
         scores = (value.top in ("mul", "bmm") and name == "sum") or value.scores
         how = "power" if name in POWERS else "extreme" if name in EXTREMES else "sum"
-        how = "sum of exp" if name == "sum" and value.top == "exp" else how
-        stat = (value.id, value.source, how)
+        stat = (value.id, value.source, how, spans(out))
         return Value(
             dep=True, scores=scores, mixed=value.mixed, stat=stat, act=value.act, top=name, reached=value.reached
         )
@@ -411,14 +420,15 @@ class Watch(TorchDispatchMode):
         if not (a.dep and b.dep):
             one = a if a.dep else b
             condition = a.source == b.source and len(pair) == 2  # as in x * (x > 0)
-            return one.like(top=name, act=one.act or condition or (name in QUOTIENTS and b.dep))
+            top = "exp" if one.top == "exp" and a.dep else name  # of exp(scores) times a mask
+            return one.like(top=top, act=one.act or condition or (name in QUOTIENTS and b.dep))
         # Of two factors one of which has no gradient, that one was detached, and is a constant.
         flows = x.requires_grad == y.requires_grad or not torch.is_grad_enabled()
         if name in QUOTIENTS:
             b = b.like(act=True)
         elif a.stat and not b.stat:
             x, a, y, b = y, b, x, a
-        if b.stat and spans(y) < spans(out):
+        if b.stat and min(b.stat[3], spans(y)) < spans(out):
             scaled = self._scaled(name, a, b, flows)
             if scaled is not None:
                 return scaled
@@ -433,15 +443,14 @@ class Watch(TorchDispatchMode):
                 self._report("gate across attention", name, to=self._noted)
             else:
                 self._report("gated product", name, a, b)
+        elif flows and min(spans(x), spans(y)) == spans(out) and not (a.stat or b.stat):
+            self._report("product of branches, none of them bent", name, to=self._noted)
         return Value(dep=True, mixed=a.mixed or b.mixed, top=name)
 
     def _scaled(self, name: str, a: Value, b: Value, flows: bool) -> Value | None:
         """A value ``a`` times or over a statistic ``b``: a softmax, shares, a norm; None where it is none of them."""
         assert b.stat is not None
-        reduced, source, how = b.stat
-        if how == "sum of exp" and a.parts == source and flows:
-            self._report("softmax over keys", f"exp, product, sum, {name}", a, b)
-            return Value(dep=True, mixed=True)
+        reduced, source, how, _ = b.stat
         if how[:3] == "sum" and (reduced == a.id or (a.top == "exp" and source == a.source and not a.stat)):
             if a.top == "exp" and a.scores and flows:
                 self._report("softmax over keys", f"exp, sum, {name}", a, b)
@@ -454,18 +463,23 @@ class Watch(TorchDispatchMode):
             self._report("norm", f"statistic, {name}", a, b)
         return Value(dep=True, mixed=a.mixed)
 
-    def _pointwise(self, name: str, values: list[Value], deps: list[Value]) -> Value:
+    def _pointwise(self, name: str, values: list[Value], deps: list[Value], out: torch.Tensor) -> Value:
         first = next((v for v in deps if not v.stat), deps[0])
         # A value and a statistic of it, as in x - mean(x), are a function of that value.
-        if any(v.source != first.source and not (v.stat and v.stat[1] == first.source) for v in deps):
-            return join(deps, act=name not in AFFINE)
-        if name == "sub" and first.scores and any(v.top == "logsumexp" for v in deps):
-            self._report("softmax over keys", "logsumexp, sub", first)
+        root = first.stat[1] if first.stat else first.source
+        if any(v.source != first.source and not (v.stat and v.stat[1] == root) for v in deps):
+            if name not in AFFINE and name not in CLIPS:
+                self._report("branches that meet in a function", name, to=self._noted)
+            new = join(deps, act=name not in AFFINE)
+            # Each of one axis with each of another, as distances and sums of queries and keys.
+            new.scores |= all(spans(x) < spans(out) for x, v in zip(self._tensors, values, strict=True) if v.dep)
+            return new
         chosen = name in ("where", "masked_fill") and any(v.source == first.source and not v.dep for v in values)
         linear = name in AFFINE and not chosen
         act = any(v.act for v in deps if v.source == first.source) or not linear
         stat = first.stat if all(v.stat for v in deps) else None
-        return first.like(act=act, top=first.top if linear else name, stat=stat)
+        soft = first.soft or any(v.top == "logsumexp" for v in deps)
+        return first.like(act=act, top=first.top if linear else name, stat=stat, soft=soft)
 
     def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
         """Enter a finding that no rule has reached, with the module whose code is running, from Python's own stack."""

@@ -465,6 +465,109 @@ def test_what_is_written_out_follows_its_rule(build: Any, part: Any, by_hand: An
     assert_close64(got, want, preset, relative=FLOAT64_MODEL_RELATIVE)
 
 
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    return scale(x, 0.5)
+
+
+def _rms(x: torch.Tensor, rest: Any) -> torch.Tensor:
+    return rest(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def _addcmul(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    return torch.addcmul(g, F.silu(h(g)), h(u), value=3)
+
+
+def _lerp(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    gate = torch.sigmoid(h(g))
+    return torch.lerp(g, u, gate) if h is _plain else g + gate * h(u - g)
+
+
+def _keywords(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    return torch.mul(input=F.silu(input=h(g)), other=h(u))
+
+
+def _weight_first(x: torch.Tensor, _: Any, rest: Any) -> torch.Tensor:
+    return x * (torch.linspace(0.5, 2, WIDTH, dtype=x.dtype) * _rms(x, rest))
+
+
+def _squares(x: torch.Tensor, _: Any, rest: Any) -> torch.Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) * rest(torch.rsqrt((x * x).mean(-1, keepdim=True) - mean * mean))
+
+
+def _length(x: torch.Tensor, _: Any, rest: Any) -> torch.Tensor:
+    return x / rest(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+
+
+def _in_pieces(x: torch.Tensor, _: Any, rest: Any) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    size = rest((a.square().sum(-1, keepdim=True) + b.square().sum(-1, keepdim=True)).sqrt())
+    return torch.cat([a / size, b / size], -1)
+
+
+def _leaf(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    """A branch is what the gradient is asked for itself."""
+    return torch.sigmoid(h(x @ torch.ones(WIDTH, WIDTH, dtype=x.dtype))) * h(x)
+
+
+@pytest.mark.parametrize(
+    ("part", "way"),
+    [
+        ("gated_mlp", _addcmul),
+        ("gated_mlp", _lerp),
+        ("gated_mlp", _keywords),
+        ("gated_mlp", _leaf),
+        ("norm", _weight_first),
+        ("norm", _squares),
+        ("norm", _length),
+        ("norm", _in_pieces),
+    ],
+)
+def test_other_ways_to_write_a_part_follow_its_rule(part: Any, way: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return way(x, _plain, _plain)
+
+    model = Model()
+    with gim.GIM(model) as report:
+        got, value = gradient(model), model(inputs())
+    assert report.complete and report.counts()[part][0] == 1
+    want = gradient(lambda x: way(x, _halved, torch.Tensor.detach))
+    assert_close64(got, want, way.__name__, relative=FLOAT64_MODEL_RELATIVE)
+    assert_close64(value, model(inputs()), "value", relative=FLOAT64_MODEL_RELATIVE)
+
+
+@pytest.mark.parametrize("by", ["sum", "decay"])
+def test_weights_keep_their_factor_for_the_values(by: str) -> None:
+    """Their own sum, and a factor of each, are no values."""
+
+    def attended(x: torch.Tensor, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        weights = weights * (torch.ones(LENGTH, LENGTH).tril() if by == "sum" else torch.sigmoid(x @ x.mT * 0.1))
+        return (weights / weights.sum(-1, keepdim=True) if by == "sum" else weights) @ values
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attended(x, torch.softmax(input=x @ x.mT, dim=-1), x)
+
+    model = Model()
+    with gim.GIM(model, rules=gim.rules.GIM) as report:
+        got = gradient(model)
+    assert report.complete and report.counts()["attention"] == (1, 1)
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        weights = eager.TemperatureSoftmax.apply(scale(x @ x.mT, 0.25), 2.0)
+        return attended(x, weights, scale(x, 0.5))
+
+    assert_close64(got, gradient(by_hand), by, relative=FLOAT64_MODEL_RELATIVE)
+
+
 @pytest.mark.parametrize("build", [lambda: Gates(nn.Hardtanh()), nn.Identity, lambda: Gates(nn.SiLU())])
 def test_one_layer_among_others_is_complete(build: Any) -> None:
     model = Partly(build).double().eval()
@@ -705,9 +808,10 @@ def test_an_exception_leaves_nothing_behind() -> None:
     assert not torch.overrides._get_current_function_mode_stack()
 
 
-def test_scripted_modules_are_refused() -> None:
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda one: torch.jit.trace(one, inputs().float())])
+def test_scripted_modules_are_refused(compiled: Any) -> None:
     """No function of Python runs in them, but the watch sees their operators."""
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), torch.jit.script(nn.LayerNorm(WIDTH))).double()
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), compiled(nn.LayerNorm(WIDTH))).double()
     with pytest.raises(UnsupportedModelError, match=r"1: norm \(native_layer_norm"), gim.GIM(model):
         model(inputs())
 

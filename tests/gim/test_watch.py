@@ -91,6 +91,10 @@ GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "own function": _by_function,
     "log": lambda g, u: torch.log1p(torch.exp(g)) * u,
     "cosine": lambda g, u: torch.cos(g) * u,
+    "lerp": lambda g, u: torch.lerp(torch.zeros_like(u), u, torch.sigmoid(g)),
+    "lerp to nothing": lambda g, u: torch.lerp(u, torch.zeros_like(u), torch.sigmoid(g)),
+    "cumprod": lambda g, u: torch.stack([F.silu(g), u]).cumprod(0)[1],
+    "xlogy": lambda g, u: torch.xlogy(u, 1 + torch.exp(g)),
     "compiled": torch.compile(lambda g, u: torch.sigmoid(g) * u, backend="eager"),
 }
 
@@ -111,12 +115,18 @@ NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "std": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
     "var_mean": lambda x: x / torch.var_mean(x, -1, keepdim=True)[0].sqrt(),
     "absolute": lambda x: x / x.abs().mean(-1, keepdim=True),
+    "weight first": lambda x: x * (torch.linspace(0.5, 2, WIDTH) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))),
+    "squares": lambda x: x / (x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square()).sqrt(),
+    "renorm": lambda x: torch.renorm(x, 2, 1, 1.0),
 }
 
 
+def _shares(x: torch.Tensor) -> torch.Tensor:
+    return x / x.sum(-1, keepdim=True)
+
+
 def _softmax_by_exp(scores: torch.Tensor) -> torch.Tensor:
-    e = torch.exp(scores - scores.amax(-1, keepdim=True))
-    return e / e.sum(-1, keepdim=True)
+    return _shares(torch.exp(scores - scores.amax(-1, keepdim=True)))
 
 
 #: Ways of writing attention from scores to the values' mix.
@@ -128,6 +138,11 @@ SOFTMAXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "log_softmax": lambda s, v: F.log_softmax(s, -1).exp() @ v,
     "in place": lambda s, v: s.exp_().div_(s.sum(-1, keepdim=True)) @ v,
     "float64": lambda s, v: s.double().softmax(-1).float() @ v,
+    "exp2": lambda s, v: torch.exp2(s) @ v / torch.exp2(s).sum(-1, keepdim=True),
+    "power": lambda s, v: torch.pow(2, s) @ v / torch.pow(2, s).sum(-1, keepdim=True),
+    "masked after": lambda s, v: _shares(s.exp() * torch.ones(5, 5).tril()) @ v,
+    "never divided": lambda s, v: torch.exp(s - s.amax(-1, keepdim=True)) @ v,
+    "log-sums alone": lambda s, v: v * s.logsumexp(-1, keepdim=True),
 }
 
 
@@ -232,12 +247,21 @@ def test_a_recurrent_layer_holds_gates_that_cannot_be_seen() -> None:
     assert [kind for kind, _ in seen(model)] == ["opaque operator"]
 
 
-def test_scores_by_products_and_sums_are_scores() -> None:
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda q, k: (q[:, :, None] * k[:, None]).sum(-1),
+        lambda q, k: -(q[:, :, None] - k[:, None]).square().sum(-1),
+        lambda q, k: torch.tanh(q[:, :, None] + k[:, None]).mean(-1),
+        lambda q, k: -torch.cdist(q, k),
+    ],
+    ids=["products", "distances", "sums", "cdist"],
+)
+def test_each_of_one_axis_with_each_of_another_are_scores(score: Callable[..., torch.Tensor]) -> None:
     class Sums(Net):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             x = self.embed(input_ids)
-            scores = (self.query(x)[:, :, None] * self.key(x)[:, None]).sum(-1)
-            return self.head(scores.softmax(-1) @ x)
+            return self.head(score(self.query(x), self.key(x)).softmax(-1) @ x)
 
     assert seen(Sums()) == [("softmax over keys", "Sums")]
 
@@ -297,6 +321,25 @@ def test_a_gate_of_attentions_output_is_noted() -> None:
     with gim.GIM(model) as report:
         model(IDS)
     assert any(note.startswith("gate of a mixer's output (mul, test_watch.py:") for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("product", "noted"),
+    [
+        (lambda g, u: g * u, "product of branches, none of them bent (mul"),
+        (lambda g, u: (torch.diag_embed(F.silu(g)) @ u[..., None])[..., 0], "matrix product of branches, one of them"),
+        (lambda g, u: F.bilinear(F.silu(g), u, torch.ones(HIDDEN, HIDDEN, HIDDEN)), "matrix product of branches, one"),
+        (lambda g, u: torch.logaddexp(g, u), "branches that meet in a function (logaddexp"),
+        (lambda g, u: (g.mean(-1)[:, None].softmax(-1) @ u).expand_as(u), "a mix by a softmax of no scores (bmm"),
+        (lambda g, u: _shares(F.relu(g @ u.mT) + 1) @ u, "attention that is no"),
+    ],
+    ids=["bilinear", "diagonal", "F.bilinear", "function", "pooling", "shares"],
+)
+def test_what_is_no_part_by_its_definition_is_noted(product: Any, noted: str) -> None:
+    model = llama(MLP(product), layers=2)  # whose other layer has a gated MLP
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.complete and any(note.startswith(noted) for note in report.notes), report.notes
 
 
 def test_a_detached_branch_is_a_constant() -> None:
