@@ -330,6 +330,8 @@ class Watch(TorchDispatchMode):
         """What an operator's result is."""
         real = [v for x, v in zip(tensors, values, strict=True) if is_real(x)]
         deps = [v for v in real if v.dep]
+        if not outs and kind != "opaque operator":
+            return CONSTANT  # a number for Python has no gradient
         if not deps:
             return self._without_gradient(kind, name, values, outs)
         first = deps[0]
