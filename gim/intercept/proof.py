@@ -150,7 +150,7 @@ def _consequence(finding: Finding) -> str:
     if finding.kind == "opaque operator":
         return "which another library computes, so that no rule can be seen to act in it"
     if finding.kind == "tensor written out of sight":
-        return "by code that calls no operator of torch, so that no rule can be seen to act in it"
+        return "by code that calls no operator of torch, or on another thread, so that no rule can be seen to act in it"
     return "which no rule has reached"
 
 

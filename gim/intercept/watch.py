@@ -237,11 +237,29 @@ class Watch(TorchDispatchMode):
             return wrapped[0] if len(wrapped) == 1 else join(wrapped)
         if is_real(tensor):
             node: Any = tensor.grad_fn
-            if node is not None and node._sequence_nr() >= self._began:
+            if node is not None and self._is_computed_here(node):
                 self._report("tensor written out of sight", node.name())
             elif self._asks and self._live and not tensor.requires_grad:
                 return CONSTANT  # no gradient flows through it
         return Value(dep=True)
+
+    def _is_computed_here(self, node: Any) -> bool:
+        """Whether a node is younger than the forward, or goes back to one that is or to what the forward was given:
+        every thread counts its own nodes, and a part may run on a thread of its own."""
+        given = {tensor.grad_fn for one in self._inputs if (tensor := one()) is not None}
+        todo, seen = [node], {node}
+        while todo:
+            one = todo.pop()
+            variable = getattr(one, "variable", None)
+            if variable is not None:  # a leaf, which has no age
+                if self._storages.get(self._address(variable)):
+                    return True
+            elif one in given or one._sequence_nr() >= self._began:
+                return True
+            new = [other for other, _ in one.next_functions if other is not None and other not in seen]
+            seen.update(new)
+            todo += new
+        return False
 
     def _put(self, tensor: torch.Tensor, value: Value, written: bool) -> None:
         """Say what a tensor holds now; ``written`` where an operator wrote into one that was there."""

@@ -8,6 +8,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -394,6 +395,22 @@ def test_tensors_written_out_of_sight_are_named() -> None:
         out = torch.empty_like(g)
         out.numpy()[...] = g.detach().numpy()
         return out + u
+
+    def on_another_thread(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:  # whose nodes are counted from 0
+            return pool.submit(lambda: F.silu(g) * u).result()
+
+    model = Net(gate=on_another_thread)
+    assert seen(model) == [("tensor written out of sight", "mlp.down_proj")]
+    with pytest.raises(UnsupportedModelError, match="or on another thread"), gim.GIM(model):
+        model(IDS)
+    # A weight that was computed before, on a thread of its own, is a weight.
+    plain = Net()
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(lambda: (2 * plain.mlp.down_proj.weight).detach().requires_grad_() * 1.0).result()
+    del plain.mlp.down_proj.weight
+    plain.mlp.down_proj.weight = made
+    assert seen(plain) == []
 
     # The module that reads it is named: nobody is seen to write it.
     assert seen(Net(gate=through_numpy)) == [("tensor written out of sight", "mlp.down_proj")]
