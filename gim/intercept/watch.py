@@ -491,9 +491,12 @@ class Watch(TorchDispatchMode):
             if name not in AFFINE and name not in CLIPS:
                 self._report("branches that meet in a function", name, to=self._noted)
             new = join(deps, act=name not in AFFINE)
+            new.top = "log" if all(v.top.startswith("log") for v in deps) else ""
             # Each of one axis with each of another, as distances and sums of queries and keys.
             new.scores |= all(spans(x) < spans(out) for x, v in zip(self._tensors, values, strict=True) if v.dep)
             return new
+        if name.startswith("exp") and first.top == "log" and first.source == first.id:
+            self._report("branches that meet in a function", f"{name} of a sum of logs", to=self._noted)
         chosen = name in ("where", "masked_fill") and any(v.source == first.source and not v.dep for v in values)
         linear = name in AFFINE and not chosen
         act = any(v.act for v in deps if v.source == first.source) or not linear

@@ -330,11 +330,12 @@ def test_a_gate_of_attentions_output_is_noted() -> None:
         (lambda g, u: g * u, "product of branches, none of them bent (mul"),
         (lambda g, u: (torch.diag_embed(F.silu(g)) @ u[..., None])[..., 0], "matrix product of branches, one of them"),
         (lambda g, u: F.bilinear(F.silu(g), u, torch.ones(HIDDEN, HIDDEN, HIDDEN)), "matrix product of branches, one"),
+        (lambda g, u: torch.exp(g.sigmoid().log() + u.abs().log()), "branches that meet in a function (exp of a sum"),
         (lambda g, u: torch.logaddexp(g, u), "branches that meet in a function (logaddexp"),
         (lambda g, u: (g.mean(-1)[:, None].softmax(-1) @ u).expand_as(u), "a mix by a softmax of no scores (bmm"),
         (lambda g, u: _shares(F.relu(g @ u.mT) + 1) @ u, "attention that is no"),
     ],
-    ids=["bilinear", "diagonal", "F.bilinear", "function", "pooling", "shares"],
+    ids=["bilinear", "diagonal", "F.bilinear", "logs", "function", "pooling", "shares"],
 )
 def test_what_is_no_part_by_its_definition_is_noted(product: Any, noted: str) -> None:
     model = llama(MLP(product), layers=2)  # whose other layer has a gated MLP
