@@ -130,6 +130,7 @@ def generated(asked: Asked, count: Any) -> list[int]:
     ids = torch.tensor([asked.ids], device=anatomy.of(model).device)
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
+    ends = ends.tolist() if isinstance(ends, torch.Tensor) else ends
     ends = {*ends} if isinstance(ends, Sequence) else {ends, asked.tokenizer.eos_token_id}
     padding = getattr(config, "pad_token_id", None)
     # Where a text ends it, it must be cut, and not every model's `generate` takes a tokenizer.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gim.cli.errors import UserError, check_outputs, handled, refused
+from gim.cli.errors import UserError, check_outputs, check_parquet, handled, refused
 from gim.cli.models import load, rules_named
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, MemoryOption, RulesName, Trust
 from gim.cli.progress import counting
@@ -84,8 +84,7 @@ def find(
     with handled(debug):
         if html is not None and level is LevelName.NODE:
             raise UserError("--html: paths need --level edge")
-        if save.suffix != ".parquet":  # before hours of work, which could not be written
-            raise UserError(f"--save: must end in .parquet, got {save}")
+        check_parquet("--save", save)
         outputs = check_outputs({"--save": save, "--html": html}, [("data", data), ("--resume", resume)])
         chosen = rules_named(rules, None)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)

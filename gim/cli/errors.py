@@ -47,6 +47,12 @@ def check_outputs(
     return wanted
 
 
+def check_parquet(name: str, path: Path | None) -> None:
+    """Refuse another ending before hours of work, which could not be written under it."""
+    if path is not None and path.suffix != ".parquet":
+        raise UserError(f"{name}: must end in .parquet, got {path}")
+
+
 @contextmanager
 def handled(debug: bool) -> Iterator[None]:
     """Inside, an error of the user's becomes one line and exit code 2, and warnings one line each at the end."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gim.cli.errors import UserError, check_outputs, handled, refused
+from gim.cli.errors import UserError, check_outputs, check_parquet, handled, refused
 from gim.cli.models import load
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, Trust
 from gim.cli.progress import counting
@@ -81,6 +81,7 @@ def command(
     --resume the same command goes on from there.
     """
     with handled(debug):
+        check_parquet("--save", save)
         outputs = check_outputs({"--save": save, "--html": html}, [("data", data), ("--resume", resume)])
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if reference is not None and reference not in names:

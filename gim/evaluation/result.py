@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gim.evaluation import measures
@@ -166,11 +167,17 @@ class Evaluation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_dataframe` as Parquet, in one step, with the settings in the file's metadata.
 
+        Args:
+            path: ``.parquet``.
+
         Raises:
+            ValueError: another ending.
             OSError: the file cannot be written.
             ImportError: pyarrow is missing.
         """
         arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+        if Path(path).suffix != ".parquet":
+            raise ValueError(f"path must end in .parquet, got {path}")
         check_writable(path)
         table = arrow.Table.from_pandas(self.to_dataframe(), preserve_index=False)
         metadata = {**(table.schema.metadata or {}), b"gim": json.dumps(self.settings).encode()}

@@ -315,6 +315,15 @@ def test_a_generated_answer_is_what_the_model_says(model: Any) -> None:
     assert found == gim.attribute(model, made, PROMPT, answer=said[:ended])
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_an_answer_has_no_token_that_ends_it(model: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = gim.attribute(model, tokenizer(), PROMPT, generate=6).prompt.target.token_ids
+    first = next(place for place in range(1, 6) if said[place] not in said[:place])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", kind([said[first]]))
+    found = gim.attribute(model, tokenizer(), PROMPT, generate=6)
+    assert found.prompt.target.token_ids == said[:first]
+
+
 def test_a_generated_answer_ends_where_the_models_stop_strings_say(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said = gim.attribute(model, tokenizer(), PROMPT, generate=6)
     stop = next(one for one in said.tokens[1:] if one.strip() and one not in said.tokens[0])

@@ -174,6 +174,8 @@ def test_saved_rows_are_the_frame_and_the_settings(demo: Any, tmp_path: Path) ->
     found.save(tmp_path / "rows.parquet")
     frame = pd.read_parquet(tmp_path / "rows.parquet")
     pd.testing.assert_frame_equal(frame, found.to_dataframe())
+    with pytest.raises(ValueError, match=r"path must end in \.parquet, got .*rows\.csv"):
+        found.save(tmp_path / "rows.csv")
     assert list(frame.columns) == ["example", "method", "measure", "metric", "value"]
     assert set(frame["metric"]) == {"comprehensiveness", "sufficiency"}
     metadata = json.loads(pq.read_schema(tmp_path / "rows.parquet").metadata[b"gim"])
