@@ -14,8 +14,9 @@ import transformers as hf
 from torch import nn
 
 import gim
-from gim import scoring
+from gim import scoring, taps
 from gim.estimate import Twin
+from gim.intercept.flow import origin
 from gim.plan import MemoryPlan
 from gim.targets import Per
 from tests import model_code
@@ -200,6 +201,20 @@ def test_what_has_no_layers_or_heads_to_see() -> None:
     ).to(torch.float64)
     with pytest.raises(gim.UnsupportedModelError, match=r"model.layers.1: has 2 heads and model.layers.0 has"):
         inside(uneven, tokens, "head")
+
+
+def test_a_statistic_from_before_a_layer_is_one_inside_it() -> None:
+    """A stream that is looked at is to the rules what it was: a norm may read its length from the layer before."""
+    seen: list[torch.Tensor] = []
+    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    stream = x * 2.0
+    length = stream.pow(2).mean(-1, keepdim=True).rsqrt()
+    looked_at = taps._tapped(stream, lambda value, grad: seen.extend((value, grad)))
+    one, two = origin(looked_at), origin(length)
+    assert one == origin(stream) and two.reduced is not None and two.reduced.root == one.root
+    weights = torch.randn(1, 5, 8, dtype=torch.float64)
+    torch.autograd.grad((looked_at * weights).sum(), x)
+    assert torch.equal(seen[0], stream) and torch.equal(seen[1], weights)
 
 
 def test_nothing_is_left_behind() -> None:
