@@ -228,7 +228,8 @@ def test_the_command_line_evaluates_a_file(tmp_path: Path) -> None:
         (("--methods", "GIMM"), "methods: 'GIMM' is none of"),
         (("--methods", "DeepLIFT"), "method DeepLIFT on example 0 ("),
         (("--reference", "GIM"), "--reference must be one of random, attention"),
-        (("--save", str(tmp_path / "no" / "a")), "--save: cannot write"),
+        (("--save", str(tmp_path / "no" / "a.parquet")), "--save: cannot write"),
+        (("--save", str(tmp_path / "a.csv")), "--save: must end in .parquet, got"),
         (("--protocol", "paper", "--grid", "coarse"), "protocol 'paper' has one grid"),
     ):
         result = run(*asked, *wrong)
