@@ -277,7 +277,7 @@ class _Layers:
         if len(attending) != 1 or any(weight.numel() for child in others for weight in weights_of(child)):
             return False
 
-        def refuse(grad: torch.Tensor) -> None:
+        def refuse(grad: torch.Tensor | None) -> None:
             _refuse_elsewhere(grad, kept, name)
 
         def place(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -418,9 +418,9 @@ def _all_of(grad: torch.Tensor) -> torch.Tensor:
     return functorch.get_unwrapped(grad).movedim(functorch.maybe_get_bdim(grad), 0).flatten(0, 1)
 
 
-def _refuse_elsewhere(grad: torch.Tensor, kept: Kept, name: str) -> None:
-    """An error unless a gradient ``[B, T, ...]`` is 0 at every position that is not explained."""
-    if grad.is_meta:
+def _refuse_elsewhere(grad: torch.Tensor | None, kept: Kept, name: str) -> None:
+    """An error unless a gradient ``[B, T, ...]``, None for all zeros, is 0 at every position that is not explained."""
+    if grad is None or grad.is_meta:
         return
     grad = _all_of(grad)
     at = kept.among(grad.shape[1]).to(grad.device)

@@ -82,7 +82,6 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
     return found or reason
 
 
-@torch.no_grad()
 def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool | None:
     """Whether a module's output at a token depends on that token alone, found by feeding numbers to a copy of it.
 
@@ -95,17 +94,24 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
         None where it does not.
     """
     generator = torch.Generator().manual_seed(0)
+    # With a graph, as in the model's own forward: without one, some quantised layers pack their weights for good.
+    forward = without_hooks(module)
+    if forward is None:
+        return None
+
+    def run(x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            y = forward(x.requires_grad_())
+        return y.detach() if isinstance(y, torch.Tensor) else y
+
     tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device_of(module) or "cpu")
     # Some of them, in another order and around an outlier: where all of that changes nothing, none of it does.
     outlier = tokens[:, 2:3] * PROBE_OUTLIER
     around = torch.cat([tokens[:, 4:], outlier, tokens[:, 1:2]], 1)
-    forward = without_hooks(module)
-    if forward is None:
-        return None
     for taken in dtypes_taken(module, dtype):
-        x, loud = tokens.to(taken), around.to(taken)
+        x, loud = tokens.to(taken, copy=True), around.to(taken, copy=True)
         try:
-            whole, beside = forward(x), forward(loud)
+            whole, beside = run(x), run(loud)
         except Exception:  # it takes something else than one tensor of tokens of this dtype
             continue
         if not all(isinstance(y, torch.Tensor) and y.dtype == x.dtype for y in (whole, beside)):
@@ -114,7 +120,8 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
             return None
         if _same(whole[:, [4, 1]], beside[:, [0, 2]]):
             return True
-        alone = _same(whole, forward(x.flip(1)).flip(1)) and _same(whole[:, 1:3], forward(x[:, 1:3]))
+        x = x.detach()
+        alone = _same(whole, run(x.flip(1)).flip(1)) and _same(whole[:, 1:3], run(x[:, 1:3].clone()))
         return False if alone else None
     return None
 

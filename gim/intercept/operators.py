@@ -54,6 +54,12 @@ EXTREMES = {"amax", "amin", "max", "min"}
 QUOTIENTS = {"div", "addcdiv", "xlogy", "special_xlog1py"}
 
 
+def may_lack_gradient(kind: str, name: str) -> bool:
+    """Whether an operator is taken for a linear map, or a part of one, by its name alone: torch gives those of its own
+    that are common a gradient, and of others nobody knows."""
+    return kind in ("linear", "same") and name not in KINDS
+
+
 def describe(func: Any) -> tuple[str, str]:
     """The kind of an operator, and its name without what overload it is and whether it writes in place."""
     space, _, name = (getattr(func, "_name", None) or str(func)).split(".")[0].rpartition("::")

@@ -18,7 +18,7 @@ from torch import nn
 
 from gim.applied import AppliedReport, Part
 from gim.intercept.gates import original_forward
-from gim.intercept.watch import PART_OF, Finding, Watch
+from gim.intercept.watch import PART_OF, STOPS, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules
 
@@ -124,7 +124,8 @@ class Proof:
         missing: dict[tuple[str, str], None] = {}
         for one in verdict.found:
             part = PART_OF.get(one.kind)
-            acts = wanted[part] if part is not None else one.kind == "dropout" or any(wanted.values())
+            always = one.kind in ("dropout", STOPS)
+            acts = wanted[part] if part is not None else always or any(wanted.values())
             if acts and not any(one.module == name or one.module.startswith(f"{name}.") for name in told):
                 missing[one.module or type(model).__name__, f"{one}, {_consequence(one)}"] = None
         return list(missing)
@@ -147,6 +148,8 @@ class Proof:
 def _consequence(finding: Finding) -> str:
     if finding.kind == "dropout":
         return "acts: call model.eval(), attributions are deterministic"
+    if finding.kind == STOPS:
+        return "so that what flows through it would be left out"
     if finding.kind == "opaque operator":
         return "which another library computes, so that no rule can be seen to act in it"
     if finding.kind == "tensor written out of sight":
@@ -176,16 +179,22 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
 
 def _kind_of_module(module: nn.Module) -> Any:
     held = module.__dict__
-    # A traced module has its parameters elsewhere.
-    parameter = next((one for one in module._parameters.values() if one is not None), None)
     hooks = tuple(_hook(number, hook) for name in _HOOKS for number, hook in held[name].items())
     return (
         type(module),
         _code(original_forward(module)),
         hooks,
-        None if parameter is None else (parameter.dtype, parameter.requires_grad),
+        # A traced module has its parameters elsewhere.
+        tuple([_kind_of_weight(one) for one in module._parameters.values() if one is not None]),
         _simple(module),
     )
+
+
+def _kind_of_weight(weight: torch.Tensor) -> Any:
+    """A quantised one is run by what it keeps beside itself, and some are packed anew for inference."""
+    beside = vars(weight)
+    kept = [(name, _simple(one)) for name, one in beside.items() if hasattr(one, "__dict__")] if beside else ()
+    return (weight.dtype, weight.requires_grad, *_simple(weight), *kept)
 
 
 def _hook(number: int, hook: Any) -> Any:

@@ -20,8 +20,8 @@ class Value:
     """What is known of one value."""
 
     __slots__ = (
-        "act", "blank", "dep", "depth", "id", "mixed", "parts", "random", "reached", "scores", "soft", "source", "stat",
-        "top", "written",
+        "act", "blank", "cut", "dep", "depth", "id", "map", "mixed", "parts", "random", "reached", "scores", "soft",
+        "source", "stat", "top", "written",
     )  # fmt: skip
 
     def __init__(self, dep: bool = False, source: int | None = None, act: bool = False, **more: Any) -> None:
@@ -38,6 +38,8 @@ class Value:
         self.soft = False  # past a softmax or a division into shares
         self.random = self.blank = self.written = False
         self.reached: Part | None = None  # a rule gave it back
+        self.cut = 0  # CUT: computed without gradients from what has one; ROUNDED: and made integers since
+        self.map: Any = None  # what to say of the linear map that it came from without gradients
         for name, value in more.items():
             setattr(self, name, value)
 
@@ -48,12 +50,13 @@ class Value:
         new.dep, new.source, new.act, new.top = self.dep, self.source, self.act, self.top
         new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
         new.depth, new.soft, new.random = self.depth, self.soft, self.random
-        new.blank, new.reached = self.blank, self.reached
+        new.blank, new.reached, new.cut, new.map = self.blank, self.reached, self.cut, self.map
         for name, value in changes.items():
             setattr(new, name, value)
         return new
 
 
+CUT, ROUNDED = 1, 2
 CONSTANT = Value()
 BLANK = Value(blank=True)
 FROM_PYTHON = Value(top="lift_fresh")  # numbers of Python's or of another library's

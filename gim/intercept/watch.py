@@ -7,9 +7,10 @@ rules, and learns from it one thing only: :mod:`gim.intercept.sites`. Operators 
 
 Found are a softmax over keys, a norm (a statistic over features that scales what it was computed from), a gated product
 (two factors that elementwise functions and linear maps lead to from one source, one of them past a nonlinearity), a
-dropout that acts, an operator whose inside cannot be seen, and a tensor that no operator under the watch wrote. Noted
-are products and other meetings of branches that no rule is about, and what a user's hook computes, which is left alone.
-Linear maps over quantised weights are linear maps.
+dropout that acts, an operator whose inside cannot be seen, one that gradients stop at, and a tensor that no operator
+under the watch wrote. Noted are products and other meetings of branches that no rule is about, and what a user's hook
+computes, which is left alone. Linear maps over quantised weights are linear maps. Gradients stop at those that are made
+for inference: without a formula, without gradients, over numbers made integers. A ``detach`` is the model's own.
 
 What the flow of data cannot tell: whether a product without a nonlinearity is an MLP's, so all are noted; ``exp`` of a
 sum of logarithms; ``x / mean(x)``, which is taken for shares; what another library's operator computes, which is found
@@ -32,11 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gim.applied import Part
 from gim.intercept.hooks import hooked
-from gim.intercept.operators import AFFINE, CLIPS, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe
+from gim.intercept.operators import AFFINE, CLIPS, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe, may_lack_gradient
 from gim.intercept.sites import SITES, Sites
 from gim.intercept.values import (
     CONSTANT,
+    CUT,
     MADE,
+    ROUNDED,
     UNREAD,
     Tensors,
     Value,
@@ -48,6 +51,8 @@ from gim.intercept.values import (
     spans,
 )
 
+#: What gradients stop at, though nobody's code says that they should.
+STOPS = "operator without a gradient"
 #: The rule that a kind of finding should have been reached by; the others concern every rule.
 PART_OF: dict[str, Part] = {"softmax over keys": "attention", "norm": "norm", "gated product": "gated_mlp"}
 
@@ -57,8 +62,8 @@ class Finding:
     """One place where something was found, in one call.
 
     Args:
-        kind: what it is: a key of :data:`PART_OF`, "dropout", "opaque operator", "tensor written out of sight", or what
-            is only noted.
+        kind: what it is: a key of :data:`PART_OF`, "dropout", "opaque operator", "tensor written out of sight",
+            "operator without a gradient", or what is only noted.
         module: qualified name of the module whose code ran.
         place: ``file.py:123`` of that code.
         operator: what was called there.
@@ -82,6 +87,13 @@ def _in_function() -> bool:
     while frame is not None and frame.f_code is not _APPLY:
         frame = frame.f_back
     return frame is not None
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    """Whether autograd can send a gradient back through what a tensor came from."""
+    node: Any = tensor.grad_fn
+    # The name of torch's stand-ins for a formula that is not there: one raises, the other warns and sends nothing.
+    return node is not None and not node.name().endswith("NotImplemented")
 
 
 _Key = tuple[Any, torch.Size, tuple[int, ...]]
@@ -133,6 +145,9 @@ class Watch(TorchDispatchMode):
         self._inputs = [weakref.ref(tensor) for tensor in inputs]
         self._flag: Any = None
         self._tensors: Tensors = []  # of the operator that is looked at
+        self._cuts = False  # whether any value has been cut off from gradients
+        # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
+        self._unproved: tuple[list[weakref.ref[torch.Tensor]], Finding] | None = None
 
     @property
     def found(self) -> tuple[Finding, ...]:
@@ -169,6 +184,7 @@ class Watch(TorchDispatchMode):
         from torch.nn.attention import flex_attention
 
         super().__exit__(*exception)
+        self._prove()
         flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = self._flag
         for reference in self._references:
             torch.UntypedStorage._free_weak_ref(reference)
@@ -297,6 +313,8 @@ class Watch(TorchDispatchMode):
                 flatten(one, tensors)
         if kwargs:
             flatten(list(kwargs.values()), tensors)
+        if self._unproved is not None:
+            self._prove()
         values = [self._of(x) for x in tensors]  # before the operator overwrites any
         out = func(*args, **kwargs) if kwargs else func(*args)
         self.operators += 1
@@ -305,18 +323,23 @@ class Watch(TorchDispatchMode):
         else:
             outs = []
             flatten(out, outs)
+        if self._live and may_lack_gradient(kind, name):
+            self._doubt(name, tensors, values, outs)
         if kind == "same" and len(tensors) == 1 and len(outs) == 1:
             first = values[0]
             if first is not CONSTANT or self._at(outs[0]) is not None:
                 floats = first.dep and is_real(tensors[0]) != is_real(outs[0])
-                # A number made a condition or an index has no gradient, but it knows its origin.
-                value = Value(source=first.source) if floats else first
+                value = first
+                if floats:  # made a condition or an index it has no gradient, but it knows its origin
+                    value = self._without(Value(source=first.source), kind, name, tensors, values, outs)
                 self._put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
         self._tensors = tensors
         value = self._value(kind, name, args, tensors, values, outs)
+        if self._cuts or not torch.is_grad_enabled():
+            value = self._without(value, kind, name, tensors, values, outs)
         if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
             value.depth = max((one.depth for one in values), default=0) + mixes
@@ -324,9 +347,53 @@ class Watch(TorchDispatchMode):
         for index, one in enumerate(outs):
             mine = self._piece(value, (name, "output", index)) if value.dep and len(outs) > 1 else value
             if value.dep and not is_real(one) and any(map(is_real, tensors)):
-                mine = Value(source=value.source)  # an index or a condition has no gradient, but it knows its origin
+                # An index or a condition has no gradient, but it knows its origin.
+                mine = Value(source=value.source, cut=value.cut, map=value.map)
             self._put(one, mine, id(one) in given)
         return out
+
+    def _without(
+        self, value: Value, kind: str, name: str, tensors: Tensors, values: list[Value], outs: Tensors
+    ) -> Value:
+        """The same value, which knows whether it was cut off from gradients by code that says nothing of it: in a
+        linear map that runs without them, as those of quantised layers do, or by numbers made integers."""
+        if not self._live:
+            return value
+        grads, flows = torch.is_grad_enabled(), any(x.requires_grad for x in tensors)
+        cut, lost = max((v.cut for v in values), default=0), next((v.map for v in values if v.map), None)
+        if kind == "same" and is_real(tensors[0]) and not any(map(is_real, outs)) and (flows or cut):
+            cut = ROUNDED
+        elif grads:
+            used = kind not in UNREAD and name not in LOOKUP and any(map(is_real, outs))
+            if used and lost:
+                given = zip(tensors, values, strict=True)
+                self._found += [v.map for x, v in given if v.map and is_real(x) and not x.requires_grad]
+            if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum":
+                self._report(STOPS, f"{name} of rounded numbers")
+            cut, lost = (cut, lost) if not flows and (cut == ROUNDED or not used) else (0, None)
+        else:
+            cut = max(CUT if flows else 0, cut)
+            if kind == "linear" and name != "cumsum" and cut and lost is None and not hooked() and not _in_function():
+                lost = self._finding(STOPS, f"{name} without gradients")
+        self._cuts = self._cuts or cut > 0
+        return value if (cut, lost) == (value.cut, value.map) else value.like(cut=cut, map=lost)
+
+    def _doubt(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors) -> None:
+        """Remember to ask for the gradient of an operator's results once autograd has seen them."""
+        flows = any(v.dep and x.requires_grad for x, v in zip(tensors, values, strict=True))
+        real = [weakref.ref(one) for one in outs if is_real(one)]
+        if flows and real and torch.is_grad_enabled() and not hooked():
+            self._unproved = real, self._finding(STOPS, name)
+
+    def _prove(self) -> None:
+        """Find the operator that ran last where autograd has nothing to send back through it."""
+        if self._unproved is None:
+            return
+        references, finding = self._unproved
+        self._unproved = None
+        left = [tensor for reference in references if (tensor := reference()) is not None]
+        if left and not any(_has_gradient(tensor) for tensor in left):
+            self._found.append(finding)
 
     def _blank(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors, named: Any) -> None:
         """Memory is read that no operator under the watch has filled."""
@@ -505,7 +572,7 @@ class Watch(TorchDispatchMode):
         return first.like(act=act, top=first.top if linear else name, stat=stat, soft=soft)
 
     def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
-        """Enter a finding that no rule has reached, with the module whose code is running, from Python's own stack."""
+        """Enter a finding that no rule has reached."""
         part = PART_OF.get(kind)
         grads = self._live and torch.is_grad_enabled()
         if part is not None and grads and not any(x.requires_grad for x in self._tensors):
@@ -516,11 +583,15 @@ class Watch(TorchDispatchMode):
             return  # its result has no gradient
         if (part is not None or kind == "opaque operator") and to is None and hooked():
             kind, to = f"{kind} in a hook", self._noted
+        (self._found if to is None else to).append(self._finding(kind, operator))
+
+    def _finding(self, kind: str, operator: str) -> Finding:
+        """With the module whose code is running, from Python's own stack."""
         place, module, frame = "", "", sys._getframe(1)
         while frame is not None and not (place and module):
             home = frame.f_globals.get("__name__", "").split(".")
-            if not place and home[0] != "torch" and home[:2] != ["gim", "intercept"]:
+            if not place and home[0] not in ("torch", "gim"):
                 place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
             module = module or self._names.get(id(frame.f_locals.get("self")), "")
             frame = frame.f_back  # type: ignore[assignment]
-        (self._found if to is None else to).append(Finding(kind, module, place, operator))
+        return Finding(kind, module, place, operator)

@@ -418,26 +418,184 @@ def test_tensors_written_out_of_sight_are_named() -> None:
     assert seen(Net(gate=into_blank)) == [("tensor written out of sight", "mlp")]
 
 
-def test_quantised_products_pass() -> None:
-    class Int8(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight: torch.Tensor
-            self.register_buffer("weight", torch.randint(-9, 9, (HIDDEN, WIDTH), dtype=torch.int8))
-            self.down = nn.Linear(HIDDEN, WIDTH)
+def _int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.mT`` over numbers rounded to 8 bits, as layers quantised for inference compute it."""
+    flat = x.reshape(-1, WIDTH)
+    flat = F.pad(flat, (0, 0, 0, 32 - len(flat)))
+    scale = flat.abs().amax(-1, keepdim=True) / 127
+    whole = torch._int_mm((flat / scale.clamp(min=1e-9)).round().to(torch.int8), weight.mT.contiguous())
+    return (whole * scale)[:5].reshape(1, 5, HIDDEN)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            flat = x.reshape(-1, WIDTH)
-            flat = F.pad(flat, (0, 0, 0, 32 - len(flat)))
-            scale = flat.abs().amax(-1, keepdim=True) / 127
-            weight: torch.Tensor = self.weight
-            whole = torch._int_mm((flat / scale.clamp(min=1e-9)).round().to(torch.int8), weight.mT.contiguous())
-            return self.down((whole * scale)[:5].reshape(1, 5, HIDDEN))
 
-    model = llama(Int8())
+def _int8_by_function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return _int8(x, weight)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] @ weight.float()
+
+    return Product.apply(x)
+
+
+@torch.no_grad()
+def _without_gradients(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight.float())
+
+
+def _rounded_without_gradients(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        rounded = (x / scale).round().char()
+    return F.linear(rounded.float(), weight.float()) * scale
+
+
+def _rounded_and_back(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return F.linear((x / scale).round().int().to(x.dtype) * scale.detach(), weight.float())
+
+
+def _packed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """torch's own, which has no gradient; by torch's operator for inference."""
+    packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(weight.float(), 0.1, 0, torch.qint8), None)
+    return torch.ops.quantized.linear_dynamic(x, packed)
+
+
+_library = torch.library.Library("watchtests", "FRAGMENT")
+_library.define("foreign_matmul(Tensor x, Tensor weight) -> Tensor")
+_library.impl(
+    "foreign_matmul", lambda x, weight: torch.from_numpy(x.detach().numpy() @ weight.float().mT.numpy()), "CPU"
+)
+_library.define("differentiable_matmul(Tensor x, Tensor weight) -> Tensor")
+_library.impl("differentiable_matmul", lambda x, weight: F.linear(x, weight.float()), "CompositeImplicitAutograd")
+
+
+@torch.library.custom_op("watchtests::foreign_linear", mutates_args=())
+def _foreign_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight.float())
+
+
+_foreign_linear.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[0].float(), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
+
+
+class Quantised(nn.Module):
+    """An MLP whose first linear map is computed in some way over a weight of 8 bits."""
+
+    def __init__(self, way: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.register_buffer("weight", torch.randint(-9, 9, (HIDDEN, WIDTH), dtype=torch.int8))
+        self.down = nn.Linear(HIDDEN, WIDTH)
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.way(x, self.weight))
+
+
+#: Ways of quantised layers that send no gradient back, and what is said of each.
+STOPPING: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
+    "rounded": (_int8, r"_int_mm of rounded numbers"),
+    "rounded, without gradients": (_rounded_without_gradients, "of rounded numbers"),
+    "rounded and back": (_rounded_and_back, "of rounded numbers"),
+    "without gradients": (_without_gradients, "without gradients"),
+    "torch's dynamic": (_packed, "linear_dynamic"),
+    "no formula": (torch.ops.watchtests.foreign_matmul, "foreign_matmul"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("way", STOPPING)
+def test_a_linear_map_that_gradients_stop_at_is_named(way: str) -> None:
+    how, said = STOPPING[way]
+    model = llama(Quantised(how))
+    leaf = torch.randn(1, 5, WIDTH, requires_grad=True)
+    out = how(leaf, model.model.layers[0].mlp.weight)
+    if out.requires_grad:  # by way of its scale alone, or torch promises one and gives none
+        assert way in ("rounded", "rounded, without gradients", "torch's dynamic", "no formula")
+        (out.sum() + 0 * leaf.sum()).backward()
+        slope = model.model.layers[0].mlp.weight.float().sum(0)
+        assert leaf.grad is not None and not torch.allclose(leaf.grad, slope.expand_as(leaf), rtol=0.2)
+    where = rf"layers\.0\.mlp: operator without a gradient \(.*{said}, .*\.py:\d+\), so that what flows"
+    for rules in ("GIM", "GRADIENT"):
+        with pytest.raises(UnsupportedModelError, match=where):
+            gim.explain(model, IDS, baseline_token_id=0, rules=rules)
+    with gim.GIM(model, strict=False) as report:
+        model(IDS)
+    assert any(said in reason for _, reason in report.unsupported) and not report.complete
+    with torch.no_grad(), gim.GIM(model) as report:
+        model(IDS)
+    assert report.complete
+
+
+def _shown(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A mistake's size is looked at, and a place chosen by a map; nothing of that is in the result but an index."""
+    with torch.no_grad():
+        error = (F.linear(x, weight.float()) - _int8(x, weight)).abs().max()
+        chosen = F.linear(x, weight.float()).argmax(-1, keepdim=True)
+    assert error >= 0
+    y = F.linear(x, weight.float())
+    return y + 0.1 * y.gather(-1, chosen)
+
+
+def _straight_through(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        rounded = (x / scale).round().to(torch.int8).to(x.dtype) * scale
+    return F.linear(x + (rounded - x).detach(), weight.float())
+
+
+#: Ways that have a gradient, or whose code says that it wants none.
+FLOWING: dict[str, Callable[..., torch.Tensor]] = {
+    "own function": _int8_by_function,
+    "beside the result": _shown,
+    "straight through": _straight_through,
+    "dequantised": lambda x, weight: F.linear(x, weight.to(x.dtype) * 0.1),
+    "formula": torch.ops.watchtests.foreign_linear,
+    "made of torch's": torch.ops.watchtests.differentiable_matmul,
+    "detached": lambda x, weight: F.linear(x, weight.float()) + F.linear(x, weight.float()).detach(),
+}
+
+
+@pytest.mark.parametrize("way", FLOWING)
+def test_a_linear_map_with_a_gradient_passes(way: str) -> None:
+    model = llama(Quantised(FLOWING[way]))
     with gim.GIM(model) as report:
         model(IDS)
     assert report.complete and report.watched
+
+
+def test_a_weight_packed_for_inference_is_watched_again() -> None:
+    """As 4-bit weights on CPUs are by the first forward without gradients."""
+
+    class State:
+        packed = False
+
+    class Packing(Quantised):
+        def __init__(self) -> None:
+            super().__init__(torch.ops.watchtests.foreign_matmul)
+            self.weight = nn.Parameter(self._buffers.pop("weight").float(), requires_grad=False)
+            self.weight.state = State()  # type: ignore[attr-defined]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = self.weight.state  # type: ignore[attr-defined]
+            state.packed = state.packed or not x.requires_grad
+            return self.down(self.way(x, self.weight) if state.packed else F.linear(x, self.weight))
+
+    model = llama(Packing())
+    plans = ("none", "mlp", "layer", "mlp+tile=2")
+    found = [gim.explain(model, IDS, baseline_token_id=0, memory=plan) for plan in plans]
+    assert not model.model.layers[0].mlp.weight.state.packed  # nothing of gim's ran it without gradients
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        model(IDS)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp: operator without a gradient \(foreign_matmul"):
+        gim.explain(model, IDS, baseline_token_id=0)
 
 
 def test_flex_attention_runs_and_is_found() -> None:
