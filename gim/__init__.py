@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gim.evaluation.run import EvaluationInterrupted, evaluate
     from gim.intercept.interface import set_attention_rules
     from gim.layerwise import LayerwiseAttribution
+    from gim.loading import load
     from gim.many import PromptError, PromptsInterrupted
     from gim.memory import EstimateError, MemoryEstimate, MemoryPlan, OutOfMemoryError, estimate_memory
     from gim.request import attribute, explain
@@ -43,6 +44,7 @@ _HOMES = {
     "estimate_memory": "gim.memory",
     "evaluate": "gim.evaluation.run",
     "explain": "gim.request",
+    "load": "gim.loading",
     "rules": "gim.rules",
     "set_attention_rules": "gim.intercept.interface",
     "targets": "gim.targets",
@@ -69,6 +71,7 @@ __all__ = [
     "estimate_memory",
     "evaluate",
     "explain",
+    "load",
     "rules",
     "set_attention_rules",
     "targets",

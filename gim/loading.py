@@ -1,17 +1,141 @@
-"""Where a model's weights are: in safetensors files of its own folder, looked at before one of them is loaded."""
+"""Models by name: their weights are in safetensors files of their own, looked at before one of them is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gim.files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 #: The file with all weights, and the one that says which weights are in which of several files.
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: Bytes of an index, at most: those of the largest models have a few million.
 INDEX_LIMIT = 64 * 2**20
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model in evaluation mode on its device, and its tokenizer.
+
+    It is what the checkpoint was saved as: a causal or a masked language model, or a sequence classifier. Weights come
+    from safetensors files only, one file after the other, and none may be missing.
+
+    Args:
+        name_or_path: a folder, or the id of a model on the Hugging Face hub.
+        dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; None for that of the checkpoint.
+        device: where it goes, such as ``"cuda:1"``; None for the GPU where there is one, else the CPU.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: no such dtype or device; an index or a name of a file that leads out of the model's folder; a file
+            that is no safetensors file; weights that the files lack.
+        OSError: there is no such model, or a file of it cannot be read.
+        ImportError: its code needs a package that is not installed.
+    """
+    import transformers
+
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path must be a str or a Path, got {type(name_or_path).__name__}")
+    name, where = str(name_or_path), device_named(device)
+    _check_dtype(dtype)
+    check_folder(name)
+    # First, since it is quick and may not be there.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return load_model(name, dtype=dtype, device=where, trust_remote_code=trust_remote_code), tokenizer
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str | None, device: torch.device, trust_remote_code: bool
+) -> torch.nn.Module:
+    """The model of :func:`load`."""
+    import transformers
+    from safetensors import SafetensorError
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_weights(name, config)
+    try:
+        model, info = _auto_class(config).from_pretrained(
+            name,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # They would be random numbers, and so would every attribution.
+        raise MissingWeightsError(f"the files of {name!r} lack {len(missing)} weights, such as {missing[0]}")
+    loaded: torch.nn.Module = model.to(device).eval()
+    return loaded
+
+
+class MissingWeightsError(ValueError):
+    """The files of a model lack weights of it."""
+
+
+def _auto_class(config: Any) -> Any:
+    """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
+    import transformers
+
+    saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
+    for ending in ("ForMaskedLM", "ForSequenceClassification"):
+        if saved_as.endswith(ending):
+            return getattr(transformers, f"AutoModel{ending}")
+    return transformers.AutoModelForCausalLM
+
+
+def check_folder(name: str) -> None:
+    """Raise a FileNotFoundError where a name looks like a folder and is none: the hub would be asked for it."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if not name or (looks_like_path and not Path(name).is_dir()):
+        raise FileNotFoundError(f"there is no folder {name!r}")
+
+
+def device_named(device: torch.device | str | None) -> torch.device:
+    """A device that is there; None for the GPU where there is one, else the CPU.
+
+    Raises:
+        TypeError: no device and no name of one.
+        ValueError: it is not there.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a torch.device, its name or None, got {device!r:.80}")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{str(device)!r} is not a device that is there: {first}") from error
+    return found
+
+
+def _check_dtype(dtype: torch.dtype | str | None) -> None:
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(dtype, str | torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, its name or None, got {dtype!r:.80}")
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype must be a floating point dtype, got {dtype!r:.80}")
 
 
 def check_weights(name: str, config: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gim.cli.errors import UserError
@@ -30,12 +29,6 @@ def rules_named(name: str, temperature: float | None) -> Rules:
         raise UserError(f"--{error}") from error
 
 
-def _check_folder(name: str) -> None:
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if not name or (looks_like_path and not Path(name).is_dir()):
-        raise UserError(f"model: there is no folder {name!r}")
-
-
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Inside, a terminal says that something is loaded, which takes seconds before anything else shows."""
@@ -51,53 +44,35 @@ def load(
     name: str, device: str, dtype: Dtype, trust_remote_code: bool, *, with_tokenizer: bool = True
 ) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and its tokenizer."""
-    _check_folder(name)
     with loading(name):
         return _load(name, device, dtype, trust_remote_code, with_tokenizer)
 
 
 def _load(name: str, device: str, dtype: Dtype, trust_remote_code: bool, with_tokenizer: bool) -> tuple[Any, Any]:
-    import torch
-    import transformers
-    from safetensors import SafetensorError
+    from gim import loading
 
-    from gim.loading import check_weights
-
+    _check_folder(name)
     quieten()
     where = device_named(device)
+    chosen = None if dtype is Dtype.AUTO else dtype.value
     try:
-        tokenizer = (
-            transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            if with_tokenizer
-            else None
-        )
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        check_weights(name, config)
-        model, info = _auto_class(config).from_pretrained(
-            name,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            dtype="auto" if dtype is Dtype.AUTO else getattr(torch, dtype.value),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if with_tokenizer:
+            return loading.load(name, dtype=chosen, device=where, trust_remote_code=trust_remote_code)
+        model = loading.load_model(name, dtype=chosen, device=where, trust_remote_code=trust_remote_code)
+    except loading.MissingWeightsError as error:
+        raise UserError(f"model: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot load {name!r}: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        # They would be random numbers, and so would every attribution.
-        raise UserError(f"model: the files of {name!r} lack {len(missing)} weights, such as {missing[0]}")
-    return model.to(where).eval(), tokenizer
+    return model, None
 
 
-def _auto_class(config: Any) -> Any:
-    """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
-    import transformers
+def _check_folder(name: str) -> None:
+    from gim.loading import check_folder
 
-    saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
-    for ending in ("ForMaskedLM", "ForSequenceClassification"):
-        if saved_as.endswith(ending):
-            return getattr(transformers, f"AutoModel{ending}")
-    return transformers.AutoModelForCausalLM
+    try:
+        check_folder(name)
+    except FileNotFoundError as error:
+        raise UserError(f"model: {error}") from error
 
 
 def quieten() -> None:
@@ -148,14 +123,9 @@ def twin_of(name: str, rules: Rules, device: Any, dtype: Dtype, trust_remote_cod
 
 def device_named(name: str) -> Any:
     """The device of that name, if it is there."""
-    import torch
+    from gim import loading
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--device: {name!r} is not a device that is there: {first}") from error
-    return device
+        return loading.device_named(None if name == "auto" else name)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from error

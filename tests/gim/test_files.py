@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import gim
+import gim.demo
 from gim import files, rules
 from gim.applied import Application, AppliedReport
 from gim.attribution import Attribution
@@ -232,6 +235,57 @@ def name_in_index(folder: Path, old: str, new: Any) -> None:
 
 def check(folder: Path) -> None:
     check_weights(str(folder), AutoConfig.from_pretrained(folder))
+
+
+def test_a_model_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    folder = gim.demo.model_folder()
+    model, tokenizer = gim.load(folder, device="cpu")
+    own, _ = gim.demo.load()
+    assert type(model) is type(own) and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.parameters(), strict=True))
+    want = gim.attribute(own, tokenizer, "The password of Irene is").scores
+    torch.testing.assert_close(gim.attribute(model, tokenizer, "The password of Irene is").scores, want, rtol=0, atol=0)
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert gim.load(str(folder), dtype=dtype, device=torch.device("cpu"))[0].dtype == torch.bfloat16
+    # A checkpoint is in half precision as it was saved, and a classifier is one.
+    for kind in (hf.BertForSequenceClassification, hf.BertForMaskedLM):
+        bert = kind(hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+        bert.to(torch.bfloat16).save_pretrained(tmp_path / kind.__name__)
+        tokenizer.save_pretrained(tmp_path / kind.__name__)
+        found, _ = gim.load(tmp_path / kind.__name__)
+        assert type(found) is kind and found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name_or_path": 3}, TypeError, "name_or_path must be a str or a Path, got int"),
+        ({"name_or_path": "./none"}, FileNotFoundError, r"there is no folder '\./none'"),
+        ({"dtype": "float"}, None, ""),
+        ({"dtype": "int8"}, ValueError, "dtype must be a floating point dtype, got 'int8'"),
+        ({"dtype": "bf16"}, ValueError, "dtype must be a floating point dtype, got 'bf16'"),
+        ({"dtype": 16}, TypeError, "dtype must be a torch.dtype, its name or None, got 16"),
+        ({"device": "abacus"}, ValueError, "'abacus' is not a device that is there: "),
+        ({"device": 0}, TypeError, "device must be a torch.device, its name or None, got 0"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(arguments: Any, error: type[Exception] | None, message: str) -> None:
+    given = {"name_or_path": gim.demo.model_folder(), "device": "cpu", **arguments}
+    if error is None:
+        gim.load(**given)
+        return
+    with pytest.raises(error, match=message):
+        gim.load(**given)
+
+
+def test_a_model_that_lacks_weights_is_not_loaded(tmp_path: Path) -> None:
+    model, tokenizer = gim.demo.load()
+    kept = {k: v.contiguous() for k, v in model.state_dict().items() if "layers.0.mlp.up_proj" not in k}
+    kept.pop("lm_head.weight", None)
+    model.save_pretrained(tmp_path, state_dict=kept)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lack 1 weights, such as model\.layers\.0\.mlp\.up_proj\.weight"):
+        gim.load(tmp_path)
 
 
 class Marks:
