@@ -361,14 +361,14 @@ class Watch(TorchDispatchMode):
             return value
         grads, flows = torch.is_grad_enabled(), any(x.requires_grad for x in tensors)
         cut, lost = max((v.cut for v in values), default=0), next((v.map for v in values if v.map), None)
-        if kind == "same" and is_real(tensors[0]) and not any(map(is_real, outs)) and (flows or cut):
+        if kind == "same" and (flows or cut) and is_real(tensors[0]) and outs and not any(map(is_real, outs)):
             cut = ROUNDED
         elif grads:
             used = kind not in UNREAD and name not in LOOKUP and any(map(is_real, outs))
             if used and lost:
                 given = zip(tensors, values, strict=True)
                 self._found += [v.map for x, v in given if v.map and is_real(x) and not x.requires_grad]
-            if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum":
+            if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum" and not hooked():
                 self._report(STOPS, f"{name} of rounded numbers")
             cut, lost = (cut, lost) if not flows and (cut == ROUNDED or not used) else (0, None)
         else:

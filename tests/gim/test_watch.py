@@ -561,6 +561,32 @@ FLOWING: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["rounded", "without gradients", "rounded, without gradients"])
+def test_a_hook_may_compute_what_it_likes(way: str) -> None:
+    model, how = llama(), STOPPING[way][0]
+    weight = torch.randint(-9, 9, (HIDDEN, WIDTH), dtype=torch.int8)
+    kept: list[torch.Tensor] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: kept.append(how(given[0], weight) + 1.0))
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.complete and len(kept) == 1
+
+
+def test_a_table_of_another_library_is_a_constant() -> None:
+    """An operator whose name speaks of quantising, and which takes no tensor."""
+    _library.define("quantisation_table(int n) -> Tensor")
+    _library.impl("quantisation_table", lambda n: torch.linspace(0.5, 1.5, n), "CompositeExplicitAutograd")
+
+    def scaled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            table = torch.ops.watchtests.quantisation_table(HIDDEN)
+        return F.linear(x, weight.float() * table[:, None])
+
+    with gim.GIM(model := llama(Quantised(scaled))) as report:
+        model(IDS)
+    assert report.complete
+
+
 @pytest.mark.parametrize("way", FLOWING)
 def test_a_linear_map_with_a_gradient_passes(way: str) -> None:
     model = llama(Quantised(FLOWING[way]))
