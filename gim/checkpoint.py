@@ -249,21 +249,26 @@ class _Layers:
                 again = lambda x: forward(normalise(x))  # noqa: E731
 
             def compute() -> torch.Tensor:
-                return self._compute(forward, hidden.detach(), tile)
+                return self._compute(name, forward, hidden.detach(), tile)
 
             with self.keeping(index) if outside else nullcontext():
                 return run_again(source, again, compute, tile, self._every_tile)
 
         self._inner.replace_forward(mlp.module, run)
 
-    def _compute(self, forward: Forward, hidden: torch.Tensor, tile: int | None) -> torch.Tensor:
+    def _compute(self, name: str, forward: Forward, hidden: torch.Tensor, tile: int | None) -> torch.Tensor:
         """An MLP's output; in a forward pass with a graph, which tells the rules what they act on."""
         if in_backward():
             return in_tiles(forward, hidden, tile)
 
         # Nothing of the graph is kept.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            return forward(hidden.requires_grad_()).detach()
+            y = forward(hidden.requires_grad_())
+        if not y.requires_grad:
+            raise UnsupportedModelError(
+                f"{name}: the MLP runs without gradients, so that what flows through it would be left out"
+            )
+        return y.detach()
 
     def narrow(self, layer: nn.Module, name: str, kept: Kept, mlps: list[MLP]) -> bool:
         """Run the last layer's attention and MLPs for the explained positions only; whether that can be done.

@@ -82,11 +82,17 @@ _APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
 
 
 def _in_function() -> bool:
-    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one."""
+    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one.
+
+    Those of a memory plan run a part of the model with a graph, as it would run without them.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back
-    return frame is not None
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_code is _APPLY and not (caller and caller.f_globals.get("__name__", "").startswith("gim.")):
+            return True
+        frame = caller
+    return False
 
 
 def _has_gradient(tensor: torch.Tensor) -> bool:
@@ -332,13 +338,15 @@ class Watch(TorchDispatchMode):
                 value = first
                 if floats:  # made a condition or an index it has no gradient, but it knows its origin
                     value = self._without(Value(source=first.source), kind, name, tensors, values, outs)
+                elif first.dep and not first.cut and not torch.is_grad_enabled():
+                    value = self._without(first, kind, name, tensors, values, outs)
                 self._put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
         self._tensors = tensors
         value = self._value(kind, name, args, tensors, values, outs)
-        if self._cuts or not torch.is_grad_enabled():
+        if self._cuts or not (torch.is_grad_enabled() or kind == "own"):
             value = self._without(value, kind, name, tensors, values, outs)
         if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
@@ -376,7 +384,8 @@ class Watch(TorchDispatchMode):
             if kind == "linear" and name != "cumsum" and cut and lost is None and not hooked() and not _in_function():
                 lost = self._finding(STOPS, f"{name} without gradients")
         self._cuts = self._cuts or cut > 0
-        return value if (cut, lost) == (value.cut, value.map) else value.like(cut=cut, map=lost)
+        # The same numbers, so known by the same number.
+        return value if (cut, lost) == (value.cut, value.map) else value.like(cut=cut, map=lost, id=value.id)
 
     def _doubt(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors) -> None:
         """Remember to ask for the gradient of an operator's results once autograd has seen them."""

@@ -445,6 +445,12 @@ def _without_gradients(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight.float())
 
 
+def _in_inference_mode(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        y = F.linear(x, weight.float())
+    return y.clone()
+
+
 def _rounded_without_gradients(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         scale = x.abs().amax(-1, keepdim=True) / 127
@@ -503,6 +509,11 @@ STOPPING: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
     "rounded, without gradients": (_rounded_without_gradients, "of rounded numbers"),
     "rounded and back": (_rounded_and_back, "of rounded numbers"),
     "without gradients": (_without_gradients, "without gradients"),
+    "without gradients, cast": (
+        torch.no_grad()(lambda x, w: (x.double().flip(-1) @ w.mT.double()).float()),
+        "mm without gradients",
+    ),
+    "in inference mode": (_in_inference_mode, "mm without gradients"),
     "torch's dynamic": (_packed, "linear_dynamic"),
     "no formula": (torch.ops.watchtests.foreign_matmul, "foreign_matmul"),
 }
@@ -559,6 +570,21 @@ FLOWING: dict[str, Callable[..., torch.Tensor]] = {
     "made of torch's": torch.ops.watchtests.differentiable_matmul,
     "detached": lambda x, weight: F.linear(x, weight.float()) + F.linear(x, weight.float()).detach(),
 }
+
+
+@pytest.mark.parametrize("plan", ["none", "layer", "layer+attention", "mlp", "layer+tile=2"])
+@pytest.mark.parametrize("part", ["mlp", "mlp.up_proj", "mlp.down_proj", "self_attn", "self_attn.o_proj"])
+def test_a_module_that_runs_without_gradients_is_named(part: str, plan: str) -> None:
+    model = llama(layers=2)
+    module = model.model.layers[0].get_submodule(part)
+    module.forward = torch.no_grad()(module.forward)
+    where = rf"layers\.0\.{part}.*: operator without a gradient \(mm without gradients, .*\.py:\d+\)"
+    if plan in ("mlp", "layer+tile=2") and part == "mlp":
+        where = r"runs MLPs in parts, which does not apply to model\.layers\.0 "  # nobody may call it but as it stands
+    elif plan in ("mlp", "layer+tile=2") and part == "mlp.down_proj":
+        where = r"layers\.0\.mlp: the MLP runs without gradients, so that what flows"
+    with pytest.raises((UnsupportedModelError, ValueError), match=where):
+        gim.explain(model, IDS, baseline_token_id=0, memory=plan)
 
 
 @pytest.mark.parametrize("way", ["rounded", "without gradients", "rounded, without gradients"])
