@@ -84,12 +84,12 @@ _APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
 def _in_function() -> bool:
     """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one.
 
-    Those of a memory plan run a part of the model with a graph, as it would run without them.
+    That of a memory plan runs a part of the model with a graph, as it would run without.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_back
-        if frame.f_code is _APPLY and not (caller and caller.f_globals.get("__name__", "").startswith("gim.")):
+        if frame.f_code is _APPLY and not (caller and caller.f_globals.get("__name__") == "gim.tokenwise"):
             return True
         frame = caller
     return False
