@@ -259,7 +259,8 @@ class _Layers:
     def _compute(self, name: str, forward: Forward, hidden: torch.Tensor, tile: int | None) -> torch.Tensor:
         """An MLP's output; in a forward pass with a graph, which tells the rules what they act on."""
         if in_backward():
-            return in_tiles(forward, hidden, tile)
+            with torch.no_grad():
+                return in_tiles(forward, hidden, tile)
 
         # Nothing of the graph is kept.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):

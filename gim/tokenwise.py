@@ -208,8 +208,8 @@ def in_tiles(forward: Forward, x: torch.Tensor, tile: int | None) -> torch.Tenso
 class _Mark(torch.autograd.Function):
     """The identity in the forward; in the backward, the gradient of ``forward``, which runs again.
 
-    Only its input is kept. It comes before :class:`_Compute`, so that a checkpoint around both, which stops once it
-    has everything that was saved, need not run the MLP a second time only to reach its end.
+    Only its input is kept. It comes before the MLP, so that a checkpoint around both, which stops once it has
+    everything that was saved, need not run the MLP a second time only to reach its end.
     """
 
     @staticmethod
@@ -240,12 +240,12 @@ class _Mark(torch.autograd.Function):
         return grad_x, None, None, None
 
 
-class _Compute(torch.autograd.Function):
-    """An MLP's output in the forward; in the backward the identity, for :class:`_Mark` does the work."""
+class _Give(torch.autograd.Function):
+    """An MLP's output; in the backward the identity, for :class:`_Mark` does the work."""
 
     @staticmethod
-    def forward(ctx: Any, marked: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return compute()
+    def forward(ctx: Any, marked: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.detach()  # a model may write into what it gets
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -264,11 +264,13 @@ def run_again(
     Args:
         source: ``[B, T, H]``, kept for the backward.
         again: from ``source`` to what ``compute`` gives, each token by itself.
-        compute: the output, ``[B, T, H]``.
+        compute: the output, ``[B, T, H]``, without a graph. It runs in no autograd function: what the model does
+            without gradients inside it is the model's own.
         tile: tokens at a time; None for all at once.
         every_tile: False runs two tiles for all, which on tensors without data take the same memory.
     """
-    return _Compute.apply(_Mark.apply(source, again, tile, every_tile), compute)
+    marked = _Mark.apply(source, again, tile, every_tile)
+    return _Give.apply(marked, compute())
 
 
 class NormBefore:

@@ -82,17 +82,11 @@ _APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
 
 
 def _in_function() -> bool:
-    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one.
-
-    That of a memory plan runs a part of the model with a graph, as it would run without.
-    """
+    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_back
-        if frame.f_code is _APPLY and not (caller and caller.f_globals.get("__name__") == "gim.tokenwise"):
-            return True
-        frame = caller
-    return False
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _has_gradient(tensor: torch.Tensor) -> bool:
