@@ -79,13 +79,9 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         # They would be random numbers, and so would every attribution.
-        raise MissingWeightsError(f"the files of {name!r} lack {len(missing)} weights, such as {missing[0]}")
+        raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     loaded: torch.nn.Module = model.to(device).eval()
     return loaded
-
-
-class MissingWeightsError(ValueError):
-    """The files of a model lack weights of it."""
 
 
 def _auto_class(config: Any) -> Any:

@@ -59,8 +59,6 @@ def _load(name: str, device: str, dtype: Dtype, trust_remote_code: bool, with_to
         if with_tokenizer:
             return loading.load(name, dtype=chosen, device=where, trust_remote_code=trust_remote_code)
         model = loading.load_model(name, dtype=chosen, device=where, trust_remote_code=trust_remote_code)
-    except loading.MissingWeightsError as error:
-        raise UserError(f"model: {error}") from error
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot load {name!r}: {error}") from error
     return model, None
