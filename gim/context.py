@@ -13,8 +13,8 @@ import torch
 import torch._dynamo.eval_frame
 from torch import nn
 
-from gim.applied import AppliedReport, UnsupportedModelError
-from gim.intercept import checkpoints, fused, interface
+from gim.applied import AppliedReport
+from gim.intercept import checkpoints, compiled, fused, interface
 from gim.intercept.frames import Frame, running
 from gim.intercept.gates import Gate
 from gim.intercept.proof import Proof
@@ -98,12 +98,12 @@ class GIM:
             scores of a layer at a time). What ran is in :attr:`AppliedReport.engines`, as the operators said it.
 
     Raises:
-        UnsupportedModelError: on entering, or at a forward pass: a part is not covered, is compiled, or does not lie
+        UnsupportedModelError: on entering, or at a forward pass: a part is not covered, or does not lie
             whole in this process (a sharded sequence, sharded or offloaded weights, a stage of a pipeline); names it.
         ValueError: a value that no rule allows; no such engine; dropout is on.
         TypeError, RuntimeError: on entering: the engine cannot run the model's dtype, or on its device.
         NotImplementedError: at a forward pass: the engine has not what an attention needs, such as a softcap.
-        RuntimeError: this context is open already.
+        RuntimeError: this context is open already, or is opened in code that ``torch.compile`` runs.
 
     Example:
         >>> import torch, gim
@@ -152,11 +152,11 @@ class GIM:
         self._session: Session | None = None
 
     def __enter__(self) -> AppliedReport:
+        compiled.refuse_inside()
         if self._session is not None:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         modules = anatomy.of(self.model).modules
         check_engine(self.engine, self.model)
-        _refuse_compiled(modules)
         refuse_unsupported_placement(modules)
         _refuse_dropout(modules)
         stack = stack_of(self.model)
@@ -240,14 +240,4 @@ def _refuse_dropout(modules: Mapping[str, nn.Module]) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"model must not use dropout, but {name} is in training mode with p={module.p:g}: call model.eval()"
-            )
-
-
-def _refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
-    """Errors for models whose modules run as code that was compiled before."""
-    for name, module in modules.items():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
-            raise UnsupportedModelError(
-                f"{name or type(module).__name__} is compiled, and compiled code would run without the rules: give the "
-                "module that torch.compile was given (model._orig_mod), or compile after the context has closed"
             )

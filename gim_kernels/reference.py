@@ -68,6 +68,25 @@ def visible(
     return mask
 
 
+def attention_weights(scores: torch.Tensor, softmax_backward: str, temperature: float) -> torch.Tensor:
+    """The softmax over the last axis of scores ``[.., S]``, with a choice of its backward; 0 where all are -inf.
+
+    ``P_1 + temperature * (P_T - P_T.detach())`` with ``P_T = softmax(S / temperature)`` has the value of ``P_1``
+    and, since the Jacobian of ``P_T`` carries the factor ``1 / temperature``, exactly the gradient
+    ``P_T * (dP - rowsum(P_T * dP))``.
+    """
+    # A row that sees nothing must give 0, not 0 / 0: it is made finite here and erased below.
+    empty = (scores == -math.inf).all(dim=-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    weights = torch.softmax(scores, dim=-1)
+    if softmax_backward == "constant":
+        weights = weights.detach()
+    elif softmax_backward == "temperature":
+        softened = torch.softmax(scores / temperature, dim=-1)
+        weights = weights.detach() + temperature * (softened - softened.detach())
+    return weights.masked_fill(empty, 0.0)
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -84,12 +103,7 @@ def attention(
     grad_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     engine: str = "reference",
 ) -> torch.Tensor:
-    """Attention with a choice of softmax backward; see :func:`gim_kernels.attention` for the arguments.
-
-    ``P_1 + temperature * (P_T - P_T.detach())`` with ``P_T = softmax(S / temperature)`` has the value of ``P_1``
-    and, since the Jacobian of ``P_T`` carries the factor ``1 / temperature``, exactly the gradient
-    ``P_T * (dP - rowsum(P_T * dP))``.
-    """
+    """Attention with a choice of softmax backward; see :func:`gim_kernels.attention` for the arguments."""
     heads, kv_heads = query.shape[1], key.shape[1]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     query, key, value = (scale_gradient(x, factor) for x, factor in zip((query, key, value), grad_scale, strict=True))
@@ -105,17 +119,7 @@ def attention(
     if sinks is not None:
         column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
-    # A row that sees nothing must give 0, not 0 / 0: it is made finite here and erased below.
-    empty = (scores == -math.inf).all(dim=-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0.0)
-
-    weights = torch.softmax(scores, dim=-1)
-    if softmax_backward == "constant":
-        weights = weights.detach()
-    elif softmax_backward == "temperature":
-        softened = torch.softmax(scores / temperature, dim=-1)
-        weights = weights.detach() + temperature * (softened - softened.detach())
-    weights = weights.masked_fill(empty, 0.0)[..., : key.shape[2]]
+    weights = attention_weights(scores, softmax_backward, temperature)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
 
 

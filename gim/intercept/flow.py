@@ -118,7 +118,7 @@ _known: dict[str, tuple[str, str]] = {}
 
 def kind_of(node: Any) -> tuple[str, str]:
     """A node's kind and short name."""
-    full = node.name()
+    full = type(node).name(node)  # which a function of somebody's own may have given another meaning on its node
     found = _known.get(full)
     if found is None:
         found = _known[full] = _classify(full)
@@ -185,7 +185,7 @@ def _known_edge(node: Any, output: int) -> Origin | None:
     """What one output of a node is; None where the node is not described yet."""
     held = node.metadata.get(_KEY)
     if held is None or 0 not in held:
-        return _leaf(node) if node.name() == _LEAF else None
+        return _leaf(node) if type(node).name(node) == _LEAF else None
     found: Origin | None = held.get(output)
     if found is None:
         found = held[0]

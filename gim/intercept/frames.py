@@ -1,7 +1,8 @@
-"""Which module runs on this thread, and for which session."""
+"""Which module runs on this thread, for which session, and which sessions are open here."""
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ class _Running(threading.local):
 
 
 running = _Running()
+#: The sessions that this task or thread has opened, the innermost last; some may be closed.
+opened: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
 
 
 def session_here() -> Session | None:

@@ -7,7 +7,6 @@ innermost session that its own task or thread has opened, and none where it has 
 
 from __future__ import annotations
 
-import contextvars
 import itertools
 import threading
 import weakref
@@ -18,14 +17,13 @@ import torch
 from torch import nn
 
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
-from gim.intercept.frames import Frame, running
+from gim.intercept.compiled import EAGER
+from gim.intercept.frames import Frame, opened, running
 from gim.intercept.gates import CHANGED, Gate, put_back, undo_all
 from gim.rules import Rules
 from gim_kernels.reference import scale_gradient
 from gim_kernels.types import Engine
 
-#: The sessions that this task or thread has opened, the innermost last.
-_open: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
 _numbers = itertools.count(1)
 
 
@@ -73,14 +71,16 @@ class Session:
     def open(self) -> None:
         """Be the innermost session of this task or thread."""
         self.number = next(_numbers)
+        EAGER.begin(self)
         self.stack.sessions.append(self)
-        _open.set((*_open.get(), self))
+        opened.set((*opened.get(), self))
 
     def close(self) -> None:
         """Be no session any more; from now on nothing follows it."""
         self.closed = True
-        _open.set(tuple(one for one in _open.get() if one is not self))
+        opened.set(tuple(one for one in opened.get() if one is not self))
         self.stack.forget(self)
+        EAGER.end(self)
 
     def is_followed_here(self) -> bool:
         """Whether a forward pass of the model, here and now, follows this session."""
@@ -238,7 +238,7 @@ class Stack:
 
     def innermost(self) -> Session | None:
         """The session that a forward pass here and now follows."""
-        return next((one for one in reversed(_open.get()) if one.stack is self and not one.closed), None)
+        return next((one for one in reversed(opened.get()) if one.stack is self and not one.closed), None)
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Put a gate before every module of the model, by name, that has none of this stack."""

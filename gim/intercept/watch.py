@@ -93,7 +93,7 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
     """Whether autograd can send a gradient back through what a tensor came from."""
     node: Any = tensor.grad_fn
     # The name of torch's stand-ins for a formula that is not there: one raises, the other warns and sends nothing.
-    return node is not None and not node.name().endswith("NotImplemented")
+    return node is not None and not type(node).name(node).endswith("NotImplemented")
 
 
 _Key = tuple[Any, torch.Size, tuple[int, ...]]
@@ -143,7 +143,6 @@ class Watch(TorchDispatchMode):
         inputs: Tensors = []
         collect(list(given or ()), inputs, set(), 6)
         self._inputs = [weakref.ref(tensor) for tensor in inputs]
-        self._flag: Any = None
         self._tensors: Tensors = []  # of the operator that is looked at
         self._cuts = False  # whether any value has been cut off from gradients
         # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
@@ -158,11 +157,6 @@ class Watch(TorchDispatchMode):
         return tuple(self._noted)
 
     def __enter__(self) -> Watch:
-        from torch.nn.attention import flex_attention
-
-        # flex_attention compiles itself, which no dispatch mode survives, unless this flag is set.
-        self._flag = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
         leaf = torch.zeros((), requires_grad=True)
         with torch.enable_grad():
             node = leaf.view(()).grad_fn
@@ -181,11 +175,8 @@ class Watch(TorchDispatchMode):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        from torch.nn.attention import flex_attention
-
         super().__exit__(*exception)
         self._prove()
-        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = self._flag
         for reference in self._references:
             torch.UntypedStorage._free_weak_ref(reference)
         for kept in (self._references, self._storages, self._unstored, self._pieces, self._known):
@@ -254,7 +245,7 @@ class Watch(TorchDispatchMode):
         if is_real(tensor):
             node: Any = tensor.grad_fn
             if node is not None and self._is_computed_here(node):
-                self._report("tensor written out of sight", node.name())
+                self._report("tensor written out of sight", type(node).name(node))
             elif self._asks and self._live and not tensor.requires_grad:
                 return CONSTANT  # no gradient flows through it
         return Value(dep=True)
@@ -266,9 +257,8 @@ class Watch(TorchDispatchMode):
         todo, seen = [node], {node}
         while todo:
             one = todo.pop()
-            variable = getattr(one, "variable", None)
-            if variable is not None:  # a leaf, which has no age
-                if self._storages.get(self._address(variable)):
+            if type(one).name(one) == "torch::autograd::AccumulateGrad":  # a leaf, which has no age
+                if self._storages.get(self._address(one.variable)):
                     return True
             elif one in given or one._sequence_nr() >= self._began:
                 return True

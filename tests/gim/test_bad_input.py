@@ -392,17 +392,6 @@ def test_logits_that_do_not_depend_on_the_input_are_refused(model: Any) -> None:
         handle.remove()
 
 
-def test_a_compiled_model_is_refused_with_what_to_do() -> None:
-    model = make("llama", torch.float32)
-    compiled: Any = torch.compile(model, backend="eager")
-    with pytest.raises(UnsupportedModelError, match=r"is compiled.*give the module .*model\._orig_mod"):
-        explain(compiled)
-    assert explain(compiled._orig_mod).shape == (2, 37)
-    model.model.layers[1].compile(backend="eager")
-    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1 is compiled"):
-        explain(model)
-
-
 def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHARED)).eval()

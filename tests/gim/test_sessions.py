@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 
 import gim
 from gim.intercept.gates import Changes
@@ -110,6 +111,7 @@ def sequence(seed: int, wanted: dict[str | None, torch.Tensor]) -> None:
             assert torch.equal(gradient(one), wanted["GIM"])
         assert "forward" not in one.norm.__dict__
     assert not torch._C._len_torch_function_stack()
+    assert type(eval_frame._stance) is eval_frame.DynamoStance
 
 
 @pytest.mark.parametrize(

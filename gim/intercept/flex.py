@@ -1,0 +1,151 @@
+"""FlexAttention, whose scores and mask a model gives as functions: its handler.
+
+The functions are the model's own and may be anything, so no kernel of ours knows them. Queries are taken block by
+block, and each block is computed again in the backward: what lives at once is BLOCK x S and not T x S.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.nn.attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from gim.applied import UnsupportedModelError
+from gim.intercept.attention import describe, through_scores
+from gim.intercept.frames import paused, running
+from gim.intercept.session import Session
+from gim.intercept.sites import SITES
+from gim_kernels.reference import attention_weights, scale_gradient
+
+#: Scores that exist at once, over all rows and heads; a block has one query at least.
+BLOCK_SCORES = 2**24
+
+_Change = Callable[..., torch.Tensor]
+
+
+def _flex_attention(
+    session: Session,
+    func: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: _Change,
+    block_mask: tuple[Any, ...],
+    scale: float,
+    *others: Any,
+    **named: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator below ``flex_attention``: output ``[B, HQ, T, Dv]``, logsumexp and maximum ``[B, HQ, T]``.
+
+    The two statistics are of base 2, as the operator's own.
+    """
+    captured = [*others[1:], *(one for name, one in named.items() if name != "kernel_options")]
+    if any(captured):
+        session.refuse("calls flex_attention in compiled code, whose functions hold tensors that gim cannot reach")
+        return func(query, key, value, score_mod, block_mask, scale, *others, **named)
+    rules = session.rules
+    with paused(), SITES.acting("attention"):
+        q, k, v = (scale_gradient(x, by) for x, by in zip((query, key, value), rules.qkv_scale, strict=True))
+        q, k = through_scores(q, k, rules.softmax)
+        change, sees = _over_scores(score_mod, (0,)), _over_scores(block_mask[-1], ())
+        batch, heads, queries, _ = query.shape
+        rows = max(1, BLOCK_SCORES // (batch * heads * max(1, key.shape[2])))
+
+        def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
+            scores = _scores(q, k, start, scale, change, sees)
+            weights = attention_weights(scores, rules.softmax, rules.temperature)
+            seen = scores.detach()
+            return _grouped(weights.to(v.dtype), v), seen.logsumexp(-1), seen.amax(-1)
+
+        made = []
+        for start in range(0, queries, rows):
+            part = q[:, :, start : start + rows]
+            if torch.is_grad_enabled():
+                options: dict[str, Any] = {"preserve_rng_state": False, "determinism_check": "none"}
+                made.append(checkpoint(block, part, k, v, start, use_reentrant=False, **options))
+            else:
+                made.append(block(part, k, v, start))
+        outs, sums, highest = zip(*made, strict=True)
+        out = _laid_out_as(query, outs)
+        name = running.frames[-1].name or type(running.frames[-1].module).__name__
+        lse = torch.cat(sums, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
+        lse = _NoGradient.apply(lse, out, name)
+        maximum = torch.cat(highest, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
+    out = session.heads(out)
+    session.fire("attention", describe(rules), "call of flex_attention", "torch")
+    return out, lse, maximum
+
+
+def _over_scores(function: _Change, first: tuple[int, ...]) -> _Change:
+    """A function of one score's place, and of the score where ``first`` says so, over all of a block."""
+    over: _Change = flex_attention._vmap_for_bhqkv(function, prefix=first)
+    return over
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, start: int, scale: float, change: _Change, sees: _Change
+) -> torch.Tensor:
+    """What the softmax is of, ``[B, HQ, BLOCK, S]``, in float32 at least; the first query is the ``start``-th."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = _grouped(query.to(wide), key.to(wide).mT) * scale
+    batch, heads, queries, keys = scores.shape
+    device = scores.device
+    row, head, place = (torch.arange(count, device=device) for count in (batch, heads, keys))
+    at = torch.arange(start, start + queries, device=device)
+    with TransformGetItemToIndex():
+        shown = sees(row, head, at, place)
+        changed = change(scores, row, head, at, place)
+    return torch.where(shown, changed, -torch.inf).to(wide)
+
+
+def _grouped(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``[B, HQ, N, X] @ [B or 1, HK, X, Y]``, where the heads of the right are shared by groups of the left's."""
+    batch, heads, count, _ = left.shape
+    shared = right.shape[1]
+    out = left.reshape(batch, shared, heads // shared * count, -1) @ right
+    return out.reshape(batch, heads, count, -1)
+
+
+def _laid_out_as(query: torch.Tensor, outs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Blocks ``[B, HQ, BLOCK, Dv]`` together, in memory in the order of the query's axes, as torch's operator is."""
+    steps = query.stride()
+    order = sorted(range(4), key=lambda axis: (-steps[axis], axis))
+    whole = torch.cat([one.permute(order) for one in outs], order.index(2))
+    return whole.permute([order.index(axis) for axis in range(4)])
+
+
+class _NoGradient(torch.autograd.Function):
+    """A statistic of an attention that is handed out, and an error where a gradient comes back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, statistic: torch.Tensor, out: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        ctx.set_materialize_grads(False)
+        return statistic.view_as(statistic)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None, None]:
+        if grads[0] is not None:
+            raise UnsupportedModelError(
+                f"{ctx.name}: a gradient flows through the logsumexp of flex_attention, for which there is no rule"
+            )
+        return None, None, None
+
+
+def _requires_grad(session: Session, func: Callable[..., Any], tensor: torch.Tensor) -> bool:
+    """``tensor.requires_grad``; not so to FlexAttention, which refuses gradients on CPUs that are ours to compute."""
+    if sys._getframe(2).f_code is flex_attention._validate_device.__code__:
+        return False
+    asked: bool = func(tensor)
+    return asked
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    torch.ops.higher_order.flex_attention: _flex_attention,
+    torch.Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+}
