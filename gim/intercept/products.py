@@ -90,14 +90,21 @@ def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *arg
     if len(args) != 2 or not flows(args[0]) or not flows(args[1]) or not torch.is_grad_enabled():
         return func(input, *args, **named)
     run = torch.div if "div" in func.__name__ else torch.mul
-    return torch.add(input, multiply(session, run, *args, run is torch.div), alpha=named.get("value", 1))
+    return _kept(
+        func, input, torch.add(input, multiply(session, run, *args, run is torch.div), alpha=named.get("value", 1))
+    )
 
 
 def _lerp(session: Session, func: Callable[..., Any], input: torch.Tensor, end: Any, weight: Any) -> Any:
     """``start + weight * (end - start)``, a product where the weight is computed."""
     if not flows(weight) or not torch.is_grad_enabled():
         return func(input, end, weight)
-    return torch.add(input, multiply(session, torch.mul, weight, end - input, False))
+    return _kept(func, input, torch.add(input, multiply(session, torch.mul, weight, end - input, False)))
+
+
+def _kept(func: Callable[..., Any], input: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """A result, in the memory of the first operand where the function writes in place."""
+    return input.copy_(result) if func.__name__.endswith("_") else result
 
 
 def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -294,12 +301,9 @@ def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(PRODUCTS | QUOTIENTS | IN_PLACE.keys(), _product),
-    torch.addcmul: _fused,
-    torch.addcdiv: _fused,
-    torch.Tensor.addcmul: _fused,
-    torch.Tensor.addcdiv: _fused,
-    torch.lerp: _lerp,
-    torch.Tensor.lerp: _lerp,
+    **dict.fromkeys((torch.addcmul, torch.Tensor.addcmul, torch.Tensor.addcmul_), _fused),
+    **dict.fromkeys((torch.addcdiv, torch.Tensor.addcdiv, torch.Tensor.addcdiv_), _fused),
+    **dict.fromkeys((torch.lerp, torch.Tensor.lerp, torch.Tensor.lerp_), _lerp),
     torch.einsum: _einsum,
     F.glu: _glu,
 }

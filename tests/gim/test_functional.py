@@ -488,6 +488,21 @@ def _lerp(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
     return torch.lerp(g, u, gate) if h is _plain else g + gate * h(u - g)
 
 
+def _addcmul_in_place(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    return (2 * g).addcmul_(F.silu(h(g)), h(u), value=3)
+
+
+def _addcdiv_in_place(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    return (2 * g).addcdiv_(h(u), 1 + torch.exp(-h(g)))
+
+
+def _lerp_in_place(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
+    g, u = x.chunk(2, -1)
+    return g.clone().lerp_(u, torch.sigmoid(g)) if h is _plain else _lerp(x, h, _)
+
+
 def _keywords(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
     g, u = x.chunk(2, -1)
     return torch.mul(input=F.silu(input=h(g)), other=h(u))
@@ -522,6 +537,9 @@ def _leaf(x: torch.Tensor, h: Any, _: Any) -> torch.Tensor:
     [
         ("gated_mlp", _addcmul),
         ("gated_mlp", _lerp),
+        ("gated_mlp", _addcmul_in_place),
+        ("gated_mlp", _addcdiv_in_place),
+        ("gated_mlp", _lerp_in_place),
         ("gated_mlp", _keywords),
         ("gated_mlp", _leaf),
         ("norm", _weight_first),
