@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gim.applied import Part
 from gim.intercept.hooks import hooked
 from gim.intercept.operators import AFFINE, CLIPS, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe, may_lack_gradient
+from gim.intercept.places import Places
 from gim.intercept.sites import SITES, Sites
 from gim.intercept.values import (
     CONSTANT,
@@ -43,7 +44,6 @@ from gim.intercept.values import (
     UNREAD,
     Tensors,
     Value,
-    collect,
     flatten,
     inside,
     is_real,
@@ -96,9 +96,6 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
     return node is not None and not type(node).name(node).endswith("NotImplemented")
 
 
-_Key = tuple[Any, torch.Size, tuple[int, ...]]
-
-
 class Watch(TorchDispatchMode):
     """Inside, the operators of this thread are watched.
 
@@ -127,22 +124,8 @@ class Watch(TorchDispatchMode):
         self.operators = 0
         self._known: dict[Any, tuple[str, str]] = {}
         self._pieces: dict[Any, Value] = {}
-        # A storage is known by its address, which a weak reference keeps from being used twice.
-        self._storages: dict[int, dict[_Key, Value] | None] = {}  # None: all of it is constant
-        self._references: list[Any] = []
-        self._unstored: dict[int, tuple[weakref.ref[torch.Tensor], dict[_Key, Value]]] = {}
+        self._places = Places(modules, given or ())
         self._asks = given is not None
-        held: Tensors = []
-        seen: set[int] = set()
-        for module in modules.values():
-            held += [one for kept in (module._parameters, module._buffers) for one in kept.values() if one is not None]
-            collect({k: v for k, v in vars(module).items() if k[:1] != "_"}, held, seen, 4)
-        for tensor in held:
-            collect(vars(tensor), held, seen, 3)  # what a quantised weight keeps beside itself
-        self._held = [weakref.ref(tensor) for tensor in held]
-        inputs: Tensors = []
-        collect(list(given or ()), inputs, set(), 6)
-        self._inputs = [weakref.ref(tensor) for tensor in inputs]
         self._tensors: Tensors = []  # of the operator that is looked at
         self._cuts = False  # whether any value has been cut off from gradients
         # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
@@ -162,67 +145,25 @@ class Watch(TorchDispatchMode):
             node = leaf.view(()).grad_fn
         self._began = node._sequence_nr() if node is not None else 0
         self._live = torch.is_grad_enabled()
-        for reference in self._held:
-            tensor = reference()
-            if tensor is not None:
-                self._at(tensor)
-                self._storages[self._address(tensor)] = None
-        for reference in self._inputs:
-            tensor = reference()
-            if tensor is not None and self._at(tensor) is not None:
-                self._put(tensor, Value(dep=True), False)
+        self._places.begin()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._prove()
-        for reference in self._references:
-            torch.UntypedStorage._free_weak_ref(reference)
-        for kept in (self._references, self._storages, self._unstored, self._pieces, self._known):
-            kept.clear()
+        self._places.end()
+        self._pieces.clear()
+        self._known.clear()
 
-    # Where values lie.
-
-    def _address(self, tensor: torch.Tensor) -> int:
-        try:
-            return tensor.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):
-            return -id(tensor)  # a tensor without a storage is known by itself
-
-    def _at(self, tensor: torch.Tensor) -> dict[_Key, Value] | None:
-        """What is known of each place of a tensor's storage; None where all of it is constant."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return self._without_storage(tensor)
-        address = storage._cdata
-        try:
-            return self._storages[address]
-        except KeyError:
-            self._references.append(storage._weak_ref())
-            places = self._storages[address] = {}
-            return places
-
-    def _without_storage(self, tensor: torch.Tensor) -> dict[_Key, Value] | None:
-        number = -id(tensor)
-        if number in self._storages:
-            return None
-        entry = self._unstored.get(number)
-        if entry is None or entry[0]() is not tensor:
-            entry = self._unstored[number] = (weakref.ref(tensor), {})
-        return entry[1]
+    # What tensors hold.
 
     def _of(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor."""
-        places = self._at(tensor)
-        if places is None:
-            return CONSTANT
-        value = places.get((tensor.storage_offset(), tensor.shape, tensor.stride()))
-        if value is None or (value.top == "lift_fresh" and tensor.grad_fn is not None):
-            # Written piece by piece, or seen through a window made elsewhere; or never seen.
-            value = join(list(places.values())) if places and value is None else self._outside(tensor)
-            places[(tensor.storage_offset(), tensor.shape, tensor.stride())] = value
+        value = self._places.of(tensor)
+        if value is None:
+            value = self._outside(tensor)
+            self._places.know(tensor, value)
         marks = self._sites.marks
         if marks and value.dep:
             mark = marks.get(id(tensor))
@@ -253,12 +194,12 @@ class Watch(TorchDispatchMode):
     def _is_computed_here(self, node: Any) -> bool:
         """Whether a node is younger than the forward, or goes back to one that is or to what the forward was given:
         every thread counts its own nodes, and a part may run on a thread of its own."""
-        given = {tensor.grad_fn for one in self._inputs if (tensor := one()) is not None}
+        given = {tensor.grad_fn for tensor in self._places.inputs()}
         todo, seen = [node], {node}
         while todo:
             one = todo.pop()
             if type(one).name(one) == "torch::autograd::AccumulateGrad":  # a leaf, which has no age
-                if self._storages.get(self._address(one.variable)):
+                if self._places.holds_values(one.variable):
                     return True
             elif one in given or one._sequence_nr() >= self._began:
                 return True
@@ -266,21 +207,6 @@ class Watch(TorchDispatchMode):
             seen.update(new)
             todo += new
         return False
-
-    def _put(self, tensor: torch.Tensor, value: Value, written: bool) -> None:
-        """Say what a tensor holds now; ``written`` where an operator wrote into one that was there."""
-        places = self._at(tensor)
-        if places is None:
-            if not value.dep:
-                return
-            self._storages[self._address(tensor)] = places = {}  # what held a constant holds one no more
-        if written:
-            value, whole = value.like(written=True), tensor.nbytes >= tensor.untyped_storage().nbytes()
-            for key in [key for key, old in places.items() if whole or not old.written]:
-                del places[key]  # what was known of the storage before
-        places[(tensor.storage_offset(), tensor.shape, tensor.stride())] = value
-        for one in inside(tensor):
-            self._put(one, value, False)
 
     # What operators do.
 
@@ -317,14 +243,14 @@ class Watch(TorchDispatchMode):
             self._doubt(name, tensors, values, outs)
         if kind == "same" and len(tensors) == 1 and len(outs) == 1:
             first = values[0]
-            if first is not CONSTANT or self._at(outs[0]) is not None:
+            if first is not CONSTANT or self._places.at(outs[0]) is not None:
                 floats = first.dep and is_real(tensors[0]) != is_real(outs[0])
                 value = first
                 if floats:  # made a condition or an index it has no gradient, but it knows its origin
                     value = self._without(Value(source=first.source), kind, name, tensors, values, outs)
                 elif first.dep and not first.cut and not torch.is_grad_enabled():
                     value = self._without(first, kind, name, tensors, values, outs)
-                self._put(outs[0], value, outs[0] is tensors[0])
+                self._places.put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
@@ -341,7 +267,7 @@ class Watch(TorchDispatchMode):
             if value.dep and not is_real(one) and any(map(is_real, tensors)):
                 # An index or a condition has no gradient, but it knows its origin.
                 mine = Value(source=value.source, cut=value.cut, map=value.map)
-            self._put(one, mine, id(one) in given)
+            self._places.put(one, mine, id(one) in given)
         return out
 
     def _without(
