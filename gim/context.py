@@ -15,10 +15,12 @@ from torch import nn
 
 from gim.applied import AppliedReport
 from gim.intercept import checkpoints, compiled, fused, interface
+from gim.intercept.flow import take_as_inputs
 from gim.intercept.frames import Frame, running
 from gim.intercept.gates import Gate
 from gim.intercept.proof import Proof
 from gim.intercept.session import Session, stack_of
+from gim.intercept.values import ARGUMENTS_DEEP, collect
 from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
 from gim.rules import GIM as PAPER_RULES
@@ -165,7 +167,7 @@ class GIM:
         # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
         weakref.finalize(self, session.close)
         interface.prepare(modules, stack)
-        session.proof = Proof(self.model, session.rules, session.report)
+        session.proof = Proof(self.model, session)
         stack.run, stack.leaf = forward_pass, fused.call
         stack.install(modules)
         self._session = session
@@ -192,6 +194,7 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
 
     def run(frame: Frame) -> Any:
         running.frames.pop()
+        taken = take_as_inputs(_arguments(gate, inputs, named)) if torch.is_grad_enabled() else None  # noqa: F841 (held)
         with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named):
             return gate.enter(frame, inputs, named)
 
@@ -202,6 +205,17 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
     if proof is not None:
         session.add_unsupported(proof.unreached())
     return out
+
+
+def _arguments(gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a forward is called with and that a gradient is asked for, but the model's own weights."""
+    found: list[torch.Tensor] = []
+    collect([inputs, named], found, set(), ARGUMENTS_DEEP)
+    live = [one for one in found if one.requires_grad]
+    if any(isinstance(one, nn.Parameter) for one in live):
+        own = {id(one) for module in gate.stack.modules.values() for one in module._parameters.values()}
+        live = [one for one in live if id(one) not in own]
+    return live
 
 
 def inspect(

@@ -8,11 +8,13 @@ ends with the graph; no tensor and no node is held.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 #: Key of a node's metadata under which its values are described.
 _KEY = "gim"
@@ -150,7 +152,7 @@ def origin(tensor: torch.Tensor) -> Origin:
     if not tensor.requires_grad:
         return CONSTANT
     node = tensor.grad_fn
-    return _of_leaf(tensor) if node is None else _of_edge(node, tensor.output_nr)
+    return _leaf(get_gradient_edge(tensor).node) if node is None else _of_edge(node, tensor.output_nr)
 
 
 def mark(tensor: torch.Tensor, found: Origin) -> None:
@@ -160,8 +162,19 @@ def mark(tensor: torch.Tensor, found: Origin) -> None:
         node.metadata.setdefault(_KEY, {})[tensor.output_nr] = found
 
 
-def _of_leaf(tensor: torch.Tensor) -> Origin:
-    return CONSTANT if isinstance(tensor, nn.Parameter) else _leaf(torch.autograd.graph.get_gradient_edge(tensor).node)
+def take_as_inputs(given: Iterable[torch.Tensor]) -> list[Any]:
+    """Say that tensors are inputs, also where they are parameters of somebody's or were computed from such alone.
+
+    Returns:
+        What says so, as long as it is held or a graph leads to it.
+    """
+    nodes = []
+    for tensor in given:
+        if tensor.requires_grad and origin(tensor).constant:
+            node: Any = get_gradient_edge(tensor).node
+            node.metadata.setdefault(_KEY, {})[tensor.output_nr] = _new()
+            nodes.append(node)
+    return nodes
 
 
 def _leaf(node: Any) -> Origin:
@@ -332,7 +345,7 @@ def _pointwise(name: str, live: list[Origin]) -> Origin:
 
 def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether linear maps and functions number by number lead to two values from one source."""
-    starts: list[Any] = [torch.autograd.graph.get_gradient_edge(one).node for one in (first, second)]
+    starts: list[Any] = [get_gradient_edge(one).node for one in (first, second)]
     sides: list[set[Any]] = [{one} for one in starts]
     fronts = [[one] for one in starts]
     while fronts[0] or fronts[1]:

@@ -84,6 +84,7 @@ class Gate:
 
     def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the module as the innermost of those that run on this thread."""
+        frame.session.ran.add(self.name)
         if self.prepare is not None:
             return self.prepare(frame, self.inner, inputs, named)
         if self.leaf and len(inputs) == 1 and not named:

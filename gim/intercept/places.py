@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim.intercept.values import CONSTANT, Tensors, Value, collect, inside, join
+from gim.intercept.values import ARGUMENTS_DEEP, CONSTANT, Tensors, Value, collect, inside, join
 
 _Window = tuple[Any, torch.Size, tuple[int, ...]]
 
@@ -42,7 +42,7 @@ class Places:
             collect(vars(tensor), held, seen, 3)  # what a quantised weight keeps beside itself
         self._held = [weakref.ref(tensor) for tensor in held]
         inputs: Tensors = []
-        collect(list(given), inputs, set(), 6)
+        collect(list(given), inputs, set(), ARGUMENTS_DEEP)
         self._inputs = [weakref.ref(tensor) for tensor in inputs]
 
     def begin(self) -> None:

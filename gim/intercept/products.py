@@ -69,7 +69,9 @@ def describe(rules: Rules) -> str:
 
 def flows(x: Any) -> bool:
     """Whether something is a tensor into which an input may flow: no weight, no constant."""
-    return isinstance(x, torch.Tensor) and x.requires_grad and not (x.grad_fn is None and isinstance(x, nn.Parameter))
+    if not isinstance(x, torch.Tensor) or not x.requires_grad:
+        return False
+    return x.grad_fn is not None or not isinstance(x, nn.Parameter) or not origin(x).constant
 
 
 def _product(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim.applied import AppliedReport, Part
+from gim.applied import Part
 from gim.intercept.gates import original_forward
+from gim.intercept.session import Session
 from gim.intercept.watch import PART_OF, STOPS, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules
@@ -43,16 +44,13 @@ _lock = threading.Lock()
 
 
 class Proof:
-    """That the rules of one session reach every part of a model.
+    """That the rules of one session reach every part of a model."""
 
-    Args:
-        model, rules, report: the session's.
-    """
-
-    def __init__(self, model: nn.Module, rules: Rules, report: AppliedReport) -> None:
+    def __init__(self, model: nn.Module, session: Session) -> None:
         self._model = weakref.ref(model)
-        self._rules = rules
-        self._report = report
+        self._rules = session.rules
+        self._report = session.report
+        self._ran = session.ran
         self._verdict: _Verdict | None = None
         self._running = False
         self._whole = True
@@ -71,6 +69,7 @@ class Proof:
             known = _verdicts.setdefault(model, {}).get(key)
         before = self._calls()
         self._running, self._verdict = True, None
+        self._ran.clear()
         try:
             if known is None:
                 with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
@@ -90,16 +89,19 @@ class Proof:
         self._report.watched = known is not None
 
     def _compared(self, known: _Verdict, reached: frozenset[tuple[Part, str, str]], key: Any) -> _Verdict | None:
-        """What is known of a forward that was not watched; None where it reached what the watched one did not."""
-        others = reached - known.reached
-        if not others:
+        """What is known of a forward that was not watched; None where it reached what the watched one did not, or not
+        what that did reach in a module that ran."""
+        more, less = reached - known.reached, {row for row in known.reached - reached if row[1] in self._ran}
+        if not more and not less:
             return known
         model = self._model()
         with _lock:
             if model is not None:
                 _verdicts[model].pop(key, None)
-        names = ", ".join(sorted({name for _, name, _ in others})[:3])
-        self._note(f"a forward pass reached {names}, which the watched one did not: the next is watched again")
+        names = ", ".join(sorted({name for _, name, _ in more or less})[:3])
+        which = "reached" if more else "did not reach"
+        did = "did not" if more else "did"
+        self._note(f"a forward pass {which} {names}, which the watched one {did}: the next is watched again")
         return None
 
     def unreached(self) -> list[tuple[str, str]]:

@@ -20,8 +20,8 @@ class Value:
     """What is known of one value."""
 
     __slots__ = (
-        "act", "blank", "cut", "dep", "depth", "id", "map", "mixed", "parts", "random", "reached", "scores", "soft",
-        "source", "stat", "top", "written",
+        "act", "blank", "cut", "dep", "depth", "hidden", "id", "map", "mixed", "parts", "random", "reached", "scores",
+        "soft", "source", "stat", "top", "written",
     )  # fmt: skip
 
     def __init__(self, dep: bool = False, source: int | None = None, act: bool = False, **more: Any) -> None:
@@ -40,6 +40,7 @@ class Value:
         self.reached: Part | None = None  # a rule gave it back
         self.cut = 0  # CUT: computed without gradients from what has one; ROUNDED: and made integers since
         self.map: Any = None  # what to say of the linear map that it came from without gradients
+        self.hidden: tuple[Any, ...] = ()  # what would be said of it, had it a gradient
         for name, value in more.items():
             setattr(self, name, value)
 
@@ -51,12 +52,15 @@ class Value:
         new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
         new.depth, new.soft, new.random = self.depth, self.soft, self.random
         new.blank, new.reached, new.cut, new.map = self.blank, self.reached, self.cut, self.map
+        new.hidden = self.hidden
         for name, value in changes.items():
             setattr(new, name, value)
         return new
 
 
 CUT, ROUNDED = 1, 2
+#: How deep in lists, dicts and objects the tensors of a forward's arguments are looked for.
+ARGUMENTS_DEEP = 6
 CONSTANT = Value()
 BLANK = Value(blank=True)
 FROM_PYTHON = Value(top="lift_fresh")  # numbers of Python's or of another library's

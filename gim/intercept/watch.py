@@ -19,12 +19,10 @@ as one that cannot be seen into.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -78,17 +76,6 @@ class Finding:
         return f"{self.kind} ({self.operator}, {self.place})"
 
 
-_APPLY = inspect.unwrap(torch.autograd.Function.apply).__code__
-
-
-def _in_function() -> bool:
-    """Whether the forward of an autograd function runs: what it computes without gradients its backward gives one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back
-    return frame is not None
-
-
 def _has_gradient(tensor: torch.Tensor) -> bool:
     """Whether autograd can send a gradient back through what a tensor came from."""
     node: Any = tensor.grad_fn
@@ -128,6 +115,8 @@ class Watch(TorchDispatchMode):
         self._asks = given is not None
         self._tensors: Tensors = []  # of the operator that is looked at
         self._cuts = False  # whether any value has been cut off from gradients
+        self._withheld: list[Finding] = []  # of the operator that is looked at, whose results have no gradient
+        self._hidden: list[tuple[weakref.ref[torch.Tensor], Value]] = []
         # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
         self._unproved: tuple[list[weakref.ref[torch.Tensor]], Finding] | None = None
 
@@ -152,6 +141,10 @@ class Watch(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._prove()
+        for reference, value in self._hidden:
+            tensor = reference()
+            if tensor is not None:
+                self._reveal(tensor, value)
         self._places.end()
         self._pieces.clear()
         self._known.clear()
@@ -250,6 +243,8 @@ class Watch(TorchDispatchMode):
                     value = self._without(Value(source=first.source), kind, name, tensors, values, outs)
                 elif first.dep and not first.cut and not torch.is_grad_enabled():
                     value = self._without(first, kind, name, tensors, values, outs)
+                if first.hidden:
+                    self._reveal(tensors[0], first)
                 self._places.put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
@@ -258,6 +253,8 @@ class Watch(TorchDispatchMode):
         value = self._value(kind, name, args, tensors, values, outs)
         if self._cuts or not (torch.is_grad_enabled() or kind == "own"):
             value = self._without(value, kind, name, tensors, values, outs)
+        if self._withheld or self._hidden:
+            value = self._hide(value, tensors, values, outs)
         if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
             value.depth = max((one.depth for one in values), default=0) + mixes
@@ -291,11 +288,32 @@ class Watch(TorchDispatchMode):
             cut, lost = (cut, lost) if not flows and (cut == ROUNDED or not used) else (0, None)
         else:
             cut = max(CUT if flows else 0, cut)
-            if kind == "linear" and name != "cumsum" and cut and lost is None and not hooked() and not _in_function():
+            if kind == "linear" and name != "cumsum" and cut and lost is None and not hooked():
                 lost = self._finding(STOPS, f"{name} without gradients")
         self._cuts = self._cuts or cut > 0
         # The same numbers, so known by the same number.
         return value if (cut, lost) == (value.cut, value.map) else value.like(cut=cut, map=lost, id=value.id)
+
+    def _hide(self, value: Value, tensors: Tensors, values: list[Value], outs: Tensors) -> Value:
+        """The same value, which knows what was found on the way to it where no gradient flowed: a function of
+        somebody's own, or code that a compiler made, gives the result a gradient afterwards."""
+        found, self._withheld = self._withheld, []
+        for tensor, one in zip(tensors, values, strict=True):
+            if one.hidden:
+                self._reveal(tensor, one)
+                found += [each for each in one.hidden if each not in found]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            found = []  # what is a constant to an operator that has a gradient stays one
+        if tuple(found) == value.hidden:
+            return value
+        value = value.like(hidden=tuple(found), id=value.id)
+        self._hidden += [(weakref.ref(one), value) for one in outs if found]
+        return value
+
+    def _reveal(self, tensor: torch.Tensor, value: Value) -> None:
+        """Find what was hidden of a tensor, where it has a gradient that no operator under the watch gave it."""
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            self._found += [one for one in value.hidden if one not in self._found]
 
     def _doubt(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors) -> None:
         """Remember to ask for the gradient of an operator's results once autograd has seen them."""
@@ -493,13 +511,13 @@ class Watch(TorchDispatchMode):
     def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
         """Enter a finding that no rule has reached."""
         part = PART_OF.get(kind)
-        grads = self._live and torch.is_grad_enabled()
-        if part is not None and grads and not any(x.requires_grad for x in self._tensors):
-            return  # where no gradient flows through an operator, no rule is missing
         if part is not None and (self._sites.acts(part) or any(value.reached == part for value in values)):
             return
-        if part is not None and self._live and not torch.is_grad_enabled() and not _in_function():
-            return  # its result has no gradient
+        flows = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors)
+        if part is not None and self._live and not flows:
+            if not hooked():
+                self._withheld.append(self._finding(kind, operator))
+            return  # where no gradient flows through an operator, no rule is missing
         if (part is not None or kind == "opaque operator") and to is None and hooked():
             kind, to = f"{kind} in a hook", self._noted
         (self._found if to is None else to).append(self._finding(kind, operator))

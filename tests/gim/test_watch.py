@@ -61,6 +61,10 @@ def _by_function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return Product.apply(gate, up)
 
 
+def _sigmoid_gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(g) * u
+
+
 #: Ways of writing a gate's product.
 GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": lambda g, u: F.silu(g) * u,
@@ -233,6 +237,36 @@ def test_every_way_of_writing_a_norm_is_found(way: str) -> None:
 def test_every_way_of_writing_a_softmax_over_keys_is_found(way: str) -> None:
     grad = way != "in place"  # which autograd would refuse
     assert seen(Net(attend=SOFTMAXES[way]), grad) == [("softmax over keys", "Net")]
+
+
+def _scripted_norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, 3])
+@pytest.mark.parametrize("part", ["gate", "norm"])
+def test_scripted_functions_are_found_however_often_they_ran_before(part: str, runs: int) -> None:
+    """After two runs TorchScript computes on detached tensors, and gives the results a gradient of its own."""
+    function = torch.jit.script(_sigmoid_gate if part == "gate" else _scripted_norm)
+    x = torch.randn(1, 5, HIDDEN if part == "gate" else WIDTH, requires_grad=True)
+    for _ in range(runs):
+        torch.autograd.grad((function(x, x) if part == "gate" else function(x)).sum(), x)
+    found = seen(Net(gate=function) if part == "gate" else Net(norm=function))
+    assert found == [("gated product", "mlp") if part == "gate" else ("norm", "Net")]
+
+
+def test_what_is_a_constant_to_what_follows_is_not_found() -> None:
+    def constant(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            gated = F.silu(g) * u
+        by_hand = F.silu(g.detach()) * u.detach()
+        by_hand += u  # which has a gradient, and what it is added to has none
+        return by_hand + (gated - u).detach() + gated.clone().requires_grad_() * 0
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return x + (_rms(x.detach()) - x).detach()
+
+    assert seen(Net(gate=constant, norm=normed)) == []
 
 
 def test_inference_mode_hides_nothing() -> None:
@@ -790,6 +824,39 @@ def test_a_forward_that_reaches_another_part_is_watched_again() -> None:
         assert any("which the watched one did not" in note for note in report.notes)
         with pytest.raises(UnsupportedModelError, match="Switching: softmax over keys"):
             model(IDS)
+
+
+def test_a_forward_that_leaves_a_part_out_where_its_module_ran_is_watched_again() -> None:
+    scripted = torch.jit.script(_sigmoid_gate)
+    calls: list[int] = []
+
+    def gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.silu(g) * u if len(calls) == 1 else scripted(g, u)
+
+    model = Net(gate=gate)
+    with gim.GIM(model) as report:
+        watched = []
+        for _ in range(2):
+            model(IDS)
+            watched.append(report.watched)
+        assert watched == [True, False]
+        assert any("did not reach mlp, which the watched one did" in note for note in report.notes)
+        with pytest.raises(UnsupportedModelError, match="mlp: gated product"):
+            model(IDS)
+
+
+def test_a_part_that_need_not_run_is_not_missed() -> None:
+    class Skipping(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            return self.head(x + self.mlp(x) if bool((input_ids > 3).any()) else x)
+
+    model = Skipping(gate=GATES["silu"])
+    with gim.GIM(model) as report:
+        for ids in (IDS + 4, IDS.clamp(max=3), IDS + 4):
+            model(ids)
+            assert report.watched and not any("watched again" in note for note in report.notes)
 
 
 def test_a_checkpoints_second_run_is_not_watched() -> None:
