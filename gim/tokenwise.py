@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from gim.intercept.gates import Changes, original_forward
 from gim.parts import anatomy
 from gim.parts.adapters import accelerate
+from gim.parts.adapters.torch_modules import written
 from gim.parts.hidden_states import device_of, dtypes_taken, weights_of
 from gim.parts.layers import attentions, looks_like_norm
 from gim.parts.placement import PLAIN, home_of
@@ -65,7 +66,8 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
         return "the model's config does not tell the width of its hidden states"
     found: list[MLP] = []
     reason = "has no child that maps each token by itself, with one tensor in and one out"
-    for name, child in layer.named_children():
+    for name, held in layer.named_children():
+        child = written(held)
         matrices = [weight for weight in weights_of(child) if weight.dim() >= 2]
         if len(matrices) < 2 or attentions(child):
             continue
@@ -305,4 +307,4 @@ class NormBefore:
 
 def norms_of(layer: nn.Module) -> list[nn.Module]:
     """The norms among a layer's own children."""
-    return [child for child in layer.children() if looks_like_norm(child)]
+    return [child for child in map(written, layer.children()) if looks_like_norm(child)]

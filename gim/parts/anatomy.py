@@ -172,7 +172,7 @@ def of(model: nn.Module) -> Anatomy:
         names = _kept[model] = _find(dict(zip(_named(marks), inside, strict=True)), tree)
     modules = dict(zip(names.modules, inside, strict=True))
     listed: Any = () if names.layers is None else modules[names.layers]
-    layers = tuple((f"{names.layers}.{index}", layer) for index, layer in enumerate(listed))
+    layers = tuple((f"{names.layers}.{index}", torch_modules.written(layer)) for index, layer in enumerate(listed))
     cores = tuple(modules[name] for name in names.cores)
     return Anatomy(
         modules=modules,

@@ -92,7 +92,7 @@ def llama() -> Any:
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("plan", ["none", "layer"])
+@pytest.mark.parametrize("plan", ["none", "layer", "mlp+tile=4"])
 @pytest.mark.parametrize("what", COMPILED)
 def test_a_compiled_model_is_explained_as_it_was_written(what: str, plan: str, warm: bool) -> None:
     model = llama()

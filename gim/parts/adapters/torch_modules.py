@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 #: Names of the arguments that arrive where they are meant to, if they are given to the outermost module.
 Taken = frozenset[str]
@@ -18,6 +19,11 @@ ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 def is_one(modules: Mapping[str, nn.Module]) -> bool:
     """Any module is one."""
     return True
+
+
+def written(module: nn.Module) -> nn.Module:
+    """A module as it was written, where ``torch.compile`` has given another that stands for it."""
+    return written(module._orig_mod) if isinstance(module, OptimizedModule) else module
 
 
 def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
