@@ -91,7 +91,7 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **shape)).double().eval()
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", ["none", "layer", "mlp+tile=4"])
 @pytest.mark.parametrize("what", COMPILED)
 def test_a_compiled_model_is_explained_as_it_was_written(what: str, plan: str, warm: bool) -> None:

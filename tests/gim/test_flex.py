@@ -21,7 +21,8 @@ from gim.rules import get as get_rules
 
 TOKENS, HEADS, WIDTH, VOCABULARY = 13, 4, 32, 40
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [21, 3, 2, 9, 8, 30, 4, 31, 5, 6, 1, 0, 14]])
-RULES = ("GIM", "GIM_CONSTANT", "GRADIENT", "ATTNLRP", "TSG_ONLY", "SCALES_ONLY")
+SLOW = ("GRADIENT", "ATTNLRP", "TSG_ONLY", "SCALES_ONLY")
+RULES = ("GIM", "GIM_CONSTANT", *(pytest.param(rules, marks=pytest.mark.slow) for rules in SLOW))
 PLANS = ("none", "layer", "layer+attention", "layer+offload", "mlp+tile=4")
 
 #: What each query sees ``[T, S]``, and what is added to the scores ``[HQ, T, S]``, as functions and as tensors.
