@@ -362,7 +362,6 @@ def _following(
     layers: Sequence[nn.Module], ledger: Ledger, entered: list[Counter[Tag]], held: dict[int, Counter[Tag]]
 ) -> Iterator[None]:
     """Inside, the ledger knows which layer runs, forward and backward, and the held bytes are entered at theirs."""
-    handles = []
 
     def enter(index: int) -> Any:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
@@ -393,14 +392,11 @@ def _following(
 
         return finish
 
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(after(index)))
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(after(index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -107,12 +107,15 @@ def attribute(
     singles: dict[int, Single] = {}
     try:
         for place, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            found = None
             with run.kept(place):
                 asked = ask(prompt, segments=own["segments"], progress=None)
                 if own["answer"] is not None or generate is not None:
-                    run.done({place: answering.attribute(asked, own["answer"], generate, measure)})
+                    found = answering.attribute(asked, own["answer"], generate, measure)
                 else:
                     singles[place] = Single.of(asked, own["target"], position, measure)
+            if found is not None:
+                run.done({place: found})  # out of what is kept: an error of progress is no prompt's
         run.together(singles)
     except KeyboardInterrupt as error:
         raise PromptsInterrupted(run.results) from error
@@ -174,8 +177,11 @@ class _Run:
                 continue
             alone = 0
             for place, one in ones.items():
+                found = None
                 with self.kept(place):
-                    self.done({place: one.attribution(one.asked.run([one.wanted], one.target.measure))})
+                    found = one.attribution(one.asked.run([one.wanted], one.target.measure))
+                if found is not None:
+                    self.done({place: found})
                     alone += 1
             if len(ones) > 1 and alone == len(ones):
                 self._pads = False  # as of a model that reads padding

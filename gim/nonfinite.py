@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
+@contextmanager
+def _hooks(parts: Anatomy, watch: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """Inside, every module but the model itself has the hook that ``watch`` makes of its name."""
+    with ExitStack() as hooks:
+        for name, module in parts.modules.items():
+            if name:
+                hooks.enter_context(module.register_forward_hook(watch(name)))
+        yield
+
+
+def refuse_nonfinite(logits: torch.Tensor, parts: Anatomy, run: Callable[[], Any]) -> None:
+    """An error where logits hold NaN or infinity; ``run`` gives them again.
+
+    Raises:
+        FloatingPointError: they do; names the first module, in the order they finish, that puts one out.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        module = first_nonfinite_output(parts, run)
+        raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
+
+
 def first_nonfinite_output(parts: Anatomy, run: Callable[[], Any]) -> str:
     """The name of the first module, in the order they finish, whose output holds NaN or infinity, when it runs."""
     found: list[str] = []
@@ -37,13 +59,8 @@ def first_nonfinite_output(parts: Anatomy, run: Callable[[], Any]) -> str:
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in parts.modules.items() if name]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooks(parts, watch), torch.no_grad():
+        run()
     return found[0] if found else type(parts.model).__name__
 
 
@@ -71,15 +88,10 @@ def first_nonfinite_gradient(
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in parts.modules.items() if name]
-    try:
+    with _hooks(parts, watch):
         logits = logits_of()
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         total = logits[rows, where, token_ids].sum()
-        inputs = [tensor for tensor in [total] if tensor.requires_grad]
-        if inputs:
+        if total.requires_grad:
             total.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else type(parts.model).__name__

@@ -376,6 +376,8 @@ def attribute(
         >>> len(result.scores) == len(result.tokens)
         True
     """
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
     if answer is not None or generate is not None:
         for name, given in (("target", target), ("position", position)):
             if given is not None:

@@ -18,7 +18,7 @@ from gim.applied import AppliedReport
 from gim.context import GIM
 from gim.intercept.gates import Changes
 from gim.intercept.session import Session, session_of, stack_of
-from gim.nonfinite import first_nonfinite_gradient, first_nonfinite_output
+from gim.nonfinite import first_nonfinite_gradient, refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
@@ -350,9 +350,8 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
     Logits go out of scope here, so that the backward does not run beside them.
     """
     logits = prepared.logits()  # [B, K, V]
-    if check and not bool(torch.isfinite(logits).all()):
-        module = first_nonfinite_output(parts, prepared.run)
-        raise FloatingPointError(f"logits hold NaN or infinity; the first module that puts one out is {module}")
+    if check:
+        refuse_nonfinite(logits, parts, prepared.run)
     batch, device = request.where.shape[0], request.where.device
     if logits.device != device and not logits.is_meta:
         logits = logits.to(device)  # a model that is spread over devices puts its logits out on the last
@@ -462,11 +461,8 @@ def _embedding_leaf(parts: Anatomy, session: Session) -> Iterator[list[torch.Ten
         leaves.append(leaf)
         return leaf
 
-    handle = parts.embedding.register_forward_hook(replace)
-    try:
+    with parts.embedding.register_forward_hook(replace):
         yield leaves
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -474,7 +470,6 @@ def _reporting(parts: Anatomy, progress: Progress, backwards: int) -> Iterator[N
     """Inside, ``progress`` hears of every layer that has finished its forward and each of its backwards."""
     layers = parts.layers
     total = len(layers)
-    handles = []
     ended = Counter[int]()
 
     def count(index: int) -> None:
@@ -495,12 +490,9 @@ def _reporting(parts: Anatomy, progress: Progress, backwards: int) -> Iterator[N
     def after(index: int) -> Callable[..., None]:
         return lambda *_: progress("forward", index + 1, total)
 
-    for index, (_, layer) in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(watch(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(after(index)))
-    progress("forward", 0, total)
-    try:
+    with ExitStack() as hooks:
+        for index, (_, layer) in enumerate(layers):
+            hooks.enter_context(layer.register_forward_pre_hook(watch(index), with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(after(index)))
+        progress("forward", 0, total)  # a user's code, which may raise
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

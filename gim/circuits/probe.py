@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from gim.circuits.wiring import Branch, Layer, Linear, Wiring, first_tensor, sta
 from gim.context import GIM
 from gim.evaluation.perturbation import Forwards
 from gim.intercept.session import session_of
+from gim.nonfinite import refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.parameters import frozen_parameters
 
@@ -40,6 +42,7 @@ def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
 
     Raises:
         UnsupportedModelError: a part is not found, or the layers do not add up; names the layer and what is missing.
+        FloatingPointError: the logits hold NaN or infinity; names the first module with one.
     """
     parts = anatomy.of(model)
     if not parts.layers:
@@ -54,12 +57,12 @@ def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
         session.see_attention = lambda module, *tensors: _attended(probes, module, tensors)
         try:
             logits = Forwards(model).logits(ids[None, :PROBE_TOKENS])
-            found = [probe.layer() for probe in probes]
         finally:
             session.see_attention = None
             for handle in handles:
                 handle.remove()
-        wiring = _proved(model, probes, found)
+        refuse_nonfinite(logits, parts, lambda: Forwards(model).logits(ids[None, :PROBE_TOKENS]))
+        wiring = _proved(model, probes, [probe.layer() for probe in probes])
         _refuse_hooks(wiring)
         _prove_ungrouped(model, wiring, ids[None, :PROBE_TOKENS], logits)
     return wiring
@@ -104,20 +107,17 @@ def _prove_ungrouped(model: nn.Module, wiring: Wiring, ids: torch.Tensor, logits
     """Make sure that the model's code goes on with a key and a value for each query head, and says the same."""
     if wiring.layers[0].group == 1:
         return
-    handles = [
-        branch.linear.module.register_forward_hook(lambda _, __, out, layer=layer: layer.ungroup(out))
-        for layer in wiring.layers
-        for branch in (layer.k, layer.v)
-    ]
-    try:
-        found = Forwards(model).logits(ids)
-    except RuntimeError as error:  # of a view into heads that are counted
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run with a key and a value for each query head: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for layer in wiring.layers:
+            for branch in (layer.k, layer.v):
+                ungroup = lambda _, __, out, layer=layer: layer.ungroup(out)  # noqa: E731
+                hooks.enter_context(branch.linear.module.register_forward_hook(ungroup))
+        try:
+            found = Forwards(model).logits(ids)
+        except RuntimeError as error:  # of a view into heads that are counted
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run with a key and a value for each query head: {error}"
+            ) from error
     if not close(found, logits):
         raise UnsupportedModelError(f"{type(model).__name__} says something else with a key for each query head")
 

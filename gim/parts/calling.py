@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,12 +188,10 @@ class Prepared:
             if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
                 longer.append(hidden)
 
-        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in self._call.layers[:1]]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._call.layers[:1]:
+                hooks.enter_context(layer.register_forward_pre_hook(see, with_kwargs=True))
             output = self._call.model(*self._positional, **self._named)
-        finally:
-            for handle in handles:
-                handle.remove()
         for hidden in longer[:1]:
             if hidden.requires_grad and not hidden.is_meta and len(self._leaves) == 1:
                 self._prove(hidden, self._leaves[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gim
+import gim.demo
 from gim.applied import AppliedReport
 from gim_kernels.budget import relative_error
 from tests.families import SHARED, ids, make
@@ -149,3 +151,51 @@ def test_a_module_of_the_model_follows_the_rules_in_a_hook_too() -> None:
     assert_close64(got, want, "norm in a hook", FLOAT64_MODEL_RELATIVE)
     assert report.counts()["norm"][1] == other.counts()["norm"][1] + 1
     assert not any("in a hook" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+def test_a_progress_that_raises_leaves_no_hook(calls: int) -> None:
+    model, tokenizer = gim.demo.load()
+    heard: list[int] = []
+
+    def progress(*_: object) -> None:
+        heard.append(1)
+        if len(heard) == calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gim.attribute(model, tokenizer, "The cat", progress=progress)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(TypeError, match="progress must be a function or None, got 5"):
+        gim.attribute(model, tokenizer, "The cat", progress=5)  # type: ignore[call-overload]
+    gim.attribute(model, tokenizer, "The cat")
+
+
+def test_an_error_of_progress_is_no_prompts() -> None:
+    model, tokenizer = gim.demo.load()
+    heard: list[int] = []
+
+    def progress(*_: object) -> None:
+        heard.append(1)
+        if len(heard) == 2:
+            raise ValueError("cancel")
+
+    asked: tuple[dict[str, Any], ...] = ({"answer": " sat"}, {})
+    for named in asked:
+        heard.clear()
+        with pytest.raises(ValueError, match="^cancel$"):
+            gim.attribute(model, tokenizer, ["The cat", "A dog that ran"], progress=progress, **named)
+
+
+def test_circuits_name_what_is_not_finite() -> None:
+    from gim import circuits
+
+    model, tokenizer = gim.demo.load()
+    text = "The password of Irene is {}. The password of Irene is"
+    pair = circuits.Pair(text.format("lantern"), text.format("copper"), " lantern", " copper")
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the first module that puts one out is model\.layers\.1\.mlp\.down"):
+        circuits.attribute(model, [pair], tokenizer=tokenizer)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
