@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from gim_kernels.reference import attention_weights, scale_gradient
 
 #: Scores that exist at once, over all rows and heads; a block has one query at least.
 BLOCK_SCORES = 2**24
+
+#: Frames that function modes of the user's may put between FlexAttention and its handler.
+_MODES = 16
 
 _Change = Callable[..., torch.Tensor]
 
@@ -52,15 +56,26 @@ def _flex_attention(
     with paused(), SITES.acting("attention"):
         q, k, v = (scale_gradient(x, by) for x, by in zip((query, key, value), rules.qkv_scale, strict=True))
         q, k = through_scores(q, k, rules.softmax)
-        change, sees = _over_scores(score_mod, (0,)), _over_scores(block_mask[-1], ())
+        change, sees = _over_scores(_as_it_is(score_mod), (0,)), _over_scores(_as_it_is(block_mask[-1]), ())
+        blocks = _Blocks(block_mask)
         batch, heads, queries, _ = query.shape
         rows = max(1, BLOCK_SCORES // (batch * heads * max(1, key.shape[2])))
 
+        frame, said = running.frames[-1], dict[int, torch.Tensor]()
+        name = frame.name or type(frame.module).__name__
+
         def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
-            scores = _scores(q, k, start, scale, change, sees)
-            weights = attention_weights(scores, rules.softmax, rules.temperature)
+            scores = _scores(q, k, start, scale, change, sees, blocks)
             seen = scores.detach()
-            return _grouped(weights.to(v.dtype), v), seen.logsumexp(-1), seen.amax(-1)
+            lse = seen.logsumexp(-1)
+            if not torch.equal(said.setdefault(start, lse), lse):
+                raise UnsupportedModelError(
+                    f"{name}: the functions of flex_attention give other scores in the backward than in the forward: "
+                    "what they hold has changed in between"
+                )
+            with SITES.acting("attention"):  # in the backward too, which may run inside a forward
+                weights = attention_weights(scores, rules.softmax, rules.temperature)
+                return _grouped(weights.to(v.dtype), v), lse, seen.amax(-1)
 
         made = []
         for start in range(0, queries, rows):
@@ -72,13 +87,61 @@ def _flex_attention(
                 made.append(block(part, k, v, start))
         outs, sums, highest = zip(*made, strict=True)
         out = _laid_out_as(query, outs)
-        name = running.frames[-1].name or type(running.frames[-1].module).__name__
         lse = torch.cat(sums, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
         lse = _NoGradient.apply(lse, out, name)
         maximum = torch.cat(highest, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
     out = session.heads(out)
     session.fire("attention", describe(rules), "call of flex_attention", "torch")
     return out, lse, maximum
+
+
+def _as_it_is(function: Any) -> Any:
+    """A function that goes on to hold what it holds now: those of a loop share their variables."""
+    if isinstance(function, tuple):
+        return tuple(map(_as_it_is, function))
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return function
+    cells = []
+    for cell in function.__closure__:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # an empty one
+            held = cell
+        else:
+            held = CellType(_as_it_is(held) if held is not function else held)
+        cells.append(held)
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+class _Blocks:
+    """Which blocks of scores a mask keeps: all of a full one, what its function says of a partial one.
+
+    Args:
+        mask: a ``BlockMask`` as a tuple: tokens of queries and keys; for each row of blocks, how many partial ones are
+            kept and which, and the same of full ones; at its end the sizes of a block and the function.
+    """
+
+    def __init__(self, mask: tuple[Any, ...]) -> None:
+        _, keys, count, index, full_count, full_index = mask[:6]
+        self._query_size, self._key_size = mask[-3:-1]
+        columns = -(-keys // self._key_size)
+        self._partial = _kept(count, index, columns)
+        self._full = None if full_count is None else _kept(full_count, full_index, columns)
+
+    def over(self, shown: torch.Tensor, at: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """``shown`` ``[B, H, BLOCK, S]``, what the function says, with what the blocks say."""
+        rows, columns = (at // self._query_size)[:, None], place // self._key_size
+        shown = shown & self._partial[:, :, rows, columns]
+        return shown if self._full is None else shown | self._full[:, :, rows, columns]
+
+
+def _kept(count: torch.Tensor, index: torch.Tensor, columns: int) -> torch.Tensor:
+    """Booleans ``[B, H, rows, columns]`` of blocks that the first ``count`` of ``index`` name."""
+    named = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    kept = torch.zeros(*index.shape[:-1], columns, dtype=torch.int32, device=index.device)
+    return kept.scatter_add_(-1, index.long().clamp(max=columns - 1), named.int()) > 0
 
 
 def _over_scores(function: _Change, first: tuple[int, ...]) -> _Change:
@@ -88,7 +151,7 @@ def _over_scores(function: _Change, first: tuple[int, ...]) -> _Change:
 
 
 def _scores(
-    query: torch.Tensor, key: torch.Tensor, start: int, scale: float, change: _Change, sees: _Change
+    query: torch.Tensor, key: torch.Tensor, start: int, scale: float, change: _Change, sees: _Change, blocks: _Blocks
 ) -> torch.Tensor:
     """What the softmax is of, ``[B, HQ, BLOCK, S]``, in float32 at least; the first query is the ``start``-th."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -100,7 +163,7 @@ def _scores(
     with TransformGetItemToIndex():
         shown = sees(row, head, at, place)
         changed = change(scores, row, head, at, place)
-    return torch.where(shown, changed, -torch.inf).to(wide)
+    return torch.where(blocks.over(shown, at, place), changed, -torch.inf).to(wide)
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -139,8 +202,11 @@ class _NoGradient(torch.autograd.Function):
 
 def _requires_grad(session: Session, func: Callable[..., Any], tensor: torch.Tensor) -> bool:
     """``tensor.requires_grad``; not so to FlexAttention, which refuses gradients on CPUs that are ours to compute."""
-    if sys._getframe(2).f_code is flex_attention._validate_device.__code__:
-        return False
+    caller: FrameType | None = sys._getframe(2)
+    for _ in range(_MODES):  # a user's own function modes stand in between
+        if caller is None or caller.f_code is flex_attention._validate_device.__code__:
+            return caller is None and func(tensor)
+        caller = caller.f_back
     asked: bool = func(tensor)
     return asked
 

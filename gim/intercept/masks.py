@@ -90,12 +90,13 @@ def key_pattern(
         reason = "is made with a function of the model's own (use_vmap), which cannot be applied in O(T) memory"
         return KeyPattern(q_length, kv_length, True, None, None, refused=reason)
     first_query = int(q_offset)
-    if first_query + q_length != kv_offset + kv_length and q_length > 1:
+    pattern = _classify(mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device)
+    aligned = first_query + q_length == kv_offset + kv_length or (not pattern.causal and pattern.reach is None)
+    if not aligned and q_length > 1:
         raise UnsupportedModelError(
             f"attention_mask: queries {first_query}..{first_query + q_length} do not end where keys "
             f"{kv_offset}..{kv_offset + kv_length} end (a static cache?): run with use_cache=False"
         )
-    pattern = _classify(mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device)
     key_range = None
     if attention_mask is not None:
         if attention_mask.dim() != 2:
@@ -107,7 +108,21 @@ def key_pattern(
             if exists.shape[1] < kv_length:
                 raise UnsupportedModelError(f"attention_mask: has {exists.shape[1]} entries for {kv_length} keys")
             key_range = engines.key_range_of(exists, "attention_mask").to(device)
+    if not aligned:  # one query, and behind its own key are slots of a cache that nothing has been put into
+        own = first_query - kv_offset
+        first = 0 if pattern.window is None else max(0, own + 1 - pattern.window)
+        seen_range = torch.tensor([[first, own + 1]], dtype=torch.int32, device=device).expand(batch_size, 2)
+        key_range = intersection(key_range, seen_range)
+        pattern = dataclasses.replace(pattern, causal=False, window=None, reach=None)
     return dataclasses.replace(pattern, key_range=key_range)
+
+
+def intersection(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """The keys ``[B, 2]`` that are in both ranges; None is every key."""
+    if first is None or second is None:
+        return second if first is None else first
+    start = torch.maximum(first[:, 0], second[:, 0])
+    return torch.stack([start, torch.maximum(start, torch.minimum(first[:, 1], second[:, 1]))], -1)
 
 
 def _classify(
@@ -144,7 +159,7 @@ def _classify(
     def agrees(low: torch.Tensor, high: torch.Tensor) -> bool:
         """Whether what each query sees starts at ``low`` and ends at ``high``."""
         low, high = torch.maximum(low, first), torch.minimum(high, ends)
-        return bool((sees(low) & sees(high) & sees(query) & ~sees(low - 1) & ~sees(high + 1)).all())
+        return bool((sees(low) & sees(high) & sees(query.clamp(max=last_key)) & ~sees(low - 1) & ~sees(high + 1)).all())
 
     documents = None
     if bool(starts.any()):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import gim_kernels
 from gim.intercept.attention import describe, gim_attention, through_scores
 from gim.intercept.frames import running
-from gim.intercept.masks import KeyPattern, recognise
+from gim.intercept.masks import KeyPattern, intersection, recognise
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim_kernels import reference, told
@@ -113,14 +113,6 @@ def _scaled_dot_product_attention(
     return out
 
 
-def _intersection(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """The keys ``[B, 2]`` that are in both ranges; None is every key."""
-    if first is None or second is None:
-        return second if first is None else first
-    start = torch.maximum(first[:, 0], second[:, 0])
-    return torch.stack([start, torch.maximum(start, torch.minimum(first[:, 1], second[:, 1]))], -1)
-
-
 #: What torch's function is called with.
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
@@ -214,7 +206,7 @@ def _pattern_of(given: Any, batch: int, queries: int, keys: int) -> KeyPattern |
         if pattern is None:
             pattern = found
         else:
-            pattern = dataclasses.replace(pattern, key_range=_intersection(pattern.key_range, found.key_range))
+            pattern = dataclasses.replace(pattern, key_range=intersection(pattern.key_range, found.key_range))
     return pattern
 
 

@@ -446,3 +446,42 @@ def test_key_pattern_finds_windows_on_both_sides() -> None:
 
 def test_the_interface_of_the_tests_is_not_the_packages() -> None:
     assert AttentionInterface()["tests"] is not gim_attention
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("filled", [1, 9, 14])
+def test_one_query_sees_nothing_of_the_empty_slots_of_a_static_cache(family: str, filled: int) -> None:
+    import transformers
+
+    model = make(family, torch.float64)
+    tokens = torch.randint(4, 90, (2, filled + 1), generator=torch.Generator().manual_seed(0))
+
+    def after(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model(tokens[:, :filled], past_key_values=cache, use_cache=True)
+        with gim.GIM(model):
+            return model(tokens[:, filled:], past_key_values=cache, use_cache=True).logits
+
+    static = after(transformers.StaticCache(config=model.config, max_cache_len=20))
+    torch.testing.assert_close(static, after(transformers.DynamicCache(config=model.config)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [3, 11])
+def test_an_encoder_may_be_longer_or_shorter_than_its_decoder(length: int) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "vocab_size": 40,
+        "max_position_embeddings": 32,
+    }
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads)).eval()
+    given = {"input_ids": torch.arange(4, 4 + length)[None], "decoder_input_ids": torch.arange(4, 11)[None]}
+    own = model(**given).logits
+    with gim.GIM(model) as report:
+        ours = model(**given).logits
+    assert report.counts()["attention"] == (3, 3)
+    torch.testing.assert_close(ours, own, rtol=0, atol=1e-5)

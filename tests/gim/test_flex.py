@@ -262,3 +262,77 @@ def test_scores_of_one_block_live_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             y = attention(x)[0]
         torch.autograd.grad(y.sum(), x)
     assert 16 * heads * tokens <= largest <= 2 * 16 * heads * tokens < heads * tokens * tokens / 8
+
+
+def _with_function(made: Callable[[], Callable[..., Any]]) -> tuple[Any, torch.Tensor]:
+    """A model whose score functions are made anew in each layer's forward, and its input."""
+    model = llama(mask="causal", score="slopes")
+    for layer in model.model.layers:
+        layer.self_attn.call = lambda q, k, v, score_mod, **named: torch_flex.flex_attention(
+            q, k, v, score_mod=made(), **named
+        )
+    return model, model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+
+def test_a_function_goes_on_to_hold_what_it_held() -> None:
+    """Functions that are made in a loop share its variable."""
+
+    kept: list[Any] = []
+
+    def made() -> Callable[..., Any]:
+        slopes = _slopes
+        kept.append(lambda s, b, h, i, j: s - slopes[h] * (i - j))
+        found: Callable[..., Any] = kept[-1]
+        return found
+
+    model, x = _with_function(made)
+    want = wanted(llama(mask="causal", score="slopes"), "GIM")
+    with gim.GIM(model):
+        logits = model(inputs_embeds=x, use_cache=False).logits
+    for one in kept:
+        one.__closure__[0].cell_contents = 5 * _slopes
+    near(torch.autograd.grad(logits[:, -1, 3].sum(), x)[0], want)
+
+
+@pytest.mark.parametrize("how", ["in place", "an attribute"])
+def test_what_a_function_holds_and_changes_before_the_backward_is_an_error(how: str) -> None:
+    class Held:
+        slopes = _slopes.clone()
+
+    held = Held()
+    model, x = _with_function(lambda: lambda s, b, h, i, j: s - held.slopes[h] * (i - j))
+    with gim.GIM(model):
+        logits = model(inputs_embeds=x, use_cache=False).logits
+    if how == "in place":
+        held.slopes.mul_(2)
+    else:
+        held.slopes = 2 * held.slopes
+    with pytest.raises(
+        UnsupportedModelError, match=r"^model\.layers\.1\.self_attn: the functions of flex_attention give"
+    ):
+        torch.autograd.grad(logits[:, -1, 3].sum(), x)
+
+
+def test_blocks_that_a_mask_leaves_out_are_left_out() -> None:
+    size, tokens = 4, 12
+    count = torch.ones(1, 1, 3, dtype=torch.int32)
+    index = torch.arange(3, dtype=torch.int32)[:, None].expand(1, 1, 3, 3).contiguous()
+    mask = torch_flex.BlockMask.from_kv_blocks(count, index, BLOCK_SIZE=size, seq_lengths=(tokens, tokens))
+    x = torch.randn(1, HEADS, tokens, 8, dtype=torch.float64, requires_grad=True)
+
+    class Blocks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch_flex.flex_attention(x, x, x, block_mask=mask)
+
+    model = Blocks()
+    with gim.GIM(model):
+        y = model(x)
+    seen = torch.arange(tokens)[:, None] // size == torch.arange(tokens) // size
+    torch.testing.assert_close(y, torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen))
+
+
+def test_a_function_mode_of_the_users_stands_in_between() -> None:
+    model = llama(mask="causal", score="plain")
+    want = gradient(model, "GIM")
+    with torch.device("cpu"):
+        near(gradient(model, "GIM"), want)
