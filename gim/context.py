@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch._dynamo.eval_frame
 from torch import nn
+from torch.autograd import forward_ad
 
 from gim.applied import AppliedReport
 from gim.intercept import checkpoints, compiled, fused, interface
-from gim.intercept.flow import take_as_inputs
+from gim.intercept.flow import take_as_inputs, take_as_weights
 from gim.intercept.frames import Frame, running
 from gim.intercept.gates import Gate
 from gim.intercept.proof import Proof
@@ -105,6 +106,7 @@ class GIM:
         ValueError: a value that no rule allows; no such engine; dropout is on.
         TypeError, RuntimeError: on entering: the engine cannot run the model's dtype, or on its device.
         NotImplementedError: at a forward pass: the engine has not what an attention needs, such as a softcap.
+        RuntimeError: at a forward pass: forward-mode derivatives are asked for.
         RuntimeError: this context is open already, or is opened in code that ``torch.compile`` runs.
 
     Example:
@@ -188,13 +190,20 @@ class GIM:
 def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A forward pass of a session's model, or of one of its modules, from outside."""
     refuse_context_parallelism(gate.stack.modules)
+    _refuse_forward_mode()
+    compiled.EAGER.hold()
     again = torch._C._current_graph_task_id() != -1  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.
     proof = session.proof if session.proves and torch.is_grad_enabled() and not again else None
 
     def run(frame: Frame) -> Any:
         running.frames.pop()
-        taken = take_as_inputs(_arguments(gate, inputs, named)) if torch.is_grad_enabled() else None  # noqa: F841 (held)
+        held = []  # while it runs
+        if torch.is_grad_enabled():
+            modules = gate.stack.modules.values()
+            weights = (x for one in modules for kept in (one._parameters, one._buffers) for x in kept.values())
+            held += take_as_weights(x for x in weights if x is not None)
+            held += take_as_inputs(_arguments(gate, inputs, named))
         with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named):
             return gate.enter(frame, inputs, named)
 
@@ -216,6 +225,21 @@ def _arguments(gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> li
         own = {id(one) for module in gate.stack.modules.values() for one in module._parameters.values()}
         live = [one for one in live if id(one) not in own]
     return live
+
+
+def _refuse_forward_mode() -> None:
+    """An error where derivatives are computed along with the forward: rules are of backward passes.
+
+    Raises:
+        RuntimeError: they are.
+    """
+    level = torch._C._functorch.peek_interpreter_stack()
+    jvp = level is not None and level.key() == torch._C._functorch.TransformType.Jvp
+    if jvp or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) follow no rule of GIM, which "
+            "changes backward passes: call torch.autograd.grad"
+        )
 
 
 def inspect(

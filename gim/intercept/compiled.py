@@ -44,22 +44,25 @@ class _Eager:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a dropped session may end while another begins
         self._open: set[object] = set()
-        self._ours: Any = _Stance(None)
 
     def begin(self, session: object) -> None:
         """A session opens."""
         with self._lock:
-            if not self._open:
-                self._ours = _Stance(eval_frame._stance)
-                eval_frame._stance = self._ours
             self._open.add(session)
+            self.hold()
+
+    def hold(self) -> None:
+        """Set the stance where somebody has set another since."""
+        now: Any = eval_frame._stance
+        if type(now) is not _Stance:
+            eval_frame._stance = _Stance(now)  # type: ignore[assignment]
 
     def end(self, session: object) -> None:
         """A session has closed; it may be said again."""
         with self._lock:
             self._open.discard(session)
-            now: Any = eval_frame._stance  # whoever has set another since, for good, keeps it
-            if not self._open and now is self._ours:
+            now: Any = eval_frame._stance
+            if not self._open and type(now) is _Stance:
                 eval_frame._stance = now.before
 
 

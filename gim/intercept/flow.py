@@ -155,11 +155,11 @@ def origin(tensor: torch.Tensor) -> Origin:
     return _leaf(get_gradient_edge(tensor).node) if node is None else _of_edge(node, tensor.output_nr)
 
 
-def mark(tensor: torch.Tensor, found: Origin) -> None:
-    """Say what a tensor is, where a handler knows better than the graph tells."""
-    node: Any = tensor.grad_fn
-    if node is not None:
-        node.metadata.setdefault(_KEY, {})[tensor.output_nr] = found
+def mark(tensor: torch.Tensor, found: Origin) -> Any:
+    """Say what a tensor is, where somebody knows better than the graph tells; gives what holds it."""
+    node: Any = get_gradient_edge(tensor).node
+    node.metadata.setdefault(_KEY, {})[tensor.output_nr] = found
+    return node
 
 
 def take_as_inputs(given: Iterable[torch.Tensor]) -> list[Any]:
@@ -168,13 +168,16 @@ def take_as_inputs(given: Iterable[torch.Tensor]) -> list[Any]:
     Returns:
         What says so, as long as it is held or a graph leads to it.
     """
-    nodes = []
-    for tensor in given:
-        if tensor.requires_grad and origin(tensor).constant:
-            node: Any = get_gradient_edge(tensor).node
-            node.metadata.setdefault(_KEY, {})[tensor.output_nr] = _new()
-            nodes.append(node)
-    return nodes
+    return [mark(one, _new()) for one in given if one.requires_grad and origin(one).constant]
+
+
+def take_as_weights(given: Iterable[torch.Tensor]) -> list[Any]:
+    """Say that tensors are weights, though they are no parameters or were computed: as ``functional_call`` puts them.
+
+    Returns:
+        As :func:`take_as_inputs`.
+    """
+    return [mark(one, CONSTANT) for one in given if one.requires_grad and not isinstance(one, nn.Parameter)]
 
 
 def _leaf(node: Any) -> Origin:

@@ -25,6 +25,8 @@ from gim.rules import Rules
 
 #: How many kinds of forward passes of one model are remembered; each module that is called from outside has its own.
 _KINDS = 1024
+#: How many ways through a model's code are remembered of each kind.
+_WAYS = 63
 _SIMPLE = frozenset({bool, str, float})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -38,8 +40,34 @@ class _Verdict:
     noted: tuple[Finding, ...]
 
 
+class _Kind:
+    """What is known of forward passes of one kind: a verdict for each way through the model's code that was seen."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[_Verdict] = []
+        #: Other ways that were gone: what was reached and which modules ran. Until they are known, all is watched.
+        self.awaited: list[tuple[frozenset[tuple[Part, str, str]], set[str]]] = []
+
+    def add(self, verdict: _Verdict) -> None:
+        """Enter what a watched forward told."""
+        self.verdicts = [*self.verdicts[-_WAYS:], verdict]
+        self.awaited = [way for way in self.awaited[-_WAYS:] if self.of(*way) is None]
+
+    def all(self) -> _Verdict:
+        """What all of them told together: of experts, each forward takes others."""
+        found = [one for verdict in self.verdicts for one in verdict.found]
+        noted = [one for verdict in self.verdicts for one in verdict.noted]
+        reached = frozenset[tuple[Part, str, str]]().union(*(verdict.reached for verdict in self.verdicts))
+        return _Verdict(reached, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(noted)))
+
+    def of(self, reached: frozenset[tuple[Part, str, str]], ran: set[str]) -> _Verdict | None:
+        """What watched forwards told that reached the same, but in modules that did not run now."""
+        alike = (one for one in (self.verdicts[-1], self.all(), *self.verdicts) if reached <= one.reached)
+        return next((one for one in alike if not any(row[1] in ran for row in one.reached - reached)), None)
+
+
 #: Beside the models and not in them, so that no copy of a model takes over what was seen of another.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Verdict]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Kind]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -52,6 +80,8 @@ class Proof:
         self._report = session.report
         self._ran = session.ran
         self._verdict: _Verdict | None = None
+        #: Modules that ran and that a rule had reached before.
+        self._missed: list[str] = []
         self._running = False
         self._whole = True
 
@@ -66,49 +96,47 @@ class Proof:
         self._whole = name == ""
         key = name, _kind_of(module, self._rules, inputs, named)
         with _lock:
-            known = _verdicts.setdefault(model, {}).get(key)
+            kinds = _verdicts.setdefault(model, {})
+            kind = kinds.setdefault(key, _Kind())
+            if len(kinds) > _KINDS:  # hooks that come and go make new kinds for ever
+                del kinds[next(iter(kinds))]
         before = self._calls()
-        self._running, self._verdict = True, None
+        self._running, self._verdict, self._missed = True, None, []
         self._ran.clear()
         try:
-            if known is None:
+            if kind.awaited or not kind.verdicts:
                 with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
                     yield
-                known = _Verdict(self._reached_since(before), watch.found, watch.noted)
-                with _lock:
-                    kinds = _verdicts[model]
-                    kinds[key] = known
-                    if len(kinds) > _KINDS:  # hooks that come and go make new kinds for ever
-                        del kinds[next(iter(kinds))]
+                self._verdict = _Verdict(self._reached_since(before), watch.found, watch.noted)
+                kind.add(self._verdict)
             else:
                 yield
-                known = self._compared(known, self._reached_since(before), key)
+                self._compare(kind, self._reached_since(before))
         finally:
             self._running = False
-        self._verdict = known
-        self._report.watched = known is not None
+        self._report.watched = self._verdict is not None
 
-    def _compared(self, known: _Verdict, reached: frozenset[tuple[Part, str, str]], key: Any) -> _Verdict | None:
-        """What is known of a forward that was not watched; None where it reached what the watched one did not, or not
-        what that did reach in a module that ran."""
-        more, less = reached - known.reached, {row for row in known.reached - reached if row[1] in self._ran}
-        if not more and not less:
-            return known
-        model = self._model()
-        with _lock:
-            if model is not None:
-                _verdicts[model].pop(key, None)
-        names = ", ".join(sorted({name for _, name, _ in more or less})[:3])
-        which = "reached" if more else "did not reach"
-        did = "did not" if more else "did"
-        self._note(f"a forward pass {which} {names}, which the watched one {did}: the next is watched again")
-        return None
+    def _compare(self, kind: _Kind, reached: frozenset[tuple[Part, str, str]]) -> None:
+        """Find what is known of a forward that was not watched; nothing where none that was watched went its way."""
+        self._verdict = kind.of(reached, self._ran)
+        if self._verdict is not None:
+            return
+        kind.awaited.append((reached, set(self._ran)))
+        known = kind.all().reached
+        more = sorted({name for _, name, _ in reached - known})
+        if more:
+            self._note(f"a forward pass reached {_several(more)}, which no watched one did: the next are watched again")
+        else:
+            self._missed = sorted({name for _, name, _ in known - reached if name in self._ran})
 
     def unreached(self) -> list[tuple[str, str]]:
         """Name and reason of every part that the rules should have reached in the last forward and did not."""
         verdict, model = self._verdict, self._model()
         if verdict is None:
-            return []
+            reason = (
+                "a rule was applied here in a forward that was watched, and not in this one: run it again to watch it"
+            )
+            return [(name or type(model).__name__, reason) for name in self._missed]
         for place in dict.fromkeys((one.kind, one.place, one.operator) for one in verdict.noted):
             kind, line, operator = place
             modules = dict.fromkeys(one.module for one in verdict.noted if (one.kind, one.place, one.operator) == place)

@@ -207,8 +207,25 @@ def test_contexts_that_are_dropped_or_closed_in_another_order_put_the_stance_bac
     assert eval_frame._stance.stance == "default"
     with gim.GIM(models[0]):
         torch.compiler.set_stance("eager_on_recompile")  # and it stays so
+        models[0](IDS)
+        assert eval_frame._stance.stance == "force_eager"
     assert eval_frame._stance.stance == "eager_on_recompile"
     torch.compiler.set_stance("default")
+
+
+def test_a_stance_of_the_users_inside_a_context_changes_nothing() -> None:
+    model = llama()
+    want = gim.explain(model, IDS, baseline_token_id=0)
+    model.model.layers[0].mlp.compile(backend="aot_eager")
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    grads: list[torch.Tensor] = []
+    for stance in ("default", "force_eager"):
+        with gim.GIM(model) as report, torch.compiler.set_stance(stance):
+            logits = model(inputs_embeds=x, use_cache=False).logits
+        assert report.counts()["gated_mlp"] == (2, 2)
+        grads += torch.autograd.grad(logits[:, -1, 3].sum(), x)
+    near(*grads)
+    near(gim.explain(model, IDS, baseline_token_id=0), want)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gim
 from gim.applied import UnsupportedModelError
 from gim_kernels.budget import relative_error
-from tests import eager
+from tests import eager, families
 from tests.eager import EagerRules, attend, scale
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
@@ -981,3 +982,39 @@ def test_a_weight_that_is_an_argument_is_still_a_weight() -> None:
     with gim.GIM(model) as report:
         model(inputs().requires_grad_(), model.weight)
     assert report.counts()["gated_mlp"] == (0, 0) and report.complete
+
+
+@pytest.mark.parametrize("what", ["detached", "leaves", "computed", "stepped"])
+@pytest.mark.parametrize("first", [False, True], ids=["watched", "after another"])
+def test_weights_that_are_put_in_for_one_call_are_weights(what: str, first: bool) -> None:
+    """``torch.func.functional_call``: as in meta-learning, and influence functions."""
+    model = families.make("llama", torch.float64)
+    x = model.get_input_embeddings()(torch.arange(4, 13)[None]).detach().requires_grad_()
+    made: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "detached": torch.Tensor.detach,
+        "leaves": lambda p: p.detach().clone().requires_grad_(),
+        "computed": lambda p: p * 1,
+        "stepped": lambda p: p.detach().clone().requires_grad_() * 1,
+    }
+    weights = {name: made[what](one) for name, one in model.named_parameters()}
+
+    def asked(call: Any) -> torch.Tensor:
+        with gim.GIM(model) as report:
+            logits = call(inputs_embeds=x, use_cache=False).logits
+        assert report.counts() == {"attention": (3, 3), "norm": (7, 7), "gated_mlp": (3, 3)}
+        return torch.autograd.grad(logits[0, -1, 3], x)[0]
+
+    def functional(**named: Any) -> Any:
+        return torch.func.functional_call(model, weights, (), named)
+
+    calls = (model, functional) if first else (functional, model)
+    one, other = (asked(call) for call in calls)
+    assert torch.equal(one, other)
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    model, x = Whole(), inputs()
+    with gim.GIM(model), pytest.raises(RuntimeError, match="forward-mode derivatives"):
+        torch.func.jvp(model, (x,), (x,))
+    with gim.GIM(model), pytest.raises(RuntimeError, match="forward-mode derivatives"), forward_ad.dual_level():
+        model(forward_ad.make_dual(x, x))
