@@ -136,6 +136,8 @@ def _classify(full: str) -> tuple[str, str]:
         return "leaf", short
     if short == "CopySlices":
         return "join", short
+    if short == "BackwardHookFunctionBackward":
+        return "each", short  # of torch's full backward hooks: what came in, as it came in
     name, mark, version = short.partition("Backward")
     name = name.lstrip("_")
     if name == "ScaleGradient":
@@ -208,6 +210,9 @@ def _known_edge(node: Any, output: int) -> Origin | None:
         kind, name = kind_of(node)
         if kind == "piece" and not found.constant:
             found = _piece(node, held["of"], name, output)
+        elif kind == "each":
+            one, place = node.next_functions[output]
+            found = CONSTANT if one is None else _of_edge(one, place)
         held[output] = found
     return found
 
@@ -261,6 +266,8 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
             return _new(rows=True)
         # A weight applied to data that asks for no gradient: the data is an input all the same.
         return _new() if kind in _APPLIES and None in inputs[:2] else CONSTANT
+    if kind == "each":
+        return inputs[0] or CONSTANT
     first = live[0]
     if kind == "same":
         return first
@@ -380,5 +387,5 @@ def _clean(node: Any) -> bool:
     kind, name = kind_of(node)
     if kind in ("attention", "softmax", "leaf") or name in ("gated", "Cumsum", "Cumprod"):
         return False
-    known: Origin = node.metadata[_KEY][0]
+    known = _of_edge(node, 0)
     return not (kind == "linear" and known.scores) and not (kind == "product" and known.factors)

@@ -49,6 +49,7 @@ AFFINE |= {"index_add", "index_put", "index_copy", "scatter", "scatter_add", "sl
 AFFINE |= {"masked_scatter"}
 POWERS = {"norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp"}  # nonlinear in themselves
 CLIPS = {"maximum", "minimum", "fmax", "fmin"}
+TURNS = {"t", "transpose", "permute", "movedim"}
 EXTREMES = {"amax", "amin", "max", "min"}
 #: Products whose last factor is bent by the operator itself.
 QUOTIENTS = {"div", "addcdiv", "xlogy", "special_xlog1py"}

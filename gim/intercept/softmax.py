@@ -102,12 +102,16 @@ def _dropout(session: Session, func: Callable[..., Any], input: Any, p: float = 
     return func(input, p, *args, **named)
 
 
+_MATRIX_PRODUCTS = (
+    *(torch.matmul, torch.bmm, torch.mm, torch.linalg.matmul),
+    *(torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.mm, torch.Tensor.__matmul__),
+)
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax),
         _softmax,
     ),
-    **dict.fromkeys((torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__), _matmul),
+    **dict.fromkeys(_MATRIX_PRODUCTS, _matmul),
     **dict.fromkeys(
         (F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.dropout),
         _dropout,

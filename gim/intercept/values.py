@@ -20,8 +20,8 @@ class Value:
     """What is known of one value."""
 
     __slots__ = (
-        "act", "blank", "cut", "dep", "depth", "hidden", "id", "map", "mixed", "parts", "random", "reached", "scores",
-        "soft", "source", "stat", "top", "written",
+        "act", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random", "reached",
+        "scores", "soft", "source", "stat", "top", "written",
     )  # fmt: skip
 
     def __init__(self, dep: bool = False, source: int | None = None, act: bool = False, **more: Any) -> None:
@@ -33,6 +33,8 @@ class Value:
         self.stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
         self.parts: Any = None  # what was joined to it
         self.scores = False  # from a product of two values that depend on the input
+        # Of a constant times what depends on the input: whether its last axis are the places of that; else None.
+        self.keys: bool | None = None
         self.depth = 0  # how often tokens were mixed since the input, on the longest way
         self.mixed = False  # tokens were mixed by attention since the last linear map
         self.soft = False  # past a softmax or a division into shares
@@ -52,7 +54,7 @@ class Value:
         new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
         new.depth, new.soft, new.random = self.depth, self.soft, self.random
         new.blank, new.reached, new.cut, new.map = self.blank, self.reached, self.cut, self.map
-        new.hidden = self.hidden
+        new.hidden, new.keys = self.hidden, self.keys
         for name, value in changes.items():
             setattr(new, name, value)
         return new
@@ -111,5 +113,5 @@ def spans(tensor: torch.Tensor) -> int:
 
 def join(values: list[Value], act: bool = False, parts: list[Value] | None = None) -> Value:
     """Of several values together: a function of each and of no one alone."""
-    flags = {name: any(getattr(v, name) for v in values) for name in ("dep", "scores", "mixed", "random")}
+    flags = {name: any(getattr(v, name) for v in values) for name in ("dep", "scores", "keys", "mixed", "random")}
     return Value(act=act or any(v.act for v in values), parts=parts, **flags)

@@ -31,7 +31,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gim.applied import Part
 from gim.intercept.hooks import hooked
-from gim.intercept.operators import AFFINE, CLIPS, EXTREMES, LOOKUP, POWERS, QUOTIENTS, describe, may_lack_gradient
+from gim.intercept.operators import (
+    AFFINE,
+    CLIPS,
+    EXTREMES,
+    LOOKUP,
+    POWERS,
+    QUOTIENTS,
+    TURNS,
+    describe,
+    may_lack_gradient,
+)
 from gim.intercept.places import Places
 from gim.intercept.sites import SITES, Sites
 from gim.intercept.values import (
@@ -245,6 +255,8 @@ class Watch(TorchDispatchMode):
                     value = self._without(first, kind, name, tensors, values, outs)
                 if first.hidden:
                     self._reveal(tensors[0], first)
+                if first.keys is not None and tensors[0].stride()[-1:] != outs[0].stride()[-1:] and name in TURNS:
+                    value = value.like(keys=not first.keys)  # another axis is the last
                 self._places.put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
@@ -407,9 +419,11 @@ class Watch(TorchDispatchMode):
         return Value(dep=True)  # rows of a table, by the ids that came in; or such ids, rearranged
 
     def _linear(self, name: str, given: list[tuple[torch.Tensor, Value]], out: torch.Tensor) -> Value:
-        pair = [one for one in given[name in ("addmm", "baddbmm", "addmv") :] if one[1].dep][:2]
+        operands = given[name in ("addmm", "baddbmm", "addmv") :]
+        pair = [one for one in operands if one[1].dep][:2]
         if len(pair) < 2:
-            return Value(dep=True)
+            # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
+            return Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
         (x, a), (y, b) = pair
         if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
             return self._product(name, pair, out)  # number by number, as einsum writes it
@@ -420,6 +434,8 @@ class Watch(TorchDispatchMode):
             self._report("softmax over keys", f"exp, {name}", weights)
         elif weights:
             self._report("attention that is no softmax", weights.top, to=self._noted)
+        elif any(v.soft and v.keys and not v.scores for v in (a, b)):
+            self._report("softmax over keys", f"{name} with keys of learned queries", *(v for v in (a, b) if v.soft))
         elif any(v.soft and not v.scores for v in (a, b)):
             self._report("a mix by a softmax of no scores", name, to=self._noted)
         elif (a.act or b.act) and not (a.soft or b.soft):

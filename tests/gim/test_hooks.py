@@ -199,3 +199,42 @@ def test_circuits_name_what_is_not_finite() -> None:
     with pytest.raises(FloatingPointError, match=r"the first module that puts one out is model\.layers\.1\.mlp\.down"):
         circuits.attribute(model, [pair], tokenizer=tokenizer)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_full_backward_hooks_change_nothing(family: str) -> None:
+    """They stand between a module and its inputs as a function of torch's own."""
+    model = make(family, torch.float64)
+    want = gim.explain(model, ids(), baseline_token_id=BASELINE)
+    heard: list[str] = []
+    for name, module in model.named_modules():
+        if name and not name.endswith(("self_attn", "attn")):
+            module.register_full_backward_hook(lambda *_, name=name: heard.append(name))
+    got = gim.explain(model, ids(), baseline_token_id=BASELINE)
+    assert heard
+    assert_close64(got, want, family, relative=FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_full_backward_hook_keeps_the_inputs_of_a_module_apart() -> None:
+    class Gated(nn.Module):
+        def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return F.silu(gate) * up
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.wide, self.gated = nn.Linear(WIDTH, 2 * WIDTH).double(), Gated()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gated(*self.wide(x).chunk(2, -1))
+
+    model, grads = Model(), []
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        with gim.GIM(model) as report:
+            y = model(x)
+        assert report.counts()["gated_mlp"] == (1, 1)
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+        model.gated.register_full_backward_hook(lambda *_: None)
+    assert torch.equal(*grads)

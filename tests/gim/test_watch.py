@@ -269,6 +269,31 @@ def test_what_is_a_constant_to_what_follows_is_not_found() -> None:
     assert seen(Net(gate=constant, norm=normed)) == []
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_of_learned_queries_is_found(frozen: bool) -> None:
+    """As a Perceiver's: one of the two that are multiplied is a weight, and it is not a map's."""
+
+    class Latents(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(5, WIDTH))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            return self.head((self.latents @ self.key(x).mT * 0.25).softmax(-1) @ x)
+
+    class Router(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            experts = torch.stack([self.query(x), self.key(x)], -2)
+            return self.head((self.head(x)[..., None, :2].softmax(-1) @ experts).squeeze(-2))
+
+    model = Latents()
+    model.latents.requires_grad_(not frozen)
+    assert seen(model) == [("softmax over keys", "Latents")]
+    assert seen(Router()) == []
+
+
 def test_inference_mode_hides_nothing() -> None:
     """Operators made of others come whole there."""
     model = Net(gate=GATES["glu"], norm=lambda x: F.layer_norm(x, (WIDTH,)), attend=SOFTMAXES["softmax"])
