@@ -3,6 +3,10 @@
 It is a cache and no way in: a module's first call runs its own code, where :mod:`gim.intercept.products` finds the norm
 and applies the rule. What that code called is noted, and where it is the equation of an RMS norm or a layer norm, the
 kernel takes its place from then on: it keeps one number for each row. Nobody's module is ever run for it.
+
+That the equation gives the same on a few numbers proves it of all numbers only where the code cannot do otherwise on
+others. So the functions that may have been called are few, and none of them clips, chooses or compares; and all that
+the code may have asked of a tensor is what the cache knows a norm by.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import gim_kernels
@@ -36,8 +41,28 @@ ENABLED = True
 _ROWS = 4
 #: Roundings by which they may differ, in units in the last place.
 _ULPS = 8
-#: What a tensor may be asked that is no tensor and depends on none of its numbers.
-_ASKED = frozenset({"__get__", "size", "dim", "ndimension", "numel", "is_floating_point", "stride", "type"})
+#: All that a norm is made of. Every one is smooth in its numbers, makes new memory, and knows no place along an axis.
+_ARITHMETIC = (
+    "add sub subtract rsub mul multiply div divide true_divide neg negative pow square sqrt rsqrt reciprocal mean sum "
+    "var std __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __neg__ __pow__"
+)
+_EQUATION = frozenset(
+    getattr(place, name) for place in (torch, torch.Tensor) for name in _ARITHMETIC.split() if hasattr(place, name)
+) | {getattr(torch.Tensor, name) for name in ("to", "type", "type_as", "float", "double", "half", "bfloat16")}
+#: What would make a step of another kind of them.
+_OTHERWISE = frozenset({"out", "rounding_mode"})
+#: What a tensor may be asked that is no tensor: what a norm is known by.
+_ASKED = frozenset(
+    {
+        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
+        torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.dim,
+        torch.Tensor.ndimension,
+        torch.Tensor.is_floating_point,
+        torch.is_floating_point,
+    }
+)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _PRODUCTS = products.PRODUCTS | products.QUOTIENTS | products.IN_PLACE.keys()
 _MODULE = frozenset(nn.Module().__dict__) | {"forward"} | accelerate.KEPT
@@ -130,11 +155,14 @@ class Trace:
         self.multiplies |= func in _PRODUCTS
         if not self.readable:
             return
-        places = tree_map(self._place, (args, named))
         if isinstance(out, torch.Tensor):
+            if func not in _EQUATION or named.keys() & _OTHERWISE or not out.is_floating_point():
+                self.readable = False
+                return
+            places = tree_map(self._place, (args, named))
             self._steps.append((func, *places, self._put(out)))
-        elif getattr(func, "__name__", "") not in _ASKED:
-            self.readable = False  # several tensors, or a number read from one
+        elif func not in _ASKED:
+            self.readable = False  # several tensors, a number read from one, or how many there are
 
     def replayed(self, x: torch.Tensor, held: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor | None:
         """What the same calls give for another ``x`` and other parameters, where ``out`` came from them."""
@@ -189,7 +217,10 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
         row = session.last if session.fired == before + 1 else None
         alone = row is not None and row.part == "norm" and row.engine == "torch"
         if alone:
-            norm = _known[key] = _recognise(trace, module, x, out)
+            norm = _recognise(trace, module, x, out)
+            if norm is not None and not _gives(norm, module, x, out, session.engine):
+                norm = None
+            _known[key] = norm
         elif session.fired > before or not trace.multiplies:
             _other.add(type(module))  # else a hook's code may have run, in which nothing is seen
         saved.settle(kept=norm is None)
@@ -283,7 +314,8 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
                 parameters.append((name, one.shape, one.dtype))
     cls: Any = type(module)
     code = cls.forward
-    return cls, code, (*own,), _read(cls, code).said(), (*parameters,), x.dtype, shape[-1], module.training
+    said = _read(cls, code).said()
+    return cls, code, (*own,), said, (*parameters,), device.type, x.dtype, len(shape), shape[-1], module.training
 
 
 class _Read:
@@ -344,8 +376,9 @@ def _is_sizes(value: Any) -> bool:
 def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> Norm | None:
     """The norm whose equation gives what the noted calls give, on numbers of our own.
 
-    Two sets of rows are used: of unit size with a mean, which tell the kinds and the weight's offset apart, and as
-    small as the square root of epsilon, whose outputs depend on it. Parameters are random too.
+    Three sets of rows are used: of unit size with a mean, which tell the kinds and the weight's offset apart; as small
+    as the square root of epsilon, whose outputs depend on it; and large, in which arithmetic that bends far out shows.
+    No axis is of size 1, so a statistic over another axis shows too. Parameters are random.
     """
     if not trace.readable or not isinstance(out, torch.Tensor) or out.dtype != x.dtype or len(trace.used) > 2:
         return None
@@ -354,12 +387,14 @@ def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> No
     for name in trace.used:
         one = getattr(module, name)
         held[name] = torch.randn(one.shape, generator=generator).to(one.dtype)
-    heads = next((one.shape[0] for one in held.values() if one.dim() == 2), _ROWS)
-    rows = torch.randn(1, heads, x.shape[-1], generator=generator, dtype=torch.float64) + 1.0
+    heads = next((one.shape[0] for one in held.values() if one.dim() == 2 and one.shape[0] > 1), _ROWS)
+    shape = (*[2] * (x.dim() - 2), heads, x.shape[-1])
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64) + 1.0
+    large = min(1e6, torch.finfo(x.dtype).max / 64)
     epsilons = sorted({value for value in trace.constants if 0 <= value < 1e-1}) or [0.0]
     with torch.no_grad(), torch._C.DisableTorchFunction():
         for eps in epsilons:
-            probes = [rows.to(x.dtype), (rows * max(eps, 1e-6) ** 0.5).to(x.dtype)]
+            probes = [(rows * size).to(x.dtype) for size in (1.0, max(eps, 1e-6) ** 0.5, large)]
             try:
                 outputs = [trace.replayed(probe, held, out) for probe in probes]
             except (RuntimeError, TypeError, ValueError, IndexError):  # calls that fit no other shape or place
@@ -386,5 +421,20 @@ def _equal(output: torch.Tensor | None, norm: Norm, held: dict[str, torch.Tensor
         return False
     wide = {name: one.double() for name, one in held.items()}
     want = norm.apply(wide.__getitem__, x.double(), frozen=False, by=reference, engine="reference")
-    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
-    return bool((output.double() - want).abs().amax() <= _ULPS * eps * want.abs().amax())
+    return _close(output.double(), want, x.dtype)
+
+
+def _close(y: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether each row is another within a few roundings of a dtype, float32 at best."""
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    gap, size = (y - want).abs().amax(-1), want.abs().amax(-1)
+    return bool((gap.float() <= _ULPS * eps * size.float()).all())
+
+
+def _gives(norm: Norm, module: nn.Module, x: torch.Tensor, out: torch.Tensor, engine: Engine) -> bool:
+    """Whether the kernel gives what the module's own code has just given."""
+    if x.is_meta:
+        return True
+    held: Any = {**module._parameters, **module._buffers}
+    with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        return _close(norm.apply(held.__getitem__, x, frozen=False, by=gim_kernels, engine=engine), out, x.dtype)

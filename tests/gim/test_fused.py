@@ -113,6 +113,70 @@ def test_a_norm_that_is_written_out_runs_by_the_kernels(name: str, dtype: torch.
     assert torch.equal(first, again) and report.of("norm")[0].calls == 1
 
 
+def unit(x: torch.Tensor, axes: Any = -1) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + 1e-6)
+
+
+#: What is an RMS norm of a few small rows, and something else of others.
+HIDDEN: dict[str, Any] = {
+    "clipped before": lambda _, x: unit(x.clamp(-8, 8)),
+    "clipped statistic": lambda _, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(max=100.0) + 1e-6),
+    "clipped after": lambda _, x: unit(x).clamp(-6, 6),
+    "chosen": lambda _, x: unit(torch.where(x.abs() > 20, 0, x)),
+    "filled": lambda _, x: unit(x).masked_fill(x.abs() > 40, 0),
+    "compared": lambda _, x: unit(x) * (x < 40),
+    "soft clip": lambda _, x: unit(torch.where(x > 30, 30 + (x - 30).log1p(), x)),
+    "bent far out": lambda _, x: unit(torch.tanh(x / 1e4) * 1e4),
+    "bent by arithmetic": lambda _, x: unit(x / (1 + (x / 1e5) ** 2).sqrt()),
+    "rounded": lambda _, x: unit(x - 1e3 * torch.div(x, 1e3, rounding_mode="trunc")),
+    "made integers": lambda _, x: unit(x - 50 * (x / 50).to(torch.int64)),
+    "over the batch": lambda _, x: unit(x, (0, -1)),
+    "by tokens": lambda _, x: unit(x) if x.shape[1] < 6 else x,
+    "by tokens, asked otherwise": lambda _, x: unit(x) if x.size(-2) * x.numel() < 6 * x.numel() else x,
+    "by length": lambda _, x: unit(x) if len(x[0]) < 6 else x,
+    "a few tokens": lambda _, x: unit(x[:, :1000]) if x.is_contiguous() else x,
+    "by a number": lambda _, x: unit(x) if bool(x.abs().amax() < 50) else x,
+    "by a gradient": lambda _, x: unit(x) if x.requires_grad else x,
+    "in place": lambda _, x: unit(x.mul_(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_differs_from_a_norm_anywhere_keeps_its_own_code(name: str) -> None:
+    norm: Any = type("Hidden", (nn.Module,), {"forward": HIDDEN[name]})
+    model = build(norm(), torch.float64)
+    small = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    large = torch.cat([small, 1e4 * small], 1)
+    for x in (small, large, torch.cat([small, large[:, 5:]])):
+        with gim.GIM(model, rules="FREEZE_ONLY", strict=False):
+            y = model(x.requires_grad_())
+            assert torch.equal(y, model(x))
+        assert torch.equal(y, model(x))
+    with torch.no_grad():
+        with gim.GIM(model, rules="FREEZE_ONLY", strict=False):
+            y = model(x)
+        assert torch.equal(y, model(x))
+    assert not any(fused._known.values())
+
+
+def test_a_norm_over_an_axis_by_number_is_known_for_that_many_axes() -> None:
+    norm: Any = type("Third", (nn.Module,), {"forward": lambda _, x: unit(x, 2)})
+    model = build(norm(), torch.float64)
+    for shape in ((2, 5, WIDTH), (2, 3, WIDTH, WIDTH)):
+        x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+        with gim.GIM(model, rules="FREEZE_ONLY", strict=False):
+            y = model(x)
+        assert relative_error(y, model(x)) < 1e-12
+    assert sum(norm is not None for norm in fused._known.values()) == 1
+
+
+def test_a_kernel_is_held_against_the_first_real_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_recognise", lambda *_: fused.Norm("rms_norm", 1e-2))  # which it is not
+    model = build(LlamaRMSNorm(WIDTH), torch.float32)
+    _, report = gradient(model, torch.float32, 1e-2)
+    assert report.of("norm")[0].engine == "torch" and not any(fused._known.values())
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-3], ids=["plain", "tiny"])
 @pytest.mark.parametrize("name", [*KERNELS, *OWN])
 def test_without_the_cache_everything_is_the_same(name: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
