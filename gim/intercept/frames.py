@@ -28,8 +28,8 @@ class Frame:
         self.shows: Any = None
         #: Whether a gated product of this call is counted already: experts are products of one module.
         self.counted = False
-        #: What activations were computed from, by place; None where no rule has asked for it.
-        self.sources: dict[Any, torch.Tensor] | None = None
+        #: What activations were computed from, and its version then, by place; None where no rule has asked for it.
+        self.sources: dict[Any, tuple[torch.Tensor, int]] | None = None
         #: What notes the functions that this call makes; None where nobody asks.
         self.trace: Any = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -188,6 +189,97 @@ def test_rules_of_ones_own_equal_the_equations() -> None:
         got = gradient(model)
     want = gradient(lambda x: decoder_by_hand(model, x, rules))
     assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Gated(nn.Module):
+    """A gated MLP, or one that adds its branches, whose activation is given."""
+
+    def __init__(self, act: Callable[[torch.Tensor], Any], join: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.act, self.join = act, join
+        self.gate, self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        g, u = self.gate(x), self.up(x)
+        y = self.act(g)
+        return self.down(self.join(g if y is None else y, u))
+
+
+def discarded(write: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], None]:
+    """An activation in place, whose result is not used."""
+
+    def act(x: torch.Tensor) -> None:
+        write(x)
+
+    return act
+
+
+IN_PLACE: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    **{
+        run.__name__: (discarded(functools.partial(run, inplace=True)), run)
+        for run in (F.silu, F.relu, F.relu6, F.elu, F.celu, F.selu, F.leaky_relu, F.mish, F.hardswish, F.hardsigmoid)
+    },
+    "hardtanh": (discarded(functools.partial(F.hardtanh, inplace=True)), F.hardtanh),
+    "silu by place": (discarded(lambda x: F.silu(x, True)), F.silu),
+    "silu, module": (discarded(nn.SiLU(inplace=True)), F.silu),
+    "silu, used": (lambda x: F.silu(x, inplace=True), F.silu),
+    "leaky_relu by place": (discarded(lambda x: F.leaky_relu(x, 0.3, True)), lambda x: F.leaky_relu(x, 0.3)),
+    "hardtanh by place": (discarded(lambda x: F.hardtanh(x, -0.5, 0.5, True)), lambda x: F.hardtanh(x, -0.5, 0.5)),
+    "relu_": (discarded(torch.relu_), torch.relu),
+    "relu_, method": (discarded(lambda x: x.relu_()), torch.relu),
+    "sigmoid_": (discarded(lambda x: x.sigmoid_()), torch.sigmoid),
+    "tanh_": (discarded(lambda x: x.tanh_()), torch.tanh),
+    "elu_": (discarded(lambda x: F.elu_(x, 0.7)), lambda x: F.elu(x, 0.7)),
+    "silu of a part": (
+        discarded(lambda x: F.silu(x[..., ::2], inplace=True)),
+        lambda x: torch.stack([F.silu(x[..., ::2]), x[..., 1::2]], -1).flatten(-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["GIM", "ATTNLRP"])
+@pytest.mark.parametrize("join", [torch.mul, torch.add], ids=["gated", "added"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_activation_in_place_is_the_same_as_any(name: str, join: Any, preset: str) -> None:
+    """Whether its result is used or not: the model's own tensor is written, and the rule acts."""
+    found, part = [], name == "silu of a part"  # in which no branch can be told from another
+    for act in IN_PLACE[name]:
+        model = make(lambda act=act: Gated(act, join))
+        with gim.GIM(model, rules=preset, strict=not part) as report:
+            found.append((gradient(model), report.counts()))
+            y = model(inputs().requires_grad_())
+            with torch.no_grad():
+                assert torch.equal(model(inputs()), y) or part
+        assert relative_error(y, model(inputs())) < 1e-14
+    if not part or join is torch.add:
+        assert relative_error(found[0][0], found[1][0]) < 1e-14 and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("preset", ["GIM", "ATTNLRP"])
+def test_what_is_written_over_is_no_activation_any_more(preset: str) -> None:
+    """The forward is the model's own, and a backward that torch refuses is refused."""
+
+    def more(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(g).add_(1.0) * u
+
+    def lost(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        a = F.silu(g)
+        g.zero_()
+        return a * u
+
+    def unrecorded(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            F.silu(g, inplace=True)
+        return g * u
+
+    for join in (more, lost, unrecorded):
+        model = make(lambda join=join: Gated(lambda x: x, join))
+        with gim.GIM(model, rules=preset, strict=False):
+            y = model(inputs().requires_grad_())
+        assert relative_error(y, model(inputs())) < 1e-14
+        if join is lost:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
 
 
 @pytest.mark.parametrize("build", [Decoder, Encoder], ids=["functions", "modules"])
