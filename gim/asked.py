@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -186,6 +187,12 @@ class Asked:
         )
 
 
+#: What decoders make of bytes that are no character, or not yet.
+_REPLACEMENT = "\ufffd"
+#: Tokens after which what they say is settled: a character has at most four bytes.
+_SETTLED_AFTER = 16
+
+
 def tokens_of(
     model: nn.Module, argument: str, given: str | Sequence[int], tokenizer: Any
 ) -> tuple[str, list[int], list[Range]]:
@@ -196,29 +203,69 @@ def tokens_of(
     """
     if isinstance(given, str):
         target_kinds.check_text(given, argument)
-        encoded = tokenizer(given, add_special_tokens=False, return_offsets_mapping=True)
-        text, ids = given, list(encoded["input_ids"])
-        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+        ids, spans = _encoded(given, tokenizer)
     else:
         ids = list(given)
-        text, spans = decoded(ids, tokenizer)
     if not ids:
         raise ValueError(f"{argument} must have at least one token, got {given!r}, which has none")
     for one in ids:
         check_token_id(model, argument, one)
+    if isinstance(given, str):
+        return given, ids, spans
+    text, spans = decoded(ids, tokenizer)
     return text, ids, spans
 
 
-def decoded(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[Range]]:
-    """The text of ids, and the range of each in it.
+def _encoded(text: str, tokenizer: Any) -> tuple[list[int], list[Range]]:
+    """The tokens of a text without special ones around it, and the range of each."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
-    Decoded together and measured one by one: a character may take several tokens, and its first ones alone may be
-    more characters than it is.
+
+def decoded(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[Range]]:
+    """The text of ids, and the range of each in it: the tokenizer's own where it cuts the text into these ids."""
+    text: str = tokenizer.decode(ids)
+    usual, spans = _encoded(text, tokenizer)
+    if usual != list(ids):
+        # Few tokens change what those long before them say, but a stray byte may, so then all are decoded each time.
+        spans = _ranges(text, ids, tokenizer, nearby=True) or _ranges(text, ids, tokenizer, nearby=False) or []
+    return text, spans
+
+
+def _ranges(text: str, ids: Sequence[int], tokenizer: Any, *, nearby: bool) -> list[Range] | None:
+    """The range of each token, by what it adds to the text of those before it.
+
+    Args:
+        nearby: decode each token after a few others only; None comes of it where that does not make the text.
     """
-    lengths = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
-    for place in range(len(ids) - 1, -1, -1):
-        lengths[place] = min(lengths[place], lengths[place + 1])
-    return tokenizer.decode(ids), list(pairwise(lengths))
+    spans: list[Range] = []
+    # Tokens decoded together; those before `settled` say the `before` first characters, which end at `at` in the text.
+    window: list[int] = []
+    settled = before = at = start = 0
+    said = ""
+    for one in ids:
+        longer = tokenizer.decode([*window, one])
+        if longer == said and not tokenizer.decode([one]):
+            spans.append((start, start))
+            continue
+        window.append(one)
+        said = longer
+        shown = said[before:]
+        same = sum(takewhile(bool, map(operator.eq, shown, text[at : at + len(shown)])))
+        # A character of which not all bytes are there is the whole character's place.
+        end = max(start, min(at + same + (shown[same : same + 1] == _REPLACEMENT), len(text)))
+        # Several bytes that come to nothing may be one replacement.
+        spans.append((start - (start == end and text[start - 1 : start] == _REPLACEMENT), end))
+        start = max(start, at + same)
+        if 0 < same == len(shown):
+            at += same
+            if nearby:
+                del window[:settled]
+                said = tokenizer.decode(window)
+            settled, before = len(window), len(said)
+        elif nearby and len(window) > settled + _SETTLED_AFTER:
+            return None
+    return None if nearby and at < len(text) else spans
 
 
 def _model_name(model: nn.Module) -> str:

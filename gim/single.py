@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gim import targets as target_kinds
-from gim.asked import Asked, Wanted, decoded, tokens_of
+from gim.asked import Asked, Wanted, tokens_of
 from gim.attribution import Attribution
 from gim.inputs import check_target
 from gim.layerwise import LayerwiseAttribution
@@ -59,11 +59,8 @@ class Single:
                     f"{len(targets)} tokens: {pieces}"
                 )
             # The last token is said and not read.
-            if isinstance(chosen.tokens, str):
-                spans = spans[:-1]
-                added = added[: max((end for _, end in spans), default=0)]
-            else:
-                added, spans = decoded(targets[:-1], tokenizer)
+            spans = spans[:-1]
+            added = added[: max((end for _, end in spans), default=0)]
             ids += targets[:-1]
             offsets += [(len(text) + start, len(text) + end) for start, end in spans]
             text += added
