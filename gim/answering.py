@@ -84,7 +84,7 @@ def _of(
         asked.ids,
         asked.offsets,
         scores[-1, :first].clone(),
-        Explained("answer", repr(text), tuple(ids), words, tuple(positions), whole, values[-1]),
+        Explained("answer", repr(text or "".join(words)), tuple(ids), words, tuple(positions), whole, values[-1]),
         result,
     )
     return AnswerAttribution(

@@ -152,18 +152,7 @@ class AnswerAttribution:
         Raises:
             ValueError: a unit that is none of these.
         """
-        first = len(self.prompt)
-        said = dataclasses.replace(
-            self.prompt,
-            text=self.answer,
-            tokens=self.tokens,
-            token_ids=self.prompt.target.token_ids,
-            offsets=self.offsets,
-            special=self.special,
-            template=(),
-            scores=self.total[first:].clone(),
-            segments={"answer": (0, len(self.answer))} if self.answer else {},
-        )
+        first, said = len(self.prompt), alone(self)
 
         def parts(side: Attribution, scores: torch.Tensor, unit: Unit) -> list[Span]:
             return _UNITS[unit](dataclasses.replace(side, scores=scores))
@@ -270,6 +259,21 @@ class AnswerAttribution:
             f"AnswerAttribution({self.answer!r:.60}, {len(self)} tokens over {len(self.prompt)}, "
             f"model={self.prompt.model!r}, rules={self.prompt.rules.name}, strongest: {strongest or 'none'})"
         )
+
+
+def alone(answer: AnswerAttribution) -> Attribution:
+    """The answer's own tokens with their scores for the whole answer."""
+    return dataclasses.replace(
+        answer.prompt,
+        text=answer.answer,
+        tokens=answer.tokens,
+        token_ids=answer.prompt.target.token_ids,
+        offsets=answer.offsets,
+        special=answer.special,
+        template=(),
+        scores=answer.total[len(answer.prompt) :].clone(),
+        segments={"answer": (0, len(answer.answer))} if answer.answer else {},
+    )
 
 
 def _single_tokens(side: Attribution) -> list[Span]:

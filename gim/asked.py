@@ -132,7 +132,7 @@ class Asked:
         """What the head's outputs stand for: tokens, or classes."""
         parts = anatomy.of(self.model)
         if parts.head != "class":
-            return tuple(self.tokenizer.decode([one]) for one in ids)
+            return tuple(map(self._alone, ids))
         labels: Any = getattr(parts.config, "id2label", None) or {}
         return tuple(str(labels.get(one, one)) for one in ids)
 
@@ -145,9 +145,13 @@ class Asked:
         """The tokens of a text as they are shown."""
         special = set(self.tokenizer.all_special_ids)
         return tuple(
-            text[start:end] if end > start and one not in special else self.tokenizer.decode([one])
+            text[start:end] if end > start and one not in special else self._alone(one)
             for one, (start, end) in zip(ids, offsets, strict=True)
         )
+
+    def _alone(self, one: int) -> str:
+        """What a token says by itself; its id for one that says nothing, as one that the tokenizer does not have."""
+        return self.tokenizer.decode([one]) or f"\u27e8{one}\u27e9"
 
     def special(self, ids: Sequence[int]) -> tuple[bool, ...]:
         """Whether each token is a special one."""

@@ -145,7 +145,7 @@ def _explained(
     target: Target, ids: list[int], positions: list[int], value: float, tokenizer: Any, tokens: tuple[str, ...]
 ) -> Explained:
     if isinstance(target, Continuation):
-        kind, label = "continuation", repr(tokenizer.decode(ids))
+        kind, label = "continuation", repr(tokenizer.decode(ids) or "".join(tokens))
     elif isinstance(target, Contrast):
         kind, label = "contrast", f"{tokens[0]!r} minus {tokens[1]!r}"
     else:

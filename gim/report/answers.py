@@ -11,9 +11,11 @@ from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
+from gim.answers import alone
 from gim.report import html, terminal
+from gim.report.pieces import Piece, pieces
 from gim.report.scale import LEVELS, Scale
-from gim.report.text import number, one_line, visible
+from gim.report.text import number, one_line
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -32,14 +34,14 @@ class Said:
     """What a page shows of an answer.
 
     Args:
-        tokens: of the answer, as they are shown.
+        pieces: of the answer, as of a prompt.
         lines: for each what it is made of, in words.
         data: the numbers as JSON: of each token the scores of what stands before it and where its colour is full, and
             the same of the whole answer.
         table: of the prompt's parts and the answer's sentences.
     """
 
-    tokens: list[str]
+    pieces: list[Piece]
     lines: list[str]
     data: str
     table: Parts | None
@@ -84,7 +86,7 @@ def page(answer: AnswerAttribution, *, top: int = 20) -> str:
         "rows": [{"limit": Scale.of(row).limit, "scores": _rounded(row.scores.tolist())} for row in rows],
     }
     said = Said(
-        tokens=[visible(token) for token in answer.tokens],
+        pieces=list(pieces(alone(answer))),
         lines=[_line(answer, place) for place in range(len(answer))],
         data=json.dumps(data, separators=(",", ":"), allow_nan=False),
         table=Parts.of(answer),
@@ -130,9 +132,10 @@ class AnswerReport:
         measure = MEASURE_NAMES[answer.targets[0].measure]
         table.add_column(measure, justify="right", no_wrap=True)
         table.add_column("strongest before it", no_wrap=True)
+        tokens = [piece.text for piece in pieces(alone(answer)) if piece.position is not None]
         rows = [
-            (one_line(answer.tokens[place]), f"{target.value:.4g}", one_line(_strongest(answer, place)))
-            for place, target in enumerate(answer.targets[:_TERMINAL_ROWS])
+            (one_line(token), f"{target.value:.4g}", one_line(_strongest(answer, place)))
+            for place, (token, target) in enumerate(zip(tokens[:_TERMINAL_ROWS], answer.targets, strict=False))
         ]
         taken = max(cell_len(token) for token, *_ in rows) + max(len(measure), *(len(x) for _, x, _ in rows))
         for token, value, strongest in rows:

@@ -31,8 +31,8 @@ def pieces(attribution: Attribution) -> Iterator[Piece]:
     """The text cut into what belongs to each token, in order; every token has exactly one piece.
 
     White space that a tokenizer leaves out of the offsets belongs to the token after it. A token that adds no
-    character (a special one, or a further part of a character that the token before it began) has a piece
-    that is not of the text.
+    character (a special one, one that says nothing, or a further part of a character that the token before it
+    began) has a piece that is not of the text.
     """
     shown = 0
     for position, (start, end) in enumerate(attribution.offsets):
@@ -43,11 +43,11 @@ def pieces(attribution: Attribution) -> Iterator[Piece]:
         if end > shown and end > start:
             yield Piece(attribution.text[shown:end], position, True)
             shown = end
-        elif attribution.special[position]:
-            yield Piece(attribution.tokens[position], position, False)
         else:
             # What a tokenizer adds (a space in front of the text) and parts of a character have no glyph.
-            yield Piece("\u00b7", position, False)
+            own = attribution.tokens[position]
+            has_own = attribution.special[position] or (start == end and own.strip(" \ufffd"))
+            yield Piece(own if has_own else "\u00b7", position, False)
     if shown < len(attribution.text):
         yield Piece(attribution.text[shown:], None, True)
 

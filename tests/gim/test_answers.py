@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
@@ -457,6 +460,25 @@ def test_a_page_of_an_answer(answer: gim.AnswerAttribution, tmp_path: Any) -> No
         assert row["limit"] == Scale.of(want).limit
         assert row["scores"] == pytest.approx(want.scores.tolist(), rel=1e-3)
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_views_show_every_token_of_an_answer_and_no_character_twice(model: Any) -> None:
+    """Bytes of one character, and an id that the tokenizer does not have."""
+    made = tokenizer()
+    unknown = len(made)
+    found = gim.attribute(model, made, PROMPT, answer=[*made.encode("日a", add_special_tokens=False), unknown])
+    shown = ["日", "·", "·", "a", f"⟨{unknown}⟩"]
+    page = found.to_html().split('id="answer"')[1].split("</div>")[0]
+    assert re.findall(r'<span id="a\d" role="button"[^>]*>([^<]*)</span>', page) == shown
+    assert found.tokens == ("日", "日", "日", "a", shown[-1])
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(found)
+    table = console.export_text().split("strongest before it")[1].splitlines()
+    assert [line.split()[0] for line in table[2 : 2 + len(shown)]] == shown
+    # As a continuation's part it stands in the prompt's own panel.
+    continued = gim.attribute(model, made, PROMPT, target=Continuation([unknown, unknown]))
+    assert f">⟨{unknown}⟩</span>" in continued.to_html()
+    assert continued.target.tokens == (shown[-1],) * 2 and continued.target.label == repr(2 * shown[-1])
 
 
 def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
