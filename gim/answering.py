@@ -10,6 +10,7 @@ import torch
 
 from gim.answers import AnswerAttribution
 from gim.asked import Asked, Wanted, tokens_of
+from gim.inputs import check_room
 from gim.parts import anatomy
 from gim.scoring import Result
 from gim.segments import Range
@@ -50,7 +51,7 @@ def attribute(
     if head != "next token":
         raise ValueError(f"{name} needs a model that says the next token, and {type(asked.model).__name__} says {head}")
     given = _ids("answer", answer) if generate is None else generated(asked, generate)
-    text, ids, spans = tokens_of(asked.model, name, given, asked.tokenizer)
+    text, ids, spans = tokens_of(asked, name, given)
     first = len(asked.ids)
     positions = list(range(first - 1, first - 1 + len(ids)))
     single, whole = measure or "logit", measure or WHOLE_ANSWER
@@ -125,6 +126,7 @@ def generated(asked: Asked, count: Any) -> list[int]:
     if count < 1:
         raise ValueError(f"generate must be at least 1 token, got {count}")
     model: Any = asked.model
+    check_room(model, len(asked.ids), asked.allow_extrapolation, "generate", count)
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"generate needs a model that generates, and {type(model).__name__} does not: give answer")
     ids = torch.tensor([asked.ids], device=anatomy.of(model).device)

@@ -15,7 +15,7 @@ from torch import nn
 from gim import prompts
 from gim import targets as target_kinds
 from gim.attribution import Attribution
-from gim.inputs import check_ids, check_length, check_segments, check_token_id, infer_baseline
+from gim.inputs import check_ids, check_length, check_room, check_segments, check_token_id, infer_baseline
 from gim.memory import MemoryPlan, run
 from gim.parts import anatomy
 from gim.rules import Rules
@@ -197,26 +197,25 @@ _REPLACEMENT = "\ufffd"
 _SETTLED_AFTER = 16
 
 
-def tokens_of(
-    model: nn.Module, argument: str, given: str | Sequence[int], tokenizer: Any
-) -> tuple[str, list[int], list[Range]]:
+def tokens_of(asked: Asked, argument: str, given: str | Sequence[int]) -> tuple[str, list[int], list[Range]]:
     """Several tokens that follow a prompt: their text, checked ids, and the offsets of each in the text.
 
     Raises:
-        ValueError: none, or ids out of range; names ``argument``.
+        ValueError: none, more than the model has positions, or ids out of range; names ``argument``.
     """
     if isinstance(given, str):
         target_kinds.check_text(given, argument)
-        ids, spans = _encoded(given, tokenizer)
+        ids, spans = _encoded(given, asked.tokenizer)
     else:
         ids = list(given)
     if not ids:
         raise ValueError(f"{argument} must have at least one token, got {given!r}, which has none")
     for one in ids:
-        check_token_id(model, argument, one)
+        check_token_id(asked.model, argument, one)
+    check_room(asked.model, len(asked.ids), asked.allow_extrapolation, argument, len(ids))
     if isinstance(given, str):
         return given, ids, spans
-    text, spans = decoded(ids, tokenizer)
+    text, spans = decoded(ids, asked.tokenizer)
     return text, ids, spans
 
 

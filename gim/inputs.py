@@ -165,11 +165,19 @@ def check_positions(ids: torch.Tensor, position_ids: torch.Tensor | None) -> tor
 
 def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, allow_extrapolation: bool) -> None:
     """Raise a ValueError where a row has more tokens than the model has positions, unless that is asked for."""
+    check_room(model, ids.shape[1] if mask is None else int(mask.sum(-1).max()), allow_extrapolation)
+
+
+def check_room(model: nn.Module, prompt: int, allow_extrapolation: bool, argument: str = "", more: int = 1) -> None:
+    """The same of a prompt of so many tokens, and of ``more`` that ``argument`` puts behind it."""
     limit = anatomy.of(model).position_limit
-    length = ids.shape[1] if mask is None else int(mask.sum(-1).max())
-    if limit is not None and length > limit and not allow_extrapolation:
+    # The last token that follows is said and not read.
+    if limit is not None and prompt + more - 1 > limit and not allow_extrapolation:
+        has = f"the prompt has {prompt:,} token{'s' if prompt > 1 else ''}"
+        if prompt <= limit:
+            has += f" and {argument} {more:,} more"
         raise ValueError(
-            f"the prompt has {length:,} tokens, and {type(model).__name__} has {limit:,} positions "
+            f"{has}, and {type(model).__name__} has {limit:,} positions "
             "(max_position_embeddings): shorten it, or allow extrapolation (allow_extrapolation=True, "
             "--allow-extrapolation), whose attributions explain a model beyond what it was made for"
         )

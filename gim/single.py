@@ -51,7 +51,7 @@ class Single:
             chosen = dataclasses.replace(chosen, measure=measure)
         last = _position(model, tokenizer, ids, position)
         if isinstance(chosen, Continuation):
-            added, targets, spans = tokens_of(model, "target", chosen.tokens, tokenizer)
+            added, targets, spans = tokens_of(asked, "target", chosen.tokens)
             if head != "next token" or last != len(ids) - 1:
                 pieces = [tokenizer.decode([one]) for one in targets]
                 raise ValueError(

@@ -430,6 +430,32 @@ def test_what_is_no_answer(model: Any, given: dict[str, Any], error: type[Except
         gim.attribute(model, tokenizer(), PROMPT, **given)
 
 
+@pytest.mark.parametrize("name", ["generate", "answer", "target"])
+def test_what_is_too_long_is_refused_before_any_work(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tokenizer()
+    prompt, limit = len(made("The cat").input_ids), 16
+    monkeypatch.setattr(model.config, "max_position_embeddings", limit)
+    given: Any = {"generate": lambda n: n, "answer": lambda n: [84] * n, "target": lambda n: Continuation([84] * n)}
+
+    def ask(count: int, **options: Any) -> Any:
+        return gim.attribute(model, made, "The cat", **{name: given[name](count)}, **options)
+
+    most = limit - prompt + 1  # the last one is not read
+    ask(most)
+    ask(most + 1, allow_extrapolation=True)
+    with monkeypatch.context() as nothing:
+        for one in ("forward", "generate"):
+            nothing.setattr(model, one, lambda *_, **__: pytest.fail("the model ran"))
+        nothing.setattr(made, "decode", lambda *_, **__: pytest.fail("ids were decoded"))
+        with pytest.raises(
+            ValueError, match=f"the prompt has {prompt} tokens and {name} {most + 1} more, and LlamaFor.* 16"
+        ):
+            ask(most + 1)
+        monkeypatch.setattr(model.config, "max_position_embeddings", prompt - 1)
+        with pytest.raises(ValueError, match=f"the prompt has {prompt} tokens, and LlamaFor.* has {prompt - 1} pos"):
+            ask(1)
+
+
 def test_bytes_are_no_ids() -> None:
     with pytest.raises(TypeError, match="tokens of a Continuation must be text or token ids, got b'ab'"):
         Continuation(b"ab")
