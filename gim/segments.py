@@ -127,12 +127,16 @@ def _is_within(character: str, block: Range) -> bool:
 
 
 # A possible end of a sentence: terminators of scripts with spaces, which need a space after them; those of
-# scripts without, which do not; and line ends, with the white space around them.
+# scripts without, which do not; and line ends, with the white space around them. None starts inside of a run of its
+# own characters: where the run's first did not make an end none of them does, and looking again from each would take
+# time with the square of its length.
 _CLOSING = r"[\"')\]}\u2019\u201d\u00bb\u203a\u300d\u300f\u3011\u300b\u3009\uff09]*"
+_SPACED = r"[.!?\u2026\u203d\u061f\u06d4\u0964\u0965\u1362\u104b\u17d4]"
+_LINE_END = r"\n\v\f\r\x1c-\x1e\x85\u2028\u2029"
 _SENTENCE_END = re.compile(
-    r"(?P<spaced>[.!?\u2026\u203d\u061f\u06d4\u0964\u0965\u1362\u104b\u17d4]+" + _CLOSING + r")(?=\s|$)"
-    r"|(?P<unspaced>[\u3002\uff01\uff1f\uff61]+" + _CLOSING + r")"
-    r"|(?P<line>[^\S\n\v\f\r\x1c-\x1e\x85\u2028\u2029]*[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*)"
+    rf"(?P<spaced>(?<!{_SPACED}){_SPACED}+{_CLOSING})(?=\s|$)"
+    rf"|(?P<unspaced>[\u3002\uff01\uff1f\uff61]+{_CLOSING})"
+    rf"|(?P<line>(?<![^\S{_LINE_END}])[^\S{_LINE_END}]*[{_LINE_END}]\s*)"
 )
 _TITLES = frozenset({"dr", "fig", "mr", "mrs", "ms", "prof", "st", "vs"})
 _LAST_WORD = re.compile(r"(\w+)\.$")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -250,6 +252,34 @@ def test_words_of_many_scripts(text: str, expected: str) -> None:
 )
 def test_sentences(text: str, expected: str) -> None:
     assert "|".join(text[start:end] for start, end in segments.sentences(text)) == expected
+
+
+#: Where sentences may end, as it is said in the plainest way: from any character on.
+_PLAINLY = re.compile(
+    r"(?P<spaced>[.!?\u2026\u203d\u061f\u06d4\u0964\u0965\u1362\u104b\u17d4]+" + segments._CLOSING + r")(?=\s|$)"
+    r"|(?P<unspaced>[\u3002\uff01\uff1f\uff61]+" + segments._CLOSING + r")"
+    r"|(?P<line>[^\S\n\v\f\r\x1c-\x1e\x85\u2028\u2029]*[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*)"
+)
+
+
+@settings(max_examples=1000)
+@given(st.text(st.sampled_from('aB1 \t\u3000\n\r\x85.!\u2026\u3002\uff01)"\u300d'), max_size=12))
+def test_possible_ends_of_sentences_are_those_of_the_plain_pattern(text: str) -> None:
+    found, want = (
+        [(one.span(), one.groupdict()) for one in pattern.finditer(text)]
+        for pattern in (segments._SENTENCE_END, _PLAINLY)
+    )
+    assert found == want
+
+
+@pytest.mark.parametrize("run", [" ", "\t", ".", ".)", ")", "\u3002", "\n", ". "])
+@pytest.mark.parametrize("around", ["", "a"])
+def test_sentences_of_long_runs_take_no_time(run: str, around: str) -> None:
+    """A hundred thousand spaces took more than a minute."""
+    text = around + run * 100_000 + around
+    began = time.perf_counter()
+    segments.sentences(text)
+    assert time.perf_counter() - began < 5
 
 
 # --------------------------------------------------- ranks
