@@ -14,7 +14,7 @@ from gim.inputs import check_room
 from gim.parts import anatomy
 from gim.scoring import Result
 from gim.segments import Range
-from gim.targets import BYTES, Explained, Measure, check_measure, whole_number
+from gim.targets import Explained, Measure, check_measure, id_list, whole_number
 
 #: What a whole answer is explained under; benchmarks/answer_measures.py compares.
 WHOLE_ANSWER: Measure = "logodds"
@@ -50,7 +50,8 @@ def attribute(
     name = "answer" if generate is None else "generate"
     if head != "next token":
         raise ValueError(f"{name} needs a model that says the next token, and {type(asked.model).__name__} says {head}")
-    given = _ids("answer", answer) if generate is None else generated(asked, generate)
+    given = generated(asked, generate) if generate is not None else answer
+    given = given if isinstance(given, str) else id_list(given, name)
     text, ids, spans = tokens_of(asked, name, given)
     first = len(asked.ids)
     positions = list(range(first - 1, first - 1 + len(ids)))
@@ -102,20 +103,6 @@ def _of(
         ),
         next_tokens=tuple(asked.likeliest(result, row) for row in range(len(ids))),
     )
-
-
-def _ids(argument: str, given: Any) -> str | list[int]:
-    """Text, or ids as Python's integers."""
-    if isinstance(given, str):
-        return given
-    is_list = isinstance(given, Sequence) and not isinstance(given, BYTES)
-    if not is_list and not (isinstance(given, torch.Tensor) and given.dim() == 1):
-        raise TypeError(f"{argument} must be text or a list of token ids, got {given!r:.80}")
-    ids = [whole_number(one) for one in given]
-    for one in ids:
-        if isinstance(one, bool) or not isinstance(one, int):
-            raise TypeError(f"{argument} must be text or a list of token ids, got {one!r:.80} among them")
-    return ids
 
 
 def generated(asked: Asked, count: Any) -> list[int]:

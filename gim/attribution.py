@@ -17,7 +17,7 @@ from gim import saved, segments
 from gim.applied import AppliedReport
 from gim.files import check_writable, write_atomically, written
 from gim.rules import Rules
-from gim.targets import Explained, NextToken
+from gim.targets import Explained, NextToken, whole_numbers
 
 if TYPE_CHECKING:
     import pandas
@@ -292,16 +292,21 @@ class Attribution:
             One span for each range, in the order given.
 
         Raises:
+            TypeError: something else than ranges; names it.
             ValueError: a range that is empty or outside the text.
         """
-        if isinstance(spans, Mapping):
-            names = [str(name) for name in spans]
-            ranges = list(spans.values())
-        else:
-            ranges = list(spans)
-            names = [""] * len(ranges)
-        for index, (start, end) in enumerate(ranges):
-            self._check_range(f"spans[{names[index] or index!r}]", start, end)
+        given: Any = spans
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise TypeError(f"spans must be a list of (start, end), or such by name, got {given!r:.80}")
+        named = spans.items() if isinstance(spans, Mapping) else (("", one) for one in spans)
+        names, ranges = [], []
+        for index, (name, one) in enumerate(named):
+            where, ends = f"spans[{str(name) or index!r}]", whole_numbers(one) or []
+            if len(ends) != 2 or not all(type(end) is int for end in ends):
+                raise TypeError(f"{where} must be (start, end), two whole numbers, got {one!r:.80}")
+            self._check_range(where, *ends)
+            names.append(str(name))
+            ranges.append((ends[0], ends[1]))
         return [
             Span(self.text[start:end], start, end, score, tokens, name)
             for name, (start, end), (score, tokens) in zip(names, ranges, self._sums(ranges, skip_special), strict=True)

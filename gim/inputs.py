@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from gim.parts import anatomy
 from gim.parts.placement import refuse_unsupported_placement
 from gim.segments import Range
-from gim.targets import whole_number
+from gim.targets import whole_number, whole_numbers
 from gim_kernels.engines import key_range_of
 
 
@@ -91,7 +91,7 @@ def check_segments(segments: Any, length: int) -> dict[str, Range]:
         raise TypeError(f"segments must be a mapping of names to (start, end), got {segments!r:.80}")
     found: dict[str, Range] = {}
     for name, given in segments.items():
-        ends = [whole_number(one) for one in given] if isinstance(given, Sequence) else []
+        ends = whole_numbers(given) or []
         if not isinstance(name, str) or len(ends) != 2 or not all(type(one) is int for one in ends):
             raise TypeError(f"segments must be a mapping of names to (start, end), got {name!r:.80}: {given!r:.80}")
         if not 0 <= ends[0] < ends[1] <= length:

@@ -49,6 +49,8 @@ class Single:
         chosen = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
         if measure is not None:
             chosen = dataclasses.replace(chosen, measure=measure)
+        if head == "class" and isinstance(chosen, Continuation):
+            raise ValueError(f"target must be a class by number or label, got {target!r:.80}")
         last = _position(model, tokenizer, ids, position)
         if isinstance(chosen, Continuation):
             added, targets, spans = tokens_of(asked, "target", chosen.tokens)
@@ -103,7 +105,7 @@ def _target_id(model: nn.Module, argument: str, token: TokenLike | None, tokeniz
     if token is None:
         return PREDICTION
     if anatomy.of(model).head == "class":
-        found = _class_number(model, token)
+        found = target_kinds.whole_number(_class_number(model, token))
         if not isinstance(found, int):
             raise ValueError(f"{argument} must be a class by number or label, got {token!r}")
     else:
@@ -132,6 +134,11 @@ def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | 
         return position % len(ids)
     if anatomy.of(model).head != "masked token":
         return len(ids) - 1
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"position must be given: {type(model).__name__} fills in a token of its prompt, and the tokenizer has no "
+            "mask token to say which"
+        )
     masks = [index for index, one in enumerate(ids) if one == tokenizer.mask_token_id]
     if len(masks) != 1:
         raise ValueError(

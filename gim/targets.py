@@ -91,16 +91,10 @@ class Continuation:
 
     def __post_init__(self) -> None:
         check_measure(self.measure)
-        if len(self.tokens) == 0:
-            raise ValueError("tokens of a Continuation must not be empty")
-        if isinstance(self.tokens, BYTES):
-            raise TypeError(f"tokens of a Continuation must be text or token ids, got {self.tokens!r:.80}")
         if not isinstance(self.tokens, str):
-            ids = tuple(whole_number(token) for token in self.tokens)
-            for one in ids:
-                if isinstance(one, bool) or not isinstance(one, int):
-                    raise TypeError(f"tokens of a Continuation must be text or token ids, got {one!r:.80} among them")
-            object.__setattr__(self, "tokens", ids)
+            object.__setattr__(self, "tokens", tuple(id_list(self.tokens, "tokens of a Continuation")))
+        if not self.tokens:
+            raise ValueError("tokens of a Continuation must not be empty")
 
 
 Target = Token | Contrast | Continuation
@@ -114,7 +108,7 @@ class Explained:
         kind: ``"token"``, ``"prediction"``, ``"contrast"``, ``"continuation"`` or ``"answer"``.
         label: in words, for titles.
         token_ids: the ids whose scores count; for a contrast the positive one, then the negative one.
-        tokens: those ids decoded.
+        tokens: those ids decoded, as in :class:`NextToken`.
         positions: the position in the sequence whose output gives each score.
         measure: logit, log-probability or log-odds.
         value: the explained number itself.
@@ -145,7 +139,7 @@ class NextToken:
 
     Args:
         token_id: its id, or the number of the class.
-        token: decoded, or the label of the class.
+        token: decoded, or the label of the class; the id for a token that says nothing.
         probability: of the softmax over all logits, from 0 to 1.
     """
 
@@ -173,15 +167,18 @@ def parse(target: Target | TokenLike | Sequence[int] | None, tokenizer: Any) -> 
         raise TypeError(f"target must be a token id, text, ids or a Target, got {target!r}")
     if isinstance(target, int):
         return Token(target)
-    if isinstance(target, str):
-        check_text(target, "target")
-        ids = tokenizer.encode(target, add_special_tokens=False)
-        return Token(ids[0]) if len(ids) == 1 else Continuation(target)
     if isinstance(target, torch.Tensor) and target.dim() != 1:
         raise ValueError(f"target must be one id or a list of ids, got a tensor of shape {tuple(target.shape)}")
-    if isinstance(target, Sequence | torch.Tensor) and not isinstance(target, BYTES):
-        return Continuation([*target])
-    raise TypeError(f"target must be a token id, text, ids or a Target, got {type(target).__name__}")
+    several = target if isinstance(target, str) else whole_numbers(target)
+    if several is None:
+        raise TypeError(f"target must be a token id, text, ids or a Target, got {type(target).__name__}")
+    if not several:
+        raise ValueError(f"target must have at least one token, got {target!r}")
+    if not isinstance(several, str):
+        return Continuation(id_list(several, "target"))
+    check_text(several, "target")
+    ids = tokenizer.encode(several, add_special_tokens=False)
+    return Token(ids[0]) if len(ids) == 1 else Continuation(several)
 
 
 def whole_number(value: Any) -> Any:
@@ -193,6 +190,27 @@ def whole_number(value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def whole_numbers(given: Any) -> list[Any] | None:
+    """What a list, array or tensor of one dimension has, each as of :func:`whole_number`; None for anything else."""
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, *BYTES))
+    return [whole_number(one) for one in given] if is_list or getattr(given, "ndim", None) == 1 else None
+
+
+def id_list(given: Any, argument: str) -> list[int]:
+    """Token ids as Python's integers.
+
+    Raises:
+        TypeError: no sequence of integers; names ``argument``.
+    """
+    ids = whole_numbers(given)
+    if ids is None:
+        raise TypeError(f"{argument} must be text or a list of token ids, got {given!r:.80}")
+    for one in ids:
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TypeError(f"{argument} must be text or a list of token ids, got {one!r:.80} among them")
+    return ids
 
 
 def token_id(token: TokenLike, tokenizer: Any, argument: str) -> int:

@@ -23,7 +23,7 @@ from gim.evaluation import tasks
 from gim.evaluation.data import rows_of
 from gim.inputs import check_length, check_token_id
 from gim.parts import anatomy
-from gim.targets import TokenLike, whole_number
+from gim.targets import TokenLike
 
 #: Pairs of a task, where no limit is given.
 TASK_PAIRS = 100
@@ -123,9 +123,9 @@ def _ids(model: nn.Module, given: Any, tokenizer: Any, argument: str) -> tuple[i
         if given.dim() != 1:
             raise ValueError(f"{argument} must have shape [T], got {tuple(given.shape)}")
         given = given.tolist()
-    if not isinstance(given, Sequence) or isinstance(given, targets.BYTES) or not given:
+    ids = tuple(targets.id_list(given, argument))
+    if not ids:
         raise TypeError(f"{argument} must be text or a list of token ids that is not empty, got {given!r:.80}")
-    ids = tuple(whole_number(one) for one in given)
     for one in ids:
         check_token_id(model, argument, one)
     try:

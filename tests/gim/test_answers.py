@@ -6,9 +6,11 @@ import io
 import json
 import re
 import warnings
+from collections import UserList
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -278,7 +280,11 @@ def test_an_answer_as_text_ids_and_rows(model: Any, answer: gim.AnswerAttributio
     assert answer.text == PROMPT + ANSWER and "".join(answer.tokens) == ANSWER
     assert answer.scores.shape == (len(given), len(answer.prompt) + len(given))
     assert gim.attribute(model, made, PROMPT, answer=given) == answer
-    assert gim.attribute(model, made, PROMPT, answer=torch.tensor(given)) == answer  # type: ignore[call-overload]
+    continued = gim.attribute(model, made, PROMPT, target=Continuation(given))
+    for kind in (torch.tensor, np.array, tuple, UserList):
+        as_kind: Any = kind(given)
+        assert gim.attribute(model, made, PROMPT, answer=as_kind) == answer
+        assert gim.attribute(model, made, PROMPT, target=as_kind) == continued
     before = made(PROMPT).input_ids
     for place, one in enumerate(given):
         row = answer.row(place)
@@ -409,6 +415,13 @@ def test_documents_that_are_no_answers(answer: gim.AnswerAttribution, field: str
         ({"answer": []}, ValueError, "answer must have at least one token"),
         ({"answer": [1.5]}, TypeError, "answer must be text or a list of token ids, got 1.5"),
         ({"answer": 3}, TypeError, "answer must be text or a list of token ids, got 3"),
+        ({"answer": np.array([1.5])}, TypeError, "answer must be text or a list of token ids, got .*1.5.* among them"),
+        ({"answer": np.array([[5, 6]])}, TypeError, r"answer must be text or a list of token ids, got array\(\[\["),
+        (
+            {"answer": np.array([True])},
+            TypeError,
+            "answer must be text or a list of token ids, got .*True.* among them",
+        ),
         ({"answer": b"ab"}, TypeError, "answer must be text or a list of token ids, got b'ab'"),
         ({"target": b"ab"}, TypeError, "target must be a token id, text, ids or a Target, got bytes"),
         ({"answer": "a\udcff"}, ValueError, r"answer must be text, and '\\udcff' at character 1 of it is no"),
@@ -457,7 +470,7 @@ def test_what_is_too_long_is_refused_before_any_work(model: Any, name: str, monk
 
 
 def test_bytes_are_no_ids() -> None:
-    with pytest.raises(TypeError, match="tokens of a Continuation must be text or token ids, got b'ab'"):
+    with pytest.raises(TypeError, match="tokens of a Continuation must be text or a list of token ids, got b'ab'"):
         Continuation(b"ab")
     with pytest.raises(TypeError, match=r"pairs\[0\].clean must be text or a list of token ids"):
         circuits.attribute(text_model(), [circuits.Pair(b"ab", [1, 2], 1, 2)])

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,6 +138,17 @@ def test_spans_by_name_overlap_and_are_checked() -> None:
     for bad in [(5, 5), (7, 3), (-1, 3), (0, 46)]:
         with pytest.raises(ValueError, match=r"spans\[1\].*0 <= start < end <= 45"):
             result.spans([(0, 1), bad])
+    no_range: Any
+    for no_range in [(3,), (3, 4, 5), 3, "ab", (0.0, 1.0), None]:
+        with pytest.raises(TypeError, match=r"spans\[1\] must be \(start, end\), two whole numbers, got "):
+            result.spans([(0, 1), no_range])
+        with pytest.raises(TypeError, match=r"spans\['name'\] must be \(start, end\), two whole numbers, got "):
+            result.spans({"name": no_range})
+    no_ranges: Any
+    for no_ranges in ("abc", 3, None):
+        with pytest.raises(TypeError, match=r"spans must be a list of \(start, end\), or such by name, got "):
+            result.spans(no_ranges)
+    assert result.spans(np.array([[16, 21]])) == [replace(name, name="")]
     with pytest.raises(ValueError, match=r"spans\['far'\]"):
         result.spans({"far": (0, 99)})
     nothing = attribution("ab cd", [(0, 2)], [1.0]).spans([(3, 5)])[0]

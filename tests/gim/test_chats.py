@@ -249,7 +249,7 @@ def test_the_likeliest_tokens_are_the_models(model: Any) -> None:
         logits = model(torch.tensor([found.token_ids])).logits[0, -1].double()
     want = torch.softmax(logits, -1).sort(descending=True, stable=True)
     assert [one.token_id for one in found.next_tokens] == want.indices[:5].tolist()
-    assert [one.token for one in found.next_tokens] == [made.decode([i]) for i in want.indices[:5]]
+    assert [one.token for one in found.next_tokens] == [made.decode([i]) or f"⟨{i}⟩" for i in want.indices[:5]]
     assert [one.probability for one in found.next_tokens] == pytest.approx(
         want.values[:5].tolist(), rel=LIBRARIES_RELATIVE
     )

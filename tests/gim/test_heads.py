@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def test_a_masked_language_model_is_explained_at_its_mask(words: Any) -> None:
         with pytest.raises(ValueError, match="prompt must hold one '<mask>' for a masked language model, got "):
             gim.attribute(model, words, text)
         assert gim.attribute(model, words, text, position=-1).target.positions == (len(words(text).input_ids) - 1,)
+    without = copy.deepcopy(words)
+    without.mask_token = None
+    with pytest.raises(ValueError, match="position must be given: BertForMaskedLM fills in .* has no mask token"):
+        gim.attribute(model, without, prompt)
+    assert torch.equal(gim.attribute(model, without, prompt, position=1).scores, other.scores)
     with pytest.raises(ValueError, match="target must be one masked token at a position inside the prompt"):
         gim.attribute(model, words, prompt, target=Continuation(" the rat"))
 
@@ -76,6 +82,9 @@ def test_a_classifier_is_explained_by_class(words: Any) -> None:
         gim.attribute(model, words, prompt, target="ugly")
     with pytest.raises(ValueError, match=r"target must be a class in 0\.\.2, got 3"):
         gim.attribute(model, words, prompt, target=3)
+    for several in ([1], Continuation("good")):
+        with pytest.raises(ValueError, match="target must be a class by number or label, got "):
+            gim.attribute(model, words, prompt, target=several)
 
 
 def test_a_chat_is_rendered_with_the_template_and_no_second_start(words: Any) -> None:
