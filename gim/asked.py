@@ -248,7 +248,8 @@ def _ranges(text: str, ids: Sequence[int], tokenizer: Any, *, nearby: bool) -> l
     said = ""
     for one in ids:
         longer = tokenizer.decode([*window, one])
-        if longer == said and not tokenizer.decode([one]):
+        # Twice, for a space that comes first says nothing to some decoders.
+        if longer == said and not tokenizer.decode([one, one]):
             spans.append((start, start))
             continue
         window.append(one)
