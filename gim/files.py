@@ -56,7 +56,7 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def check_writable(path: str | os.PathLike[str], argument: str = "path") -> None:
+def check_writable(path: str | os.PathLike[str], argument: str | None = None) -> None:
     """Find out whether a file can be written, by making and deleting a file beside it.
 
     Args:
@@ -66,24 +66,25 @@ def check_writable(path: str | os.PathLike[str], argument: str = "path") -> None
     Raises:
         OSError: it cannot be; the message names the argument, the path and the reason.
     """
+    said = f"{argument}: cannot write {path}" if argument else f"cannot write {path}"
     target = Path(path).resolve()
     folder = target.parent
     if target.is_dir():
-        raise IsADirectoryError(f"{argument}: cannot write {path}: it is a folder")
+        raise IsADirectoryError(f"{said}: it is a folder")
     if not folder.exists():
-        raise FileNotFoundError(f"{argument}: cannot write {path}: folder {folder} does not exist")
+        raise FileNotFoundError(f"{said}: folder {folder} does not exist")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{argument}: cannot write {path}: {folder} is not a folder")
+        raise NotADirectoryError(f"{said}: {folder} is not a folder")
     if target.exists() and not target.is_file():
         # Replacing a device or a pipe by a file would destroy it.
-        raise OSError(f"{argument}: cannot write {path}: it is not an ordinary file")
+        raise OSError(f"{said}: it is not an ordinary file")
     if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError(f"{argument}: cannot write {path}: the file is write-protected")
+        raise PermissionError(f"{said}: the file is write-protected")
     beside = _beside(target)
     try:
         os.close(_create(beside))
     except OSError as error:
-        raise type(error)(f"{argument}: cannot write {path}: {error.strerror or error}") from error
+        raise type(error)(f"{said}: {error.strerror or error}") from error
     beside.unlink(missing_ok=True)  # another process's write may have found it first
 
 
@@ -105,10 +106,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         content: all of its new content.
 
     Raises:
-        OSError: it cannot be written; the old content is then untouched.
+        OSError: it cannot be written, with the path in the message; the old content is then untouched.
     """
     check_writable(path)
-    target = Path(path).resolve()
+    try:
+        _replace(Path(path).resolve(), content)
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
     _remove_leftovers(target)
     beside, descriptor = _create_locked(target)
     try:
