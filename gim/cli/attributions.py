@@ -1,14 +1,12 @@
-"""An attribution on the command line: progress while it runs, what is shown of it, and the files it goes to."""
+"""An attribution on the command line: progress while it runs, what is shown of it, and what writes its files."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from gim.cli.errors import UserError
 
 if TYPE_CHECKING:
     from gim.answers import AnswerAttribution
@@ -68,25 +66,10 @@ def show(attribution: Shown, top: int) -> None:
         Console().print(terminal.view(attribution, top=top))
 
 
-def write(attribution: Shown, outputs: dict[str, Path], top: int) -> None:
-    """Write every file that was asked for, and say so."""
-    writers: dict[str, Callable[[Path], object]] = {
+def writers(attribution: Shown, top: int) -> dict[str, Callable[[Path], object]]:
+    """What writes each file that can be asked for, by its option."""
+    return {
         "--html": lambda path: attribution.to_html(path, top=max(top, 20)),
         "--json": attribution.to_json,
         "--png": lambda path: attribution.to_png(path, top=max(top, 15)),
     }
-    write_files(outputs, writers)
-
-
-def write_files(outputs: dict[str, Path], writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files by the options that asked for them, and say so."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    for name, path in outputs.items():
-        try:
-            writers[name](path)
-        except OSError as error:
-            raise UserError(f"{name}: cannot write {path}: {error.strerror or error}") from error
-        console.print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)

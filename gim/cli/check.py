@@ -12,6 +12,7 @@ import typer
 from gim.cli.errors import UserError, handled, refused
 from gim.cli.models import load, refuse_engine, rules_named
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, EngineName, EngineOption, RulesName, Trust
+from gim.cli.output import showing
 
 if TYPE_CHECKING:
     from gim.applied import AppliedReport
@@ -52,9 +53,10 @@ def command(
 
             report = inspect(loaded, chosen, ids, engine=engine.value)
             compared = [] if engine is EngineName.AUTO else _compare(loaded, ids, chosen, engine)
-        _show_report(type(loaded).__name__, chosen, report, prompt)
-        _show_compared(compared)
-        _show_kernels(loaded.device)
+        with showing():
+            _show_report(type(loaded).__name__, chosen, report, prompt)
+            _show_compared(compared)
+            _show_kernels(loaded.device)
     if not report.complete:
         raise typer.Exit(1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from gim.cli.errors import UserError, check_outputs, check_parquet, handled, refused
 from gim.cli.models import load, rules_named
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, MemoryOption, RulesName, Trust
+from gim.cli.output import deliver
 from gim.cli.progress import counting
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def find(
                 if error.circuit is None:
                     raise
                 found, finished = error.circuit, False
-        _show(found, 10, absolute=True)
-        _write(outputs, {"--save": found.save, "--html": found.to_html})
+        writers: dict[str, Callable[[Path], object]] = {"--save": found.save, "--html": found.to_html}
+        _deliver(outputs, writers, lambda: _show(found, 10, absolute=True))
     if not finished:
         raise typer.Exit(130)
 
@@ -149,8 +150,7 @@ def score(
                 if error.curve is None:
                     raise
                 curve, finished = error.curve, False
-        _show_curve(curve)
-        _write(outputs, {"--save": lambda path: _save_curve(curve, path)})
+        _deliver(outputs, {"--save": lambda path: _save_curve(curve, path)}, lambda: _show_curve(curve))
     if not finished:
         raise typer.Exit(130)
 
@@ -197,7 +197,7 @@ def export(
         }
         if to.suffix not in writers:
             raise UserError(f"to: must end in {', '.join(writers)}, got {to}")
-        _write({"to": to}, {"to": writers[to.suffix]})
+        _deliver({"to": to}, {"to": writers[to.suffix]}, lambda: None)
 
 
 @app.command("show")
@@ -213,8 +213,8 @@ def show(
     with handled(debug):
         outputs = check_outputs({"--html": html}, [("circuit", circuit)])
         found = _loaded(circuit)
-        _show(found, top, absolute=absolute)
-        _write(outputs, {"--html": lambda path: found.to_html(path, paths=paths)})
+        writers = {"--html": lambda path: found.to_html(path, paths=paths)}
+        _deliver(outputs, writers, lambda: _show(found, top, absolute=absolute))
 
 
 @contextmanager
@@ -234,15 +234,11 @@ def _loaded(path: Path) -> Circuit:
         return Circuit.load(path)
 
 
-def _write(outputs: dict[str, Path], writers: dict[str, Callable[[Path], object]]) -> None:
-    """Write every file that was asked for, and say so."""
-    from rich.console import Console
-    from rich.text import Text
-
-    for name, path in outputs.items():
-        with _asked():
-            writers[name](path)
-        Console().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+def _deliver(
+    outputs: Mapping[str, Path], writers: Mapping[str, Callable[[Path], object]], show: Callable[[], object]
+) -> None:
+    """As :func:`deliver`; what no file can hold of a circuit is the user's to put right too."""
+    deliver(outputs, {name: _asked()(writer) for name, writer in writers.items()}, show)
 
 
 def _save_curve(curve: Curve, path: Path) -> None:

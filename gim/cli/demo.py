@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gim.cli.attributions import progress_bar, show, write
+from gim.cli.attributions import progress_bar, show, writers
 from gim.cli.errors import UserError, check_outputs, handled, refused
 from gim.cli.models import loading, quieten, rules_named, token_count
 from gim.cli.options import Debug, HtmlFile, JsonFile, PngFile, RulesName, Top
+from gim.cli.output import deliver
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -37,9 +38,12 @@ def command(
             raise UserError(str(error)) from error
         with refused(), progress_bar(token_count(tokenizer, prompt.text)) as progress:
             attribution = gim.attribute(model, tokenizer, prompt.text, rules=chosen, progress=progress)
-        show(attribution, top)
-        _show_demo(attribution, prompt)
-        write(attribution, outputs, top)
+
+        def shown() -> None:
+            show(attribution, top)
+            _show_demo(attribution, prompt)
+
+        deliver(outputs, writers(attribution, top), shown)
 
 
 def _show_demo(attribution: Attribution, prompt: Any) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,4 +96,5 @@ def _line(console: Console, word: str, style: str, message: str) -> None:
     from gim.report.text import one_line
 
     text = Text.assemble((word, style), " ", one_line(" ".join(message.split())))
-    console.print(text, soft_wrap=True)
+    with suppress(OSError):  # of a console that takes nothing, which cannot be said there either
+        console.print(text, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from gim.cli.errors import UserError, check_outputs, check_parquet, handled, refused
 from gim.cli.models import load
 from gim.cli.options import Debug, DeviceName, Dtype, DtypeOption, Trust
+from gim.cli.output import deliver
 from gim.cli.progress import counting
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def command(
         }
         found, finished = _evaluated(loaded, tokenizer, data, settings, forward_dtype and forward_dtype.value)
         against = reference or names[0]
+        writers = {"--save": found.save, "--html": lambda path: found.to_html(path, reference=against)}
         try:
-            _show(found, against)
-            _write(found, outputs, against)
+            deliver(outputs, writers, lambda: _show(found, against))
         except ZeroDivisionError as error:  # a ratio to a logit of 0, of which the library says what to do
             raise UserError(str(error)) from error
     if not finished:
@@ -127,23 +127,6 @@ def _evaluated(
             return error.evaluation, False
         except (OSError, ImportError, TypeError) as error:
             raise UserError(str(error)) from error
-
-
-def _write(found: Evaluation, outputs: dict[str, Path], reference: str) -> None:
-    """Write every file that was asked for, and say so."""
-    from rich.console import Console
-    from rich.text import Text
-
-    writers: dict[str, Callable[[Path], object]] = {
-        "--save": found.save,
-        "--html": lambda path: found.to_html(path, reference=reference),
-    }
-    for name, path in outputs.items():
-        try:
-            writers[name](path)
-        except (OSError, ImportError) as error:
-            raise UserError(f"{name}: {error}") from error
-        Console().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
 
 
 def _show(found: Evaluation, reference: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gim.cli.attributions import progress_bar, show, write
+from gim.cli.attributions import progress_bar, show, writers
 from gim.cli.errors import UserError, check_outputs, check_texts, handled, refused
 from gim.cli.models import load, refuse_engine, rules_named, token_count
 from gim.cli.options import (
@@ -30,6 +30,7 @@ from gim.cli.options import (
     Top,
     Trust,
 )
+from gim.cli.output import deliver
 
 if TYPE_CHECKING:
     from gim.targets import Target
@@ -155,8 +156,7 @@ def command(
                     )
                 except gim.AnswerInterrupted as error:
                     attribution, finished = error.attribution, False
-        show(attribution, top)
-        write(attribution, outputs, top)
+        deliver(outputs, writers(attribution, top), lambda: show(attribution, top))
     if not finished:
         raise typer.Exit(130)
 

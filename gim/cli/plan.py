@@ -10,6 +10,7 @@ import typer
 from gim.cli.errors import UserError, handled
 from gim.cli.models import loading, quieten, rules_named, twin_of
 from gim.cli.options import Debug, Dtype, DtypeOption, RulesName, Trust
+from gim.cli.output import showing
 
 if TYPE_CHECKING:
     from gim.memory import PlanRow
@@ -47,7 +48,8 @@ def command(
             twin = twin_of(model, chosen, device, dtype, trust_remote_code)
         total = free_bytes(device) if memory is None else memory
         rows = plan_rows(twin, tokens, total, explained=explained)
-        _show_plans(type(twin.model).__name__, twin, tokens, total, gpu_memory is not None, rows)
+        with showing():
+            _show_plans(type(twin.model).__name__, twin, tokens, total, gpu_memory is not None, rows)
     if not any(row.chosen for row in rows):
         raise typer.Exit(1)
 

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gim.cli.attributions import show, write, write_files
+from gim.cli.attributions import show, writers
 from gim.cli.errors import UserError, check_outputs, handled
 from gim.cli.options import Debug, HtmlFile, PngFile, Top
+from gim.cli.output import deliver
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
     from gim.cli.attributions import Shown
+    from gim.comparison import Comparison
 
 
 def command(
@@ -34,12 +36,20 @@ def command(
         if html is not None and len(results) > 2:
             raise UserError(f"--html is for one result, or for two compared, got {len(results)} of them")
         found = [_read(path) for path in results]
-        for attribution in found:
-            show(attribution, top)
-        if len(found) == 2 and outputs:
-            _compare(found[0], found[1], outputs, top)
-        else:
-            write(found[0], outputs, top)
+        both = _compared(*found) if len(found) == 2 and outputs else None
+
+        def shown() -> None:
+            for attribution in found:
+                show(attribution, top)
+            if both is not None:
+                from rich.console import Console
+
+                from gim.report import comparison
+
+                Console().print(comparison.view(both, top=top))
+
+        page = {} if both is None else {"--html": lambda path: both.to_html(path, top=max(top, 20))}
+        deliver(outputs, page or writers(found[0], top), shown)
 
 
 def _read(path: Path) -> Shown:
@@ -60,20 +70,14 @@ def _read(path: Path) -> Shown:
         raise UserError(str(error)) from error
 
 
-def _compare(first: Shown, second: Shown, outputs: dict[str, Path], top: int) -> None:
+def _compared(first: Shown, second: Shown) -> Comparison:
     """Two results side by side: the prompts' tokens, of whole answers for those."""
-    from rich.console import Console
-
     from gim.answers import AnswerAttribution
     from gim.layerwise import LayerwiseAttribution
-    from gim.report import comparison
 
     def tokens(found: Shown) -> Attribution:
         if isinstance(found, LayerwiseAttribution):
             return found.attribution
         return found.prompt if isinstance(found, AnswerAttribution) else found
 
-    one, two = tokens(first), tokens(second)
-    both = one.compare(two)
-    Console().print(comparison.view(both, top=top))
-    write_files(outputs, {"--html": lambda path: both.to_html(path, top=max(top, 20))})
+    return tokens(first).compare(tokens(second))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gim.cli.errors import UserError, handled
+from gim.cli.output import showing
 
 
 def command(
@@ -22,8 +23,9 @@ def command(
         if name is not None and name not in TASKS:
             raise UserError(f"there is no task {name!r}: those are {', '.join(TASKS)}")
         console = Console()
-        if name is not None:
-            console.print(Text(TASKS[name].page()), soft_wrap=True)
-            return
-        for task in TASKS.values():
-            console.print(Text.assemble((task.name, "bold"), f"  {task.asks}"), soft_wrap=True)
+        with showing():
+            if name is not None:
+                console.print(Text(TASKS[name].page()), soft_wrap=True)
+                return
+            for task in TASKS.values():
+                console.print(Text.assemble((task.name, "bold"), f"  {task.asks}"), soft_wrap=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ from typer.testing import CliRunner
 import gim
 from gim import cli, demo, rules, targets
 from gim.attribution import Attribution
+from gim.circuits import Circuit
+from gim.circuits.graph import Graph
+from gim.cli.errors import UserError
+from gim.cli.output import deliver
 
 PROMPT = "The password of Irene is lantern. The password of Otto is camel. The password of Irene is"
 
@@ -480,6 +486,81 @@ def test_show_draws_what_explain_wrote(folder: Path, tmp_path: Path) -> None:
     ):
         refused = run("show", *arguments)
         assert refused.code == 2 and refused.err.startswith(message), refused.err
+
+
+# --------------------------------------------------- files before what is shown
+
+
+def broken_pipe() -> io.TextIOWrapper:
+    """The end of a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", encoding="utf-8")
+
+
+#: Consoles that cannot take what is shown, with the exit code then; of 0, everything was.
+CONSOLES: dict[str, tuple[Callable[[], Any], int]] = {
+    "pipe": (broken_pipe, 1),
+    "full": (lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8"), 2),
+    "ascii": (lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"), 0),
+}
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "explain -m {model} -p naïve→ --json",
+        "demo --json",
+        "show {saved} --html",
+        "show {saved} {saved} --html",
+        "evaluate -m {demo} facts-in-context --methods random --limit 1 --grid coarse --save",
+        "circuit find agreement -m {demo} --pairs 1 --level node --save",
+        "circuit show {circuit} --html",
+        "circuit export {circuit}",
+        "check {model} -p naïve→",
+        "tasks",
+    ],
+)
+def test_files_are_written_whatever_the_console_takes(
+    command: str, console: str, folder: Path, loaded: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / ("a.parquet" if command.endswith("--save") else "a.html")
+    names: dict[str, Any] = {"model": folder, "demo": demo.model_folder()}
+    names |= {"saved": tmp_path / "s.json", "circuit": tmp_path / "c.json"}
+    prompt = replace(demo.make_prompt(1, facts=4, statements=2), answer=" →")
+    monkeypatch.setattr(demo, "load", lambda: loaded)
+    monkeypatch.setattr(demo, "prompt", lambda: prompt)
+    if "{saved}" in command:
+        model, tokenizer = loaded
+        gim.attribute(model, tokenizer, "naïve→").to_json(names["saved"])
+    if "{circuit}" in command:
+        Circuit(Graph(1, 1, False, 8), torch.ones(3, 5), {"model": "→"}).to_mib(names["circuit"])
+    asked = [part.format(**names) for part in command.split()]
+    writes = not command.startswith(("check", "tasks"))
+    stream, code = CONSOLES[console]
+    shown = stream()
+    monkeypatch.setattr(sys, "stdout", shown)
+    with pytest.raises(SystemExit) as ended:
+        cli.app([*asked, *([str(file)] if writes else [])])
+    shown.flush()
+    assert ended.value.code == code
+    assert file.exists() == writes
+    said = capfd.readouterr().err
+    assert ("error: cannot write to standard output: No space left on device\n" in said) == (console == "full"), said
+
+
+def test_a_file_that_fails_keeps_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Path) -> None:
+        raise OSError("cannot write a: File too large")
+
+    seen: list[object] = []
+    writers: dict[str, Any] = {"--a": fail, "--b": seen.append}
+    with pytest.raises(UserError, match="--a: cannot write a: File too large"):
+        deliver({"--a": Path("a"), "--b": Path("b")}, writers, lambda: seen.append("shown"))
+    assert seen == [Path("b"), "shown"]
+    assert capfd.readouterr().out == "wrote b\n"
 
 
 # --------------------------------------------------- version
