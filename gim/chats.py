@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import warnings
@@ -10,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2.ext
+import jinja2.meta
+
 from gim.segments import Range
 
 #: The roles of the model itself, in the words of transformers and of Gemma: their last message is continued.
 ANSWERING = ("assistant", "model")
-
-#: What the template is told by us, and by nobody else.
-_OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors")
 
 #: The content of one message as a template reads it, from its texts.
 _Form = Callable[[Sequence[str]], Any]
@@ -49,7 +50,8 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     Raises:
         TypeError: not messages, or arguments that are no mapping.
         ValueError: content that is no text, a template that refuses the messages, leaves a user's out, or changes
-            the message that is to be continued; an argument that is not the caller's.
+            the message that is to be continued; an argument that is not the caller's, or that the template does not
+            read.
     """
     if (
         not isinstance(messages, Sequence)
@@ -60,11 +62,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
         raise TypeError(f"prompt must be text, or messages with role and content, got {messages!r:.200}")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("prompt is a chat, and the tokenizer has no chat template")
-    if not isinstance(arguments, Mapping):
-        raise TypeError(f"template_arguments must be a mapping of names to values, got {arguments!r:.80}")
-    for name in arguments:
-        if not isinstance(name, str) or name in _OURS:
-            raise ValueError(f"template_arguments must be named arguments of the chat template's own, got {name!r:.80}")
+    _check_arguments(arguments, tokenizer)
     given = [dict(message) for message in messages]
     contents = [_texts(number, message) for number, message in enumerate(given, start=1)]
     if given[-1]["role"] not in ANSWERING:
@@ -99,6 +97,48 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     ranges = chat.segments(contents, form, whole).items()
     cut = {name: (start, min(end, len(rendered))) for name, (start, end) in ranges}
     return Rendered(rendered, {name: (start, end) for name, (start, end) in cut.items() if start < end})
+
+
+def _check_arguments(arguments: Any, tokenizer: Any) -> None:
+    """Refuse arguments that the template would never see, or does not read: nothing else would say so."""
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"template_arguments must be a mapping of names to values, got {arguments!r:.80}")
+    if not arguments:
+        return
+    from transformers import PreTrainedTokenizerBase
+
+    rendering = PreTrainedTokenizerBase.apply_chat_template
+    ours = {*inspect.signature(rendering).parameters, "messages"} - {"tools", "documents"}
+    for name in arguments:
+        if not isinstance(name, str) or name in ours:
+            raise ValueError(f"template_arguments must be named arguments of the chat template's own, got {name!r:.80}")
+    if getattr(type(tokenizer), "apply_chat_template", None) is not rendering:
+        return  # a tokenizer with code of its own, of which nobody can tell what it reads
+    try:
+        template = _PARSER.parse(tokenizer.get_chat_template(tools=arguments.get("tools")))
+    except (ValueError, jinja2.TemplateError):
+        return  # refused when the chat is rendered
+    reads = jinja2.meta.find_undeclared_variables(template)
+    if unread := [name for name in arguments if name not in reads]:
+        raise ValueError(
+            f"template_arguments: the chat template does not read {', '.join(map(repr, unread))}; what it reads is "
+            + (", ".join(sorted(reads - ours)) or "the messages alone")
+        )
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag of transformers around what the model says."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+#: Parses templates as transformers does, and renders none.
+_PARSER = jinja2.Environment(extensions=[jinja2.ext.loopcontrols, _Generation])
+_PARSER.globals.update(dict.fromkeys(("raise_exception", "strftime_now")))
 
 
 def _no_content(message: Mapping[str, Any]) -> tuple[str, ...]:

@@ -198,7 +198,10 @@ def test_arguments_of_the_template_pass_through() -> None:
         found = prompts.encode(messages, made, arguments).text
         assert found == made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **arguments)
         assert found != prompts.encode(messages, made).text
-    names: tuple[Any, ...] = ("tokenize", "add_generation_prompt", 3)
+    names: tuple[Any, ...] = (
+        "tokenize", "add_generation_prompt", "padding", "truncation", "max_length", "chat_template", "return_tensors",
+        "tokenizer_kwargs", "conversation", "messages", 3,
+    )  # fmt: skip
     for wrong in names:
         with pytest.raises(ValueError, match=r"template_arguments must be named arguments .* got"):
             prompts.encode(messages, tools, {wrong: True})
@@ -206,6 +209,50 @@ def test_arguments_of_the_template_pass_through() -> None:
         prompts.encode(messages, tools, [1])
     with pytest.raises(ValueError, match="template_arguments are for a chat, and prompt is text"):
         prompts.encode("The cat", tools, {"tools": []})
+
+
+def test_arguments_that_the_template_does_not_read_are_refused() -> None:
+    messages = [CHAT[1]]
+    thoughts, tools = with_template("thoughts"), with_template("tools")
+    for made, arguments, message in (
+        (thoughts, {"enable_thinkin": False}, "does not read 'enable_thinkin'; what it reads is enable_thinking$"),
+        (thoughts, {"tools": [], "enable_thinking": True}, "does not read 'tools'; what it reads is enable_thinking$"),
+        (tools, {"documents": [{"title": "a", "text": "b"}]}, "does not read 'documents'; what it reads is tools$"),
+        (with_template("words"), {"a": 1, "b": 2}, "does not read 'a', 'b'; what it reads is the messages alone$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompts.encode(messages, made, arguments)
+    # Whatever way it is read in, in tags of transformers' own too.
+    for read in (
+        "{% if style is defined %}{{ style }}{% endif %}",
+        "{% set style = style | default('b') %}{{ style }}",
+        "{% if style is not defined %}{% set style = 'b' %}{% endif %}{{ style }}",
+        "{% macro f() %}{{ style }}{% endmacro %}{{ f() }}",
+        "{% for m in messages %}{% generation %}{{ style }}{% endgeneration %}{% break %}{% endfor %}",
+    ):
+        made = with_template(f"{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{read}")
+        assert prompts.encode(messages, made, {"style": "a"}).text.endswith("a"), read
+        with pytest.raises(ValueError, match="does not read 'stile'"):
+            prompts.encode(messages, made, {"stile": "a"})
+
+
+def test_arguments_of_named_templates_and_of_tokenizers_with_code_of_their_own() -> None:
+    messages = [CHAT[1]]
+    several = tokenizer()
+    several.chat_template = {"default": TEMPLATES["thoughts"], "tool_use": TEMPLATES["tools"]}
+    assert "<tools>" in prompts.encode(messages, several, {"tools": [{"name": "f"}]}).text
+    assert "<think>" in prompts.encode(messages, several, {"enable_thinking": False}).text
+    with pytest.raises(ValueError, match="does not read 'enable_thinking'; what it reads is tools"):
+        prompts.encode(messages, several, {"tools": [{"name": "f"}], "enable_thinking": False})
+
+    class Own(type(several)):
+        def apply_chat_template(self, conversation: Any, mood: str = "", **_: Any) -> str:
+            return mood + "".join(one["content"] for one in conversation)
+
+    several.__class__ = Own
+    assert prompts.encode(messages, several, {"mood": "glad: "}).text.startswith("glad: The cat")
+    with pytest.raises(ValueError, match=r"template_arguments must be named arguments .* got 'padding'"):
+        prompts.encode(messages, several, {"padding": True})
 
 
 # ---- in an attribution
