@@ -131,11 +131,13 @@ class Rules:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a field that is unknown or has a value that no rule allows.
+            ValueError: a field that is unknown or missing, for a default would make other rules of it, or has a value
+                that no rule allows.
         """
-        unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields of Rules: {sorted(unknown)}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        for what, wrong in (("unknown", set(fields) - names), ("missing", names - set(fields))):
+            if wrong:
+                raise ValueError(f"{what} fields of Rules: {sorted(wrong)}")
         return cls(**fields)
 
     @classmethod

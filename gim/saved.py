@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,10 +176,10 @@ def _checked(name: str, fields: Any, schema: str, what: str, checks: dict[str, C
     """Fields of which each is what it must be."""
     if not isinstance(fields, dict) or fields.get("schema") != schema:
         raise ValueError(f"{name} is not {what}: it has no field schema = {schema!r}")
-    if fields.get("schema_version") != SCHEMA_VERSION:
+    version = fields.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise ValueError(
-            f"{name} has schema version {fields.get('schema_version')!r:.40}; this version of gim-kernels "
-            f"reads version {SCHEMA_VERSION}"
+            f"{name} has schema version {version!r:.40}; this version of gim-kernels reads version {SCHEMA_VERSION}"
         )
     fields = {**{later: kind() for later, kind in _LATER.items()}, **fields}
     missing = [field for field in checks if field not in fields]
@@ -207,15 +208,23 @@ def _attribution(name: str, given: Any) -> dict[str, Any]:
             "report": AppliedReport.from_dict(fields["report"]),
             "versions": dict(fields["versions"]),
         }
-    except KeyError as error:
-        raise ValueError(f"{name} is not a complete attribution: field {error} of its report is missing") from error
     except ValueError as error:
         raise ValueError(f"{name} is not an attribution: {error}") from error
 
 
 def _is_document(source: str) -> bool:
-    """Whether a string is a JSON text rather than a path: it starts with a brace, or has several lines."""
-    return source.removeprefix("\ufeff").lstrip().startswith("{") or "\n" in source.rstrip("\n") or "\0" in source
+    """Whether a string is a JSON text rather than a path: it is empty, starts with a brace, has several lines, or is
+    some other value of JSON and no file's name."""
+    start = source.removeprefix("\ufeff").lstrip()
+    if not start or start.startswith("{") or "\n" in source.rstrip("\n") or "\0" in source:
+        return True
+    try:
+        parse_json("", source)
+        return not Path(source).exists()
+    except ValueError:
+        return False
+    except OSError:  # longer than any name
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------- the fields
@@ -268,15 +277,11 @@ def _pair_of(first: Check, second: Check) -> Check:
     return wrong
 
 
-def _fields_of(kind: type) -> Check:
-    """An object with the fields of a dataclass, each of the type that is declared there; defaults may be left out."""
-    declared = dataclasses.fields(kind)
-    checks = {field.name: _BY_TYPE[str(field.type)] for field in declared}
-    needed = {
-        field.name
-        for field in declared
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+def _fields_of(kind: type, *later: str) -> Check:
+    """An object with the fields of a dataclass, each of the type that is declared there, but for those that earlier
+    documents lack."""
+    checks = {field.name: _BY_TYPE[str(field.type)] for field in dataclasses.fields(kind)}
+    needed = set(checks) - set(later)
 
     def wrong(value: Any) -> str | None:
         if type(value) is not dict:
@@ -308,6 +313,13 @@ def _target(value: Any) -> str | None:
     return wrong
 
 
+def _next_token(value: Any) -> str | None:
+    wrong = _fields_of(NextToken)(value)
+    if wrong is None and not 0 <= value["probability"] <= 1:
+        return f"probability must be from 0 to 1, got {value['probability']!r:.40}"
+    return wrong
+
+
 _text = _is(str, "text")
 _truth = _is(bool, "true or false")
 
@@ -336,14 +348,14 @@ _FIELDS: dict[str, Check] = {
     "target": _target,
     "rules": _is(dict, "an object"),  # whose fields Rules checks by itself
     "engine": _text,
-    "report": _fields_of(AppliedReport),
+    "report": _fields_of(AppliedReport, "watched"),
     "model": _text,
     "baseline": _pair_of(_count, _text),
     "versions": _object_of(_text, "texts"),
     "memory": _text,
     "template": _list_of(_truth),
     "segments": _object_of(_pair_of(_count, _count), "pairs of numbers"),
-    "next_tokens": _list_of(_fields_of(NextToken)),
+    "next_tokens": _list_of(_next_token),
 }
 _ANSWER_FIELDS: dict[str, Check] = {
     "answer": _text,
@@ -353,7 +365,7 @@ _ANSWER_FIELDS: dict[str, Check] = {
     "scores": _list_of(_list_of(_number)),
     "total": _list_of(_number),
     "targets": _list_of(_target),
-    "next_tokens": _list_of(_list_of(_fields_of(NextToken))),
+    "next_tokens": _list_of(_list_of(_next_token)),
     "prompt": _is(dict, "an object"),  # which is read as an attribution of its own
 }
 _LAYERWISE_FIELDS: dict[str, Check] = {

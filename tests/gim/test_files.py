@@ -152,8 +152,20 @@ def test_a_mutated_file_is_read_or_is_a_value_error(tmp_path: Path, seed: int, c
         ({"special": [0, 1, 0]}, "field 'special' entry 0 must be true or false, got 0"),
         ({"baseline": [0]}, "field 'baseline' must be a list of two"),
         ({"versions": {"torch": 2}}, "field 'versions' must be an object of texts"),
-        ({"rules": {"temperature": 10**400}}, "temperature must be a finite number"),
-        ({"rules": {"softmax": ["exact"]}}, "softmax must be one of"),
+        ({"rules": rules.GIM.to_dict() | {"temperature": 10**400}}, "temperature must be a finite number"),
+        ({"rules": rules.GIM.to_dict() | {"softmax": ["exact"]}}, "softmax must be one of"),
+        ({"rules": {}}, r"missing fields of Rules: \['activation', 'freeze_norm', 'gate_scale', .*'v_scale'\]"),
+        (
+            {"rules": {name: value for name, value in rules.ATTNLRP.to_dict().items() if name != "activation"}},
+            r"missing fields of Rules: \['activation'\]",
+        ),
+        ({"report": {"rules": ""}}, "field 'report' must have the fields rules, applications, .*, got 'rules'"),
+        ({"schema_version": 1.0}, "schema version 1.0; this version of gim-kernels reads version 1"),
+        ({"schema_version": True}, "schema version True; this version of gim-kernels reads version 1"),
+        (
+            {"next_tokens": [{"token_id": 1, "token": "a", "probability": 7.0}]},
+            "field 'next_tokens' entry 0 probability must be from 0 to 1, got 7.0",
+        ),
         ({"target": {}}, "field 'target' must have the fields kind, label"),
         ({"report": []}, r"field 'report' must be an object, got \[\]"),
         ({"text": None}, "field 'text' must be text, got None"),
@@ -164,6 +176,20 @@ def test_a_field_of_another_type_or_length_is_named(change: dict[str, Any], mess
     document = json.dumps(json.loads(example().to_json()) | change)
     with pytest.raises(ValueError, match=message):
         Attribution.from_json(document)
+
+
+@pytest.mark.parametrize("source", ["", " ", "[]", "null", "3", '"a"', f"[{'1,' * 5000}1]"])
+def test_a_text_that_is_no_document_is_no_path_either(source: str) -> None:
+    with pytest.raises(ValueError, match="the text is not (an attribution: it has no field schema|JSON)"):
+        Attribution.from_json(source)
+
+
+def test_a_file_may_have_the_name_of_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example().to_json("[1]")
+    assert Attribution.from_json("[1]") == example()
+    with pytest.raises(FileNotFoundError):
+        Attribution.from_json("[1] or so")
 
 
 def test_a_target_has_as_many_ids_as_tokens_and_positions() -> None:
