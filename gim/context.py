@@ -137,8 +137,7 @@ class GIM:
         strict: bool = True,
         engine: Engine = "auto",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        anatomy.check_module(model)
         self.model = model
         self.strict = strict
         engines.check_name(engine)

@@ -298,8 +298,6 @@ def _check(
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     parts = anatomy.of(model)
     if parts.head != "next token":
         raise ValueError(f"model must be a causal language model, got {type(model).__name__}")

@@ -162,10 +162,15 @@ def held(model: nn.Module) -> Iterator[Anatomy]:
 
 
 def of(model: nn.Module) -> Anatomy:
-    """The anatomy of a model, which is looked for again only where its tree of modules has changed."""
+    """The anatomy of a model, which is looked for again only where its tree of modules has changed.
+
+    Raises:
+        TypeError: as :func:`check_module`.
+    """
     for one, parts in _held.get():
         if one is model:
             return parts
+    check_module(model)
     inside, marks = _tree(model)
     tree, names = hash(tuple(marks)), _kept.get(model)
     if names is None or names.tree != tree:
@@ -182,6 +187,15 @@ def of(model: nn.Module) -> Anatomy:
         call=Call(model, names.front.arguments, names.taken, cores, [layer for _, layer in layers]),
         _embedding=names.embedding,
     )
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no module of torch's, such as a name or what :func:`gim.load` gives, with a TypeError."""
+    if not isinstance(model, nn.Module):
+        way = "unpack what gim.load gives" if isinstance(model, tuple) else "load it with gim.load"
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: {way}, model, tokenizer = gim.load(...)"
+        )
 
 
 #: Of a module: its parent's id, its name there, its own id and class.

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
+import gim.demo
 from gim.applied import UnsupportedModelError
 from gim.context import inspect
 from gim.intercept.attention import gim_attention
@@ -108,6 +109,25 @@ def test_rules_refuse_unknown_values() -> None:
         gim.MemoryPlan("some")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         gim.GIM("gpt2")
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, ("a model", "a tokenizer")], ids=str)
+def test_what_is_no_model_says_how_to_load_one(model: Any) -> None:
+    way = "unpack what gim.load gives" if isinstance(model, tuple) else "load it with gim.load"
+    wanted = rf"model must be a torch.nn.Module, got {type(model).__name__}: {way}"
+    _, tokenizer = gim.demo.load()
+    for call in (
+        lambda: gim.attribute(model, tokenizer, "a b"),
+        lambda: gim.attribute(model, tokenizer, ["a b", "c"]),
+        lambda: gim.attribute(model, tokenizer, "a b", answer=" c"),
+        lambda: gim.attribute(model, tokenizer, "a b", generate=1),
+        lambda: gim.explain(model, torch.tensor([1, 2])),
+        lambda: gim.evaluate(model, tokenizer, ["a b"]),
+        lambda: inspect(model),
+        lambda: gim.GIM(model),
+    ):
+        with pytest.raises(TypeError, match=wanted):
+            call()
 
 
 def test_inference_mode_is_refused_and_no_grad_works(model: Any) -> None:
