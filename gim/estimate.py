@@ -30,7 +30,7 @@ from gim_kernels.types import Engine
 #: Parts of an estimate, in the order they are shown.
 PARTS = ("weights", "embeddings", "checkpoints", "attention", "layer", "head")
 
-#: Prompts longer than this are not looked for.
+#: Prompts longer than this are neither looked for nor estimated: their ids are there as numbers.
 LONGEST = 1 << 27
 #: Layers of each kind that a twin runs: the second keeps what every further one will.
 SHOWN = 2
@@ -222,6 +222,8 @@ class Twin:
             EstimateError: as in :func:`estimate_memory`.
         """
         self._check(plan)
+        if batch * tokens > LONGEST:
+            raise EstimateError(f"tokens must be at most {LONGEST:,} in all, got {batch * tokens:,}")
         trace = self._trace(plan, tokens, batch, explained)
         parts = dict.fromkeys(PARTS, 0)
         for tag, size in trace.live.items():

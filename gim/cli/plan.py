@@ -41,8 +41,11 @@ def command(
         with loading(f"the config of {model}"):
             import torch
 
+            from gim.estimate import LONGEST
             from gim.memory import free_bytes, plan_rows
 
+            if tokens > LONGEST:
+                raise UserError(f"--tokens must be at most {LONGEST:,}, got {tokens:,}")
             quieten()
             device = torch.device("cuda" if memory is not None or torch.cuda.is_available() else "cpu")
             twin = twin_of(model, chosen, device, dtype, trust_remote_code)

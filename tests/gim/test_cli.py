@@ -679,6 +679,7 @@ def test_plan_marks_what_fits(config_folder: Path) -> None:
         (["--tokens", "10", "--gpu-memory", "much"], "--gpu-memory must be a size such as 80GiB or 80GB, got 'much'"),
         (["--tokens", "10", "--gpu-memory", "0GiB"], "--gpu-memory must be a size"),
         (["--tokens", "10", "--explained", "11"], "--explained must be at most the 10 tokens, got 11"),
+        (["--tokens", "100000000000"], "--tokens must be at most 134,217,728, got 100,000,000,000"),
         (["--tokens", "10", "--rules", "none"], "--rules must be Rules or one of"),
     ],
 )
