@@ -253,7 +253,7 @@ def _rows(path: Path) -> Iterator[Any]:
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not CSV in UTF-8: {error}") from error
     else:
-        yield from rows_of(path, None)
+        yield from rows_of(path, None, tasks.PAIRED)
 
 
 def _pair(row: Any, where: str) -> tuple[Pair, bool]:

@@ -78,7 +78,7 @@ def attribute(
     ig_steps: int | None = None,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
-    metric: Metric = logit_difference,
+    metric: Metric | str = logit_difference,
     grouped: bool = False,
     memory: MemoryPlan | str = "none",
     engine: Engine = "auto",
@@ -109,7 +109,8 @@ def attribute(
         batch_tokens: tokens of one batch of pairs of one length, at most, but for a longer pair. Scores do not depend
             on it but for rounding.
         progress: called with pairs done, pairs in all and seconds left, None before that can be told.
-        metric: from logits ``[B, V]`` and each pair's (right ids, wrong ids) to numbers ``[B]``.
+        metric: from logits ``[B, V]`` and each pair's (right ids, wrong ids) to numbers ``[B]``; or a name of
+            ``gim.circuits.metrics.METRICS``: ``"logit_difference"``, ``"probability_difference"``.
         grouped: count k and v for each key head, the sum over its query heads, and not for each query head.
         memory: what is kept for the backward, a plan or its name; ``"auto"`` for the fastest that fits
             beside what every part of the model writes.
@@ -142,7 +143,8 @@ def attribute(
         >>> circuits.attribute(model, [pair], tokenizer=tokenizer).graph.edge_count
         479
     """
-    _check(level, grouped, metric, memory)
+    metric = _metric(metric)
+    _check(level, grouped, memory)
     _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, seed=seed)
     chosen = get_rules(rules)
@@ -290,7 +292,7 @@ def faithfulness(
     *,
     tokenizer: Any = None,
     sizes: Sequence[float] = MIB_SIZES,
-    metric: Metric = logit_difference,
+    metric: Metric | str = logit_difference,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -302,7 +304,7 @@ def faithfulness(
     """How much of the metric circuits of every size keep; see :meth:`Circuit.faithfulness`."""
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
-    _check_function(metric)
+    metric = _metric(metric)
     _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, skip=skip, seed=seed)
     _check_model(model)
@@ -393,19 +395,23 @@ def _sizes(sizes: Sequence[float]) -> tuple[float, ...]:
     return found
 
 
-def _check(level: str, grouped: Any, metric: Any, memory: Any) -> None:
+def _check(level: str, grouped: Any, memory: Any) -> None:
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r:.80}")
     if not isinstance(grouped, bool):
         raise TypeError(f"grouped must be True or False, got {grouped!r:.80}")
     if not isinstance(memory, MemoryPlan | str):
         raise TypeError(f"memory must be a MemoryPlan or a plan's name, got {memory!r:.80}")
-    _check_function(metric)
 
 
-def _check_function(metric: Any) -> None:
-    if not callable(metric):
-        raise TypeError(f"metric must be a function of logits and answers, got {metric!r:.80}")
+def _metric(metric: Any) -> Metric:
+    """A metric by its name, or as it is."""
+    if isinstance(metric, str) and metric not in METRICS:
+        raise ValueError(f"metric must be a function or one of {', '.join(METRICS)}, got {metric!r:.80}")
+    found = METRICS[metric] if isinstance(metric, str) else metric
+    if not callable(found):
+        raise TypeError(f"metric must be a function of logits and answers, or its name, got {metric!r:.80}")
+    return found
 
 
 def _key(metric: Metric) -> str:
@@ -422,8 +428,6 @@ def _check_numbers(least: int, **given: Any) -> None:
             raise ValueError(f"{name} must be a whole number >= {least}{' or None' * (least > 0)}, got {value!r:.80}")
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+def _check_model(model: nn.Module) -> None:
     if anatomy.of(model).head != "next token":
         raise ValueError(f"model must be a causal language model, got {type(model).__name__}")

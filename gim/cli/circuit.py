@@ -90,14 +90,13 @@ def find(
         chosen = rules_named(rules, None)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         from gim import circuits
-        from gim.circuits.metrics import METRICS
 
         finished = True
         with _asked(), counting("pairs") as progress:
             try:
                 found = circuits.attribute(
                     loaded, data, tokenizer=tokenizer, rules=chosen, level=level.value, ig_steps=ig_steps,
-                    batch_tokens=batch_tokens, progress=progress, metric=METRICS[metric.value], grouped=grouped,
+                    batch_tokens=batch_tokens, progress=progress, metric=metric.value, grouped=grouped,
                     memory=memory, resume=resume, limit=pairs, seed=seed,
                 )  # fmt: skip
             except circuits.CircuitInterrupted as error:
@@ -137,13 +136,12 @@ def score(
         found = _loaded(circuit)
         loaded, tokenizer = load(model, device, dtype, trust_remote_code)
         from gim.circuits import CurveInterrupted
-        from gim.circuits.metrics import METRICS
 
         finished = True
         with _asked(), counting("pairs") as progress:
             try:
                 curve = found.faithfulness(
-                    data, model=loaded, tokenizer=tokenizer, metric=METRICS[metric.value], batch_tokens=batch_tokens,
+                    data, model=loaded, tokenizer=tokenizer, metric=metric.value, batch_tokens=batch_tokens,
                     progress=progress, resume=resume, limit=pairs, skip=skip, seed=seed,
                 )  # fmt: skip
             except CurveInterrupted as error:

@@ -116,17 +116,20 @@ def read(data: Any, tokenizer: Any, *, seed: int, limit: int | None) -> Iterator
         raise ValueError("data holds no example")
 
 
-def rows_of(path: Path, columns: tuple[str, ...] | None = COLUMNS) -> Iterator[Any]:
+def rows_of(
+    path: Path, columns: tuple[str, ...] | None = COLUMNS, names: Iterable[str] = tuple(tasks.TASKS)
+) -> Iterator[Any]:
     """Rows of a file, or of a folder that ``datasets`` saved. No code that comes with data is ever run.
 
     Args:
         path: of either.
         columns: of a Parquet file that are read; None for all.
+        names: of tasks that it might have been, where it is no file.
     """
     if path.is_dir():
         yield from _by_row(need("datasets").load_from_disk(str(path)))
     elif not path.is_file():
-        raise FileNotFoundError(f"data: {str(path)!r} is no file, and no task: those are {', '.join(tasks.TASKS)}")
+        raise FileNotFoundError(f"data: {str(path)!r} is no file, and no task: those are {', '.join(names)}")
     elif path.suffix == ".parquet":
         yield from _parquet(path, columns)
     elif path.suffix == ".jsonl":

@@ -144,7 +144,7 @@ def parse(methods: Iterable[MethodLike] | MethodLike) -> list[Method]:
     """Methods by name, as rules, or as functions.
 
     Raises:
-        ValueError: a name that is none, two methods of one name, no method.
+        ValueError: a name that is none, two methods of one name, one method by two names, no method.
         TypeError: something else.
         ImportError: a method whose package is not there.
     """
@@ -152,13 +152,20 @@ def parse(methods: Iterable[MethodLike] | MethodLike) -> list[Method]:
         methods = [methods]
     if not isinstance(methods, Iterable):
         raise TypeError(f"methods must be names, rules or functions, got {methods!r:.80}")
-    found = [_parse(one) for one in methods]
+    given = list(methods)
+    found = [_parse(one) for one in given]
     if not found:
         raise ValueError("methods must hold at least one method")
     names = [method.name for method in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"methods must have different names, got {name!r} {names.count(name)} times")
+    known: dict[str, str] = {}
+    for one, method in zip(given, found, strict=True):
+        # A function's key is not all that it depends on.
+        other = known.setdefault(method.key, method.name) if isinstance(one, str | Rules) else method.name
+        if other != method.name:
+            raise ValueError(f"methods must be different ones, and {other!r} and {method.name!r} are the same")
     return found
 
 
@@ -178,7 +185,8 @@ def _named(name: str) -> Method:
     if rules is not None:
         return Method(name, repr(rules), _explained(rules))
     word, colon, number = name.partition(":")
-    kind = KINDS.get(word.lower().replace("-", "_"))
+    known = word.lower().replace("-", "_")
+    kind = KINDS.get(known)
     if kind is None:
         raise ValueError(f"methods: {name!r} is none of {', '.join(NAMES)}")
     if not colon:
@@ -190,4 +198,4 @@ def _named(name: str) -> Method:
         argument = int(number)
     for module in kind.needs:
         need(module)
-    return Method(name, f"{word.lower()}:{argument}", lambda case: kind.run(case, argument))
+    return Method(name, f"{known}:{argument}", lambda case: kind.run(case, argument))

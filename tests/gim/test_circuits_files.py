@@ -134,6 +134,10 @@ def test_bad_arguments_are_refused() -> None:
         ({"batch_tokens": True}, "batch_tokens must be a whole number >= 1 or None, got True"),
         ({"seed": None}, "seed must be a whole number >= 0, got None"),
         ({"rules": "none such"}, "rules must be Rules or one of"),
+        (
+            {"metric": "logits"},
+            "metric must be a function or one of logit_difference, probability_difference, got 'logits'",
+        ),
     ):
         with pytest.raises(ValueError, match=reason):
             attribute(model, pairs, **named)
@@ -143,17 +147,22 @@ def test_bad_arguments_are_refused() -> None:
         attribute(model, [Pair("a", "b", 1, 2)])
     for named, reason in (
         ({"memory": 5}, "memory must be a MemoryPlan or a plan's name, got 5"),
-        ({"metric": "logit_difference"}, "metric must be a function of logits and answers, got 'logit_difference'"),
+        ({"metric": 5}, "metric must be a function of logits and answers, or its name, got 5"),
     ):
         with pytest.raises(TypeError, match=reason):
             attribute(model, pairs, **named)
     with pytest.raises(TypeError, match="pairs: agreement is text, which needs a tokenizer"):
         attribute(model, "agreement")
-    with pytest.raises(TypeError, match="model must be a causal language model of transformers, got str"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         attribute("model", pairs)
     with pytest.raises(ValueError, match="causal language model"):
         attribute(make("bert"), pairs)
     found = attribute(model, pairs)
+    assert torch.equal(attribute(model, pairs, metric="logit_difference").scores, found.scores)
+    by_name = found.faithfulness(pairs, metric="logit_difference")
+    assert by_name.to_dict() == found.faithfulness(pairs).to_dict()
+    with pytest.raises(FileNotFoundError, match="no task: those are indirect-objects, greater-than, agreement$"):
+        attribute(model, "nope", tokenizer=1)
     for sizes in ((0.5, 0.1), None, (0.1, float("nan"))):
         with pytest.raises(ValueError, match="sizes must be two shares"):
             found.faithfulness(pairs, sizes=sizes)
