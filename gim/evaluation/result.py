@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from gim.files import check_writable, write_atomically, written
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: Under which name a saved evaluation has its examples, and the most bytes of them that are read.
+WHOLE = b"gim.evaluation"
+MAX_BYTES = 2**30
 
 
 class Evaluation:
@@ -165,7 +170,7 @@ class Evaluation:
     # -- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dataframe` as Parquet, in one step, with the settings in the file's metadata.
+        """Write :meth:`to_dataframe` as Parquet, in one step, with all that :meth:`load` needs in the file's metadata.
 
         Args:
             path: ``.parquet``.
@@ -180,10 +185,41 @@ class Evaluation:
             raise ValueError(f"path must end in .parquet, got {path}")
         check_writable(path)
         table = arrow.Table.from_pandas(self.to_dataframe(), preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), b"gim": json.dumps(self.settings).encode()}
+        whole = {"records": self.records, "measures": self.measures, "settings": self.settings}
+        metadata = {
+            **(table.schema.metadata or {}),
+            b"gim": json.dumps(self.settings).encode(),
+            WHOLE: zlib.compress(json.dumps(whole).encode()),
+        }
         sink = arrow.BufferOutputStream()
         parquet.write_table(table.replace_schema_metadata(metadata), sink)
         write_atomically(path, sink.getvalue().to_pybytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """What :meth:`save` wrote, to be tabulated and drawn again.
+
+        Raises:
+            ValueError: a file that is none, one of an earlier version, which kept the values alone, or one whose
+                values are not those of its examples.
+            OSError: the file cannot be read.
+            ImportError: pyarrow is missing.
+        """
+        arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+        try:
+            with Path(path).open("rb") as file:
+                table = parquet.read_table(file)
+            packed = (table.schema.metadata or {})[WHOLE]
+            unpacking = zlib.decompressobj()
+            found = cls(**json.loads(unpacking.decompress(packed, MAX_BYTES)))
+            same = arrow.Table.from_pandas(found.to_dataframe(), preserve_index=False).equals(table)
+        except KeyError as error:
+            raise ValueError(f"{path} is no evaluation that can be loaded: it has no {error}") from error
+        except (arrow.ArrowException, zlib.error, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"{path} is no evaluation that can be loaded: {error}") from error
+        if not same:
+            raise ValueError(f"{path} is no evaluation that can be loaded: its values are not those of its examples")
+        return found
 
     def to_html(self, path: str | os.PathLike[str] | None = None, *, reference: str | None = None) -> str:
         """The tables and the curves as one self-contained page that loads nothing.

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,42 @@ def test_saved_rows_are_the_frame_and_the_settings(demo: Any, tmp_path: Path) ->
     with pytest.raises(ValueError, match="b must be one of"):
         found.compare("random", "GIM")
     assert list(found.seconds()["step"]) == ["random", "attention", "masked inputs"]
+
+
+def test_a_saved_evaluation_is_tabulated_and_drawn_again(demo: Any, tmp_path: Path) -> None:
+    found = gim.evaluate(*demo, DATA, **ASKED)
+    path = tmp_path / "rows.parquet"
+    found.save(path)
+    again = gim.Evaluation.load(path)
+    assert (again.records, again.measures, repr(again)) == (found.records, found.measures, repr(found))
+    pd.testing.assert_frame_equal(again.table("random"), found.table("random"))
+    assert again.to_html() == found.to_html()
+    again.save(tmp_path / "again.parquet")
+    assert (tmp_path / "again.parquet").read_bytes() == path.read_bytes()
+
+    table = pq.read_table(path)
+    whole = table.schema.metadata[b"gim.evaluation"]
+
+    def written(metadata: dict[bytes, bytes], rows: Any = table) -> None:
+        pq.write_table(rows.replace_schema_metadata(metadata), path)
+
+    for change, message in (
+        (lambda: path.write_text("a"), "is no evaluation that can be loaded"),
+        (lambda: written({b"gim": b"{}"}), r"it has no b'gim\.evaluation'"),
+        (lambda: written({b"gim.evaluation": b"a"}), "is no evaluation that can be loaded"),
+        (lambda: written({b"gim.evaluation": whole[:-20]}), "is no evaluation that can be loaded"),
+        (lambda: written({b"gim.evaluation": zlib.compress(b"[1]")}), "is no evaluation that can be loaded"),
+        (
+            lambda: written({b"gim.evaluation": zlib.compress(b'{"records":[1],"measures":[],"settings":{}}')}),
+            "is no evaluation that can be loaded",
+        ),
+        (lambda: written({b"gim.evaluation": whole}, table[1:]), "its values are not those of its examples"),
+    ):
+        change()
+        with pytest.raises(ValueError, match=message):
+            gim.Evaluation.load(path)
+    with pytest.raises(FileNotFoundError):
+        gim.Evaluation.load(tmp_path / "none.parquet")
 
 
 @pytest.mark.slow
