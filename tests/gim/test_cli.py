@@ -574,6 +574,11 @@ def test_version_and_help() -> None:
         assert command in helped.out
 
 
+def test_the_package_runs_as_the_command() -> None:
+    shown, _ = process("-m", "gim", "--help")
+    assert shown.startswith("Usage: gim ") or " gim [OPTIONS]" in shown
+
+
 def process(*arguments: str) -> tuple[str, float]:
     """What another Python prints, and its process time in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
