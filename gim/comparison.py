@@ -12,6 +12,7 @@ import torch
 
 from gim.attribution import Attribution, Span, data_frame
 from gim.files import written
+from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
     import pandas
@@ -85,9 +86,10 @@ class Comparison:
 
     @property
     def correlation(self) -> float | None:
-        """Pearson's, of the scores of the words that both have; None where fewer than two are, or all are alike."""
+        """Pearson's, of the scores of the words that both have; None where fewer than three are, since two always
+        lie on a line, or all are alike."""
         pairs = [(one.first.score, one.second.score) for one in self.words if one.first and one.second]
-        if len(pairs) < 2:
+        if len(pairs) < 3:
             return None
         found = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).mT)[0, 1])
         return found if found == found else None
@@ -108,7 +110,7 @@ class Comparison:
             (
                 ("Model", one.model),
                 ("Rules", one.rules.describe()),
-                ("Target", f"{one.target.label}, {one.target.measure} {one.target.value:.4g}"),
+                ("Target", f"{one.target.label}, {MEASURE_NAMES[one.target.measure]} {one.target.value:.4g}"),
                 ("Baseline", repr(one.baseline[1])),
                 ("Engine", one.engine),
                 ("Tokens", f"{len(one):,}"),

@@ -69,7 +69,7 @@ def prompt(seed: int | str = 0, *, tokens: int = 2048, facts: int = 8) -> Prompt
         The prompt, with the places of both statements.
 
     Raises:
-        ValueError: if `facts` is not between 1 and 32.
+        ValueError: if `facts` is not between 1 and 32, or `tokens` too small for them.
         FileNotFoundError: if the package was installed without its model.
     """
     tokenizer = _tokenizer(model_folder())

@@ -187,7 +187,7 @@ def make_prompt(
 
     Raises:
         ValueError: if `facts` is out of range, `statements` is neither 1 nor 2, `tokens` comes
-            without `count_tokens`, or there is no passage to fill up with.
+            without `count_tokens` or is too small for the facts, or there is no passage to fill up with.
     """
     if statements not in (1, 2):
         raise ValueError(f"the asked fact is stated once or twice, not {statements} times")
@@ -207,6 +207,8 @@ def make_prompt(
         if not pool:
             raise ValueError("there is no filler passage to reach the length with")
         room = tokens - count_tokens(" ".join(planted) + question)
+        if room < 0:
+            raise ValueError(f"tokens must be at least {tokens - room:,} with {facts} facts, got {tokens:,}")
         text = ""
         while not text or count_tokens(text) < tokens:
             pieces = _fill(rng, pool, room, count_tokens)

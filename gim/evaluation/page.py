@@ -101,7 +101,7 @@ def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _number(value: float) -> str:
-    return "" if value != value else f"{value:.3f}"  # NaN: one example has no interval
+    return "" if value != value else f"{value:.3f}"  # NaN: few examples have no interval
 
 
 def _picture(curves: pd.DataFrame, looks: Mapping[str, tuple[str, str]], metric: str, measure: str) -> str:

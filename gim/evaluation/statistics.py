@@ -17,6 +17,8 @@ LEVEL = 0.95
 RESAMPLES = 9999
 #: Share of a number by which sums of the same examples may differ.
 ROUNDING = 1e-12
+#: Examples of an interval, at least: that of two is their range, whatever the level.
+LEAST = 3
 #: Numbers of resamples that are held at once.
 HELD = 2**24
 
@@ -28,8 +30,8 @@ class Estimate:
     Args:
         n: examples.
         mean: of their values, or another number that all of them give.
-        low, high: ends of the interval at :data:`LEVEL`; NaN for one example, which tells nothing of others, and where
-            some of the examples alone give no number.
+        low, high: ends of the interval at :data:`LEVEL`; NaN for fewer than three examples, where it is no more
+            than their range, and where some of the examples alone give no number.
     """
 
     n: int
@@ -62,8 +64,8 @@ def of_examples(statistic: Callable[..., Any], data: np.ndarray[Any, Any], held:
         seed: of the resamples.
     """
     whole = float(statistic(data, axis=-1))
-    if len(data) == 1:
-        return Estimate(1, whole, math.nan, math.nan)
+    if len(data) < LEAST:
+        return Estimate(len(data), whole, math.nan, math.nan)
     without_one = statistic(np.stack([np.delete(data, place) for place in range(len(data))]), axis=-1)
     if not np.isfinite(without_one).all():
         return Estimate(len(data), whole, math.nan, math.nan)

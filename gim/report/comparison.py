@@ -23,9 +23,10 @@ def said(comparison: Comparison) -> str:
     """How alike the two are, in words."""
     correlation = comparison.correlation
     both = sum(one.first is not None and one.second is not None for one in comparison.words)
+    words = f"{both:,} {'word' if both == 1 else 'words'} in both"
     if correlation is None:
-        return f"{both:,} words in both."
-    return f"{both:,} words in both; correlation of their scores {correlation:.3f}."
+        return f"{words}."
+    return f"{words}; correlation of their scores {correlation:.3f}."
 
 
 def page(comparison: Comparison, *, top: int = 20) -> str:

@@ -12,6 +12,7 @@ from scipy import stats
 
 import gim
 from gim.comparison import Comparison
+from gim.report import comparison
 from tests.families import text_model, tokenizer
 from tests.gim.test_cli import run
 
@@ -64,6 +65,20 @@ def test_prompts_that_differ(model: Any) -> None:
     assert lonely.correlation is None
     long = made(model, "The cat " * 20 + "sat").compare(made(model, "The cat " * 20 + "ate"))
     assert any(name == "Prompt" for name, *_ in long.differences())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("The dog", "1 word in both."), ("The cat", "2 words in both."), ("Oh well", "0 words in both.")]
+)
+def test_few_shared_words_have_no_correlation(model: Any, text: str, said: str) -> None:
+    both = made(model, "The cat sat").compare(made(model, text))
+    assert both.correlation is None and comparison.said(both) == said
+
+
+def test_measures_are_named_as_everywhere(model: Any) -> None:
+    rows = made(model).compare(made(model, measure="logodds")).differences()
+    (target,) = [row for row in rows if row[0] == "Target"]
+    assert ", logit " in target[1] and ", log-odds " in target[2]
 
 
 def test_what_is_no_comparison(model: Any) -> None:

@@ -51,6 +51,15 @@ def test_held_out_prompts_contain_nothing_of_training() -> None:
     assert {prompts.pair_split(*pair) for pair in pairs} == {"training"}
 
 
+def test_a_length_that_the_facts_do_not_fit_in_is_refused_with_the_smallest() -> None:
+    with pytest.raises(ValueError, match=r"tokens must be at least \d+ with 8 facts, got 1$") as refused:
+        demo.make_prompt(0, tokens=1, count_tokens=len)
+    least = int(str(refused.value).split()[5])
+    assert len(demo.make_prompt(0, tokens=least, count_tokens=len).text) == least
+    with pytest.raises(ValueError, match=f"tokens must be at least {least} "):
+        demo.make_prompt(0, tokens=least - 1, count_tokens=len)
+
+
 def test_filler_mentions_no_name_and_no_word_of_a_fact() -> None:
     text = " ".join([*prompts.filler("training"), *prompts.filler("held_out")])
     assert {*prompts.NAMES, *prompts.WORDS}.isdisjoint(re.findall(r"\w+", text))

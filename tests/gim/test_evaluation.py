@@ -169,8 +169,9 @@ def test_intervals_are_scipy_s_at_the_same_seed(values: list[float]) -> None:
         return
     wanted = stats.bootstrap((values,), np.mean, rng=np.random.default_rng(3)).confidence_interval
     assert (found.low, found.high) == (wanted.low, wanted.high)
-    alone = statistics.estimate(values[:1], 3)
-    assert alone.mean == 0.5 and math.isnan(alone.low) and math.isnan(alone.high)
+    for few in (values[:1], [0.5, 0.5], [0.0, 1.0]):
+        found = statistics.estimate(few, 3)
+        assert found.mean == 0.5 and math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_differences_are_scipy_s_paired_bootstrap(demo: Any) -> None:
