@@ -17,6 +17,7 @@ from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import gim
+from gim.applied import UnsupportedModelError
 from gim.intercept import fused
 from gim_kernels.budget import relative_error
 from tests.families import ids
@@ -240,6 +241,8 @@ def test_what_a_norm_reads_elsewhere_is_seen_anew(monkeypatch: pytest.MonkeyPatc
     changed, _ = gradient(model, torch.float64, 1e-3)
     assert relative_error(changed, before) > 0.1
     monkeypatch.setattr(Elsewhere, "power", 1)
+    with pytest.raises(UnsupportedModelError, match="run it again to watch it"):
+        gradient(model, torch.float64)
     _, report = gradient(model, torch.float64)
     assert report.of("norm") == []
 
