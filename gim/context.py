@@ -184,6 +184,11 @@ class GIM:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+            if session.ran and not session.report.forwards:
+                session.report.notes.append(
+                    f"no forward of {type(self.model).__name__} itself ran, only of modules in it: what its other code "
+                    "computes follows no rule"
+                )
 
 
 def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -609,6 +609,28 @@ def test_products_that_run_in_plain_torch_are_reached_by_what_says_so(monkeypatc
         model(IDS)
 
 
+def test_code_that_runs_in_no_forward_is_said() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 8)
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.inner(x).chunk(2, -1)
+            return torch.sigmoid(gate) * up
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encode(x)
+
+    model, x = Encoder(), torch.ones(2, 4, requires_grad=True)
+    with gim.GIM(model) as report:
+        model.encode(x)
+    assert any("no forward of Encoder itself ran" in note for note in report.notes)
+    with gim.GIM(model) as report:
+        model(x)
+    assert not any("itself ran" in note for note in report.notes) and report.counts()["gated_mlp"] == (1, 1)
+
+
 @pytest.mark.parametrize("part", ["norm", "softmax over keys", "gated product"])
 def test_a_module_that_is_called_from_outside_is_watched_too(part: str) -> None:
     """A backbone without its head, one layer after the other."""
@@ -640,7 +662,7 @@ def test_a_module_that_is_called_from_outside_is_watched_too(part: str) -> None:
         model["inner"](x)
     with gim.GIM(model) as report:
         model["plain"](x)
-    assert report.watched and report.forwards == 0 and report.notes == []
+    assert report.watched and report.forwards == 0 and len(report.notes) == 1 and "ModuleDict itself" in report.notes[0]
 
 
 def test_a_rule_that_is_off_wants_nothing() -> None:
