@@ -50,8 +50,7 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
     Raises:
         TypeError: not messages, or arguments that are no mapping.
         ValueError: content that is no text, a template that refuses the messages, leaves a user's out, or changes
-            the message that is to be continued; an argument that is not the caller's, or that the template does not
-            read.
+            the message that is to be continued; an argument that is not the caller's.
     """
     if (
         not isinstance(messages, Sequence)
@@ -100,7 +99,8 @@ def render(messages: Any, tokenizer: Any, arguments: Mapping[str, Any]) -> Rende
 
 
 def _check_arguments(arguments: Any, tokenizer: Any) -> None:
-    """Refuse arguments that the template would never see, or does not read: nothing else would say so."""
+    """Refuse arguments that the template would never see, and warn of those that it does not read: chats of several
+    models may be given the same."""
     if not isinstance(arguments, Mapping):
         raise TypeError(f"template_arguments must be a mapping of names to values, got {arguments!r:.80}")
     if not arguments:
@@ -120,9 +120,10 @@ def _check_arguments(arguments: Any, tokenizer: Any) -> None:
         return  # refused when the chat is rendered
     reads = jinja2.meta.find_undeclared_variables(template)
     if unread := [name for name in arguments if name not in reads]:
-        raise ValueError(
+        warnings.warn(
             f"template_arguments: the chat template does not read {', '.join(map(repr, unread))}; what it reads is "
-            + (", ".join(sorted(reads - ours)) or "the messages alone")
+            + (", ".join(sorted(reads - ours)) or "the messages alone"),
+            stacklevel=4,
         )
 
 

@@ -337,7 +337,7 @@ def attribute(
         segments: parts of the text by name, each its first and one-past-last character, that do not overlap; None for
             the messages of a chat, by role.
         template_arguments: what the chat template is given besides the messages, such as ``tools`` or
-            ``enable_thinking``; a name that the template does not read is a ValueError.
+            ``enable_thinking``; names that the template does not read are warned of.
         answer: what follows the prompt, as text or ids; every token of it is explained, from one forward.
         generate: the same of what the model itself says next, at most this many tokens, as its generation config says:
             greedily where that says nothing. Tokens with which the model ends are left out.

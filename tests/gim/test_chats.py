@@ -211,7 +211,7 @@ def test_arguments_of_the_template_pass_through() -> None:
         prompts.encode("The cat", tools, {"tools": []})
 
 
-def test_arguments_that_the_template_does_not_read_are_refused() -> None:
+def test_arguments_that_the_template_does_not_read_are_warned_of() -> None:
     messages = [CHAT[1]]
     thoughts, tools = with_template("thoughts"), with_template("tools")
     for made, arguments, message in (
@@ -220,7 +220,7 @@ def test_arguments_that_the_template_does_not_read_are_refused() -> None:
         (tools, {"documents": [{"title": "a", "text": "b"}]}, "does not read 'documents'; what it reads is tools$"),
         (with_template("words"), {"a": 1, "b": 2}, "does not read 'a', 'b'; what it reads is the messages alone$"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.warns(UserWarning, match=message):
             prompts.encode(messages, made, arguments)
     # Whatever way it is read in, in tags of transformers' own too.
     for read in (
@@ -232,7 +232,7 @@ def test_arguments_that_the_template_does_not_read_are_refused() -> None:
     ):
         made = with_template(f"{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{read}")
         assert prompts.encode(messages, made, {"style": "a"}).text.endswith("a"), read
-        with pytest.raises(ValueError, match="does not read 'stile'"):
+        with pytest.warns(UserWarning, match="does not read 'stile'"):
             prompts.encode(messages, made, {"stile": "a"})
 
 
@@ -242,7 +242,7 @@ def test_arguments_of_named_templates_and_of_tokenizers_with_code_of_their_own()
     several.chat_template = {"default": TEMPLATES["thoughts"], "tool_use": TEMPLATES["tools"]}
     assert "<tools>" in prompts.encode(messages, several, {"tools": [{"name": "f"}]}).text
     assert "<think>" in prompts.encode(messages, several, {"enable_thinking": False}).text
-    with pytest.raises(ValueError, match="does not read 'enable_thinking'; what it reads is tools"):
+    with pytest.warns(UserWarning, match="does not read 'enable_thinking'; what it reads is tools"):
         prompts.encode(messages, several, {"tools": [{"name": "f"}], "enable_thinking": False})
 
     class Own(type(several)):
