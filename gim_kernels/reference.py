@@ -87,6 +87,30 @@ def attention_weights(scores: torch.Tensor, softmax_backward: str, temperature: 
     return weights.masked_fill(empty, 0.0)
 
 
+def _scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    key_range: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the softmax is of, ``[B, HQ, T, S]``, with a column for the sinks where there are any."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query @ key.mT) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible(query.shape[2], key.shape[2], causal=causal, window=window, key_range=key_range, device=query.device)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -104,22 +128,13 @@ def attention(
     engine: str = "reference",
 ) -> torch.Tensor:
     """Attention with a choice of softmax backward; see :func:`gim_kernels.attention` for the arguments."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     query, key, value = (scale_gradient(x, factor) for x, factor in zip((query, key, value), grad_scale, strict=True))
-    key = key.repeat_interleave(heads // kv_heads, dim=1)
-    value = value.repeat_interleave(heads // kv_heads, dim=1)
-
-    scores = (query @ key.mT) * scale  # [B, HQ, T, S]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask = visible(query.shape[2], key.shape[2], causal=causal, window=window, key_range=key_range, device=query.device)
-    scores = scores.masked_fill(~mask, -math.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = attention_weights(scores, softmax_backward, temperature)[..., : key.shape[2]]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # Handed on and not held here: two T x S tensors fewer live at once.
+    weights = attention_weights(
+        _scores(query, key, scale, causal, window, softcap, sinks, key_range), softmax_backward, temperature
+    )[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
 
 
