@@ -6,6 +6,7 @@ block, and each block is computed again in the backward: what lives at once is B
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import CellType, FrameType, FunctionType
@@ -87,9 +88,8 @@ def _flex_attention(
                 made.append(block(part, k, v, start))
         outs, sums, highest = zip(*made, strict=True)
         out = _laid_out_as(query, outs)
-        lse = torch.cat(sums, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
-        lse = _NoGradient.apply(lse, out, name)
-        maximum = torch.cat(highest, 2) / torch.log(torch.tensor(2.0, dtype=sums[0].dtype))
+        lse = _NoGradient.apply(torch.cat(sums, 2) / math.log(2), out, name)
+        maximum = torch.cat(highest, 2) / math.log(2)
     out = session.heads(out)
     session.fire("attention", describe(rules), "call of flex_attention", "torch")
     return out, lse, maximum

@@ -62,8 +62,14 @@ class _Kind:
 
     def of(self, reached: frozenset[tuple[Part, str, str]], ran: set[str]) -> _Verdict | None:
         """What watched forwards told that reached the same, but in modules that did not run now."""
-        alike = (one for one in (self.verdicts[-1], self.all(), *self.verdicts) if reached <= one.reached)
-        return next((one for one in alike if not any(row[1] in ran for row in one.reached - reached)), None)
+
+        def knows(one: _Verdict) -> bool:
+            return reached <= one.reached and not any(row[1] in ran for row in one.reached - reached)
+
+        found = next((one for one in reversed(self.verdicts) if knows(one)), None)
+        if found is None and len(self.verdicts) > 1 and knows(all_of_them := self.all()):
+            return all_of_them
+        return found
 
 
 #: Beside the models and not in them, so that no copy of a model takes over what was seen of another.
