@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim.rules import get as get_rules
+from tests.oracle import assert_close64
 
 WIDTH, HEADS, VOCABULARY = 32, 4, 40
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [21, 3, 2, 9, 8, 30, 4, 31, 5, 6, 1, 0, 14]])
@@ -26,7 +27,7 @@ TOKENS = IDS.shape[1]
 
 def near(got: torch.Tensor, want: torch.Tensor) -> None:
     assert want.abs().max() > 0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+    assert_close64(got, want, "the gradient")
 
 
 def _compiled(one: Any, **named: Any) -> Any:

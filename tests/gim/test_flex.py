@@ -18,6 +18,7 @@ from gim.applied import UnsupportedModelError
 from gim.intercept import flex
 from gim.rules import Rules
 from gim.rules import get as get_rules
+from tests.oracle import FLOAT64_SAME_RELATIVE, assert_close64
 
 TOKENS, HEADS, WIDTH, VOCABULARY = 13, 4, 32, 40
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [21, 3, 2, 9, 8, 30, 4, 31, 5, 6, 1, 0, 14]])
@@ -142,7 +143,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def near(got: torch.Tensor, want: torch.Tensor) -> None:
     assert want.abs().max() > 0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+    assert_close64(got, want, "the gradient")
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -168,7 +169,7 @@ def test_the_forward_is_torchs_own(kind: str) -> None:
         own = attention(x)[0]  # where no gradient is asked for, torch's own runs on a CPU
         with gim.GIM(attention) as report:
             ours = attention(x)[0]
-    torch.testing.assert_close(ours, own, rtol=0, atol=1e-14)
+    assert_close64(ours, own, kind, relative=FLOAT64_SAME_RELATIVE)
     assert report.counts()["attention"] == (1, 1)
 
 
@@ -184,7 +185,7 @@ def test_torch_refuses_its_gradient_on_a_cpu_as_before() -> None:
 def test_every_memory_plan_gives_the_same(plan: str, rules: str) -> None:
     model = llama(mask="causal", score="slopes")
     one, other = (gim.explain(model, IDS, baseline_token_id=0, rules=rules, memory=how) for how in ("none", plan))
-    torch.testing.assert_close(other, one, rtol=0, atol=1e-13)
+    assert_close64(other, one, plan, relative=FLOAT64_SAME_RELATIVE)
     for layer in model.model.layers:
         layer.self_attn.rules = get_rules(rules)
     rest = dataclasses.replace(get_rules(rules), softmax="exact", q_scale=1.0, k_scale=1.0, v_scale=1.0)
@@ -328,7 +329,7 @@ def test_blocks_that_a_mask_leaves_out_are_left_out() -> None:
     with gim.GIM(model):
         y = model(x)
     seen = torch.arange(tokens)[:, None] // size == torch.arange(tokens) // size
-    torch.testing.assert_close(y, torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen))
+    assert_close64(y, torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen), "blocks")
 
 
 def test_a_function_mode_of_the_users_stands_in_between() -> None:
