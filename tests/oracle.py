@@ -19,7 +19,7 @@ FLOAT64_RELATIVE = 1e-12
 #: The same where only a few sums have another order.
 FLOAT64_SAME_RELATIVE = 1e-14
 #: The same for whole models whose norms run in float32.
-FLOAT32_NORMS_RELATIVE = 1e-6
+FLOAT32_NORMS_RELATIVE = 9e-8
 #: The same as the first for whole models, whose depth multiplies it.
 FLOAT64_MODEL_RELATIVE = 1e-9
 #: The same for one model under two memory plans, which run the same products on other tiles.

@@ -1,0 +1,197 @@
+"""Which forwards are watched, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gim
+from gim.applied import AppliedReport, UnsupportedModelError
+from gim.context import inspect
+from gim.intercept.watch import Watch
+from tests.gim.test_watch import GATES, IDS, MLP, SOFTMAXES, WIDTH, Net, _sigmoid_gate, llama
+
+
+class Counting(TorchDispatchMode):
+    """How many modes of the watch are on while operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        self.watched += any(isinstance(mode, Watch) for mode in modes)
+        return func(*args, **(kwargs or {}))
+
+
+def watches(model: Any, run: Callable[[], Any] | None = None) -> bool:
+    """Whether a forward of a model starts a watch."""
+    started: list[Watch] = []
+    enter = Watch.__enter__
+
+    def entered(self: Watch) -> Watch:
+        started.append(self)
+        return enter(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "__enter__", entered)
+        (run or (lambda: model(IDS)))()
+    return bool(started)
+
+
+def test_a_forward_is_watched_once_and_again_after_a_change() -> None:
+    model = llama(layers=2)
+
+    def both() -> tuple[bool, bool]:
+        first: list[bool] = []
+        for _ in range(2):
+            with gim.GIM(model, strict=False) as report:
+                first.append(watches(model))
+            assert report.watched
+        return first[0], first[1]
+
+    once = (True, False)
+    assert both() == once
+    assert both() == (False, False)  # another session of the same rules
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert both() == once
+    model.model.layers[1].mlp = MLP(GATES["by hand"])
+    assert both() == once
+    model.bfloat16()
+    assert both() == once
+    model.model.layers[0].mlp.forward = lambda x: x
+    assert both() == once
+    model.config.update({"some_switch": True})
+    assert both() == once
+    with gim.GIM(model, strict=False):
+        assert watches(model, lambda: model(IDS, attention_mask=torch.ones_like(IDS)))
+        assert watches(model, lambda: model(IDS, attention_mask=torch.ones_like(IDS), use_cache=False))
+        assert not watches(model)
+    with gim.GIM(model, strict=False, rules="ATTNLRP"):
+        assert watches(model)
+
+
+def test_what_was_seen_is_not_copied_with_a_model() -> None:
+    model = llama()
+    with gim.GIM(model):
+        model(IDS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with gim.GIM(other):
+            assert watches(other)
+
+
+def test_what_was_found_stands_for_later_forwards() -> None:
+    model = Net(attend=SOFTMAXES["exp"])
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="Net: softmax over keys"), gim.GIM(model, rules="TSG_ONLY"):
+            model(IDS)
+
+
+def test_a_forward_that_reaches_another_part_is_watched_again() -> None:
+    calls: list[int] = []
+
+    class Switching(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            x = F.layer_norm(self.embed(input_ids), (WIDTH,))
+            if len(calls) > 1:
+                x = F.silu(x) * self.key(x)
+                x = SOFTMAXES["exp"](x @ self.query(x).mT, x)
+            return self.head(x)
+
+    model = Switching()
+    with gim.GIM(model) as report:
+        watched = []
+        for _ in range(2):
+            model(IDS)
+            watched.append(report.watched)
+        assert watched == [True, False]
+        assert any("which no watched one did" in note for note in report.notes)
+        with pytest.raises(UnsupportedModelError, match="Switching: softmax over keys"):
+            model(IDS)
+
+
+def test_a_forward_that_leaves_a_part_out_where_its_module_ran_is_watched_again() -> None:
+    scripted = torch.jit.script(_sigmoid_gate)
+    calls: list[int] = []
+
+    def gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.silu(g) * u if len(calls) == 1 else scripted(g, u)
+
+    model = Net(gate=gate)
+    with gim.GIM(model) as report:
+        model(IDS)
+        assert report.watched
+        with pytest.raises(UnsupportedModelError, match="mlp: a rule was applied here in a forward that was watched"):
+            model(IDS)
+        with pytest.raises(UnsupportedModelError, match="mlp: gated product"):
+            model(IDS)
+
+
+def test_both_ways_through_a_module_are_known_once_both_were_watched() -> None:
+    calls: list[int] = []
+
+    def gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.silu(g) * u if len(calls) % 2 else g + u
+
+    model = Net(gate=gate)
+    with gim.GIM(model) as report:
+        model(IDS)
+        with pytest.raises(UnsupportedModelError, match="run it again to watch it"):
+            model(IDS)
+        for _ in range(4):
+            model(IDS)
+            assert report.watched
+
+
+def test_a_part_that_need_not_run_is_not_missed() -> None:
+    class Skipping(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            return self.head(x + self.mlp(x) if bool((input_ids > 3).any()) else x)
+
+    model = Skipping(gate=GATES["silu"])
+    with gim.GIM(model) as report:
+        for ids in (IDS + 4, IDS.clamp(max=3), IDS + 4):
+            model(ids)
+            assert report.watched and not any("are watched again" in note for note in report.notes)
+
+
+def test_a_checkpoints_second_run_is_not_watched() -> None:
+    model = llama(layers=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with gim.GIM(model) as report:
+        loss = model(IDS, use_cache=False).logits.sum()
+        with Counting() as counting:
+            loss.backward()
+    assert report.watched and counting.watched == 0
+
+
+def test_an_error_in_a_forward_ends_the_watch() -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = llama()
+    model.model.norm.register_forward_hook(stop)
+    with gim.GIM(model), pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_a_report_says_whether_it_was_watched() -> None:
+    model = llama()
+    with gim.GIM(model) as report:
+        assert not report.watched and report.summary().endswith("; not watched")
+    ran = inspect(model, "GIM", IDS)
+    assert ran.watched and ran.summary().endswith("; watched")
+    assert AppliedReport.from_dict(ran.to_dict()) == ran
