@@ -14,7 +14,8 @@ for inference: without a formula, without gradients, over numbers made integers.
 
 What the flow of data cannot tell: whether a product without a nonlinearity is an MLP's, so all are noted; ``exp`` of a
 sum of logarithms; ``x / mean(x)``, which is taken for shares; what another library's operator computes, which is found
-as one that cannot be seen into.
+as one that cannot be seen into; that two calls of one linear map on one input give one value; that a matrix product or
+a pooling of squares is their mean; and attention over keys and values that are weights, which is what a router is too.
 """
 
 from __future__ import annotations
