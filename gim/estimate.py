@@ -194,25 +194,18 @@ class Twin:
         self.weights = weight_bytes(weighed)
         self._layers = _Few(self.model)
         self._mlps: checkpoint.MLPs = {}
-        self._open = ExitStack()
         shrink = _shrink(self.model)
         for attempt in sorted({shrink, 1}, reverse=True):
             try:
-                with _stand_in_weights(self.model, attempt):
-                    self._open.enter_context(GIM(self.model, rules=rules))
-                    # A dry run leaves layers out, which is no fault of theirs.
-                    session = session_of(self.model)
-                    assert session is not None
-                    session.strict = session.proves = False
+                with _stand_in_weights(self.model, attempt), GIM(self.model, rules=rules):
                     self._mlps = checkpoint.mlps_of(self.model, MemoryPlan("mlp"))
-                    if attempt == 1 or not any(isinstance(found, str) for found in self._mlps.values()):
-                        break
-                    self._open.close()
             except Exception as error:
                 # A module that reshapes by its own numbers cannot be narrower: it is tried at its width.
-                self._open.close()
                 if attempt == 1:
                     raise EstimateError(f"{type(self.model).__name__}: {error}") from error
+            else:
+                if not any(isinstance(found, str) for found in self._mlps.values()):
+                    break
         self._flops: dict[tuple[int, int, int], int] = {}
 
     def estimate(self, plan: MemoryPlan, tokens: int, *, batch: int = 1, explained: int = 1) -> MemoryEstimate:
@@ -277,6 +270,19 @@ class Twin:
             tokens = min(max(guess, low + 1), high - 1)
         return low
 
+    @contextmanager
+    def _following_rules(self) -> Iterator[None]:
+        """A context over the twin, no longer than it is needed: an open one sends compiled code of any model back to
+        what it was compiled from, and holds in its own thread only."""
+        with ExitStack() as stack:
+            with _stand_in_weights(self.model, 1):  # a context is for models that have theirs
+                stack.enter_context(GIM(self.model, rules=self.rules))
+            # A dry run leaves layers out, which is no fault of theirs.
+            session = session_of(self.model)
+            assert session is not None
+            session.strict = session.proves = False
+            yield
+
     def _check(self, plan: MemoryPlan) -> None:
         """Refuse a plan that does not apply to the model."""
         self._layers.take(SHOWN_OFFLOADING)  # those that the MLPs are filed under
@@ -334,7 +340,7 @@ class Twin:
         request = Request.of(ids, None, scored, per=self._per)
         mlps = {name: self._mlps[self._layers.name(layer)] for name, layer in anatomy.of(self.model).layers}
         try:
-            with ExitStack() as stack:
+            with self._following_rules(), ExitStack() as stack:
                 taps = looked_at(self.model, request, stack)
                 plan_at_work = checkpoint.applied(
                     plan,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -106,6 +108,17 @@ def test_the_estimate_knows_types_rules_batches_and_positions(
     for estimate in gim.estimate_memory(model, length, plans=plans, **named):
         peak, _ = peak_bytes(lambda plan=estimate.plan: explain(model, tokens, plan, positions=positions, rules=rules))
         assert_memory_close(estimate.activations, peak, f"{estimate.plan.name} {named}")
+
+
+def test_a_twin_estimates_the_same_in_every_thread_and_stays_open_in_none() -> None:
+    twin = Twin(build("llama", "small").config, gim.rules.GIM, device="cpu")
+    assert type(eval_frame._stance) is eval_frame.DynamoStance
+    here = twin.estimate(MemoryPlan("none"), 300)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(twin.estimate, MemoryPlan("none"), 300).result()
+    assert there == here and here.activations > 0
+    bare = Twin(build("llama", "small").config, gim.rules.GRADIENT, device="cpu").estimate(MemoryPlan("none"), 300)
+    assert bare.parts != here.parts  # so that rules that were not followed would show
 
 
 @pytest.mark.slow
