@@ -25,6 +25,7 @@ from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
 from gim.parts.layers import attentions
 from gim.plan import MemoryPlan
+from gim.state import State
 from gim.tokenwise import (
     MLP,
     Forward,
@@ -130,8 +131,8 @@ def applied(
     if plan.offload == "cpu":
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead, several)
     inner = Changes(session)
-    layers = _Layers(plan, session, inner, offload, watch, every_tile)
     parts = anatomy.of(model)
+    layers = _Layers(plan, session, inner, offload, watch, every_tile, parts.modules)
     try:
         for module in parts.modules.values():
             if getattr(module, "gradient_checkpointing", False) is True:
@@ -171,8 +172,10 @@ class _Layers:
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,
+        modules: Mapping[str, nn.Module],
     ) -> None:
         self._plan = plan
+        self._modules = modules
         self._session = session
         # What is changed is put back once nobody holds the changes, and these are reached from what they have changed.
         self._inner: Changes = weakref.proxy(inner)
@@ -185,10 +188,12 @@ class _Layers:
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = Again(self._session, layer.forward, name, layer)
+        modules = self._modules_in(name)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*inputs, **named)
+            state = State(modules)
             # Tensors with a gradient are the checkpoint's arguments, however the model passes them: those are kept.
             flat, spec = tree_flatten((inputs, named))
             at = [place for place, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -203,7 +208,7 @@ class _Layers:
                 for place, x in zip(at, tensors, strict=True):
                     filled[place] = x
                 inputs, named = tree_unflatten(filled, spec)
-                with outside_transforms():
+                with outside_transforms(), state.restored() if in_backward() else nullcontext():
                     return forward(*inputs, **named)
 
             stash = _Stash(self, index)
@@ -220,6 +225,9 @@ class _Layers:
 
         self._inner.replace_forward(layer, run)
 
+    def _modules_in(self, name: str) -> dict[str, nn.Module]:
+        return {one: module for one, module in self._modules.items() if one == name or one.startswith(f"{name}.")}
+
     def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
@@ -232,6 +240,7 @@ class _Layers:
 
     def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
         forward = Again(self._session, mlp.module.forward, name, mlp.module)
+        modules = self._modules_in(name)
         tile = self._plan.mlp_tile
         if mlp.whole and tile is not None:
             tile = None
@@ -243,13 +252,15 @@ class _Layers:
             before = norm.take(hidden)
             if not torch.is_grad_enabled() or not hidden.requires_grad:
                 return forward(hidden)
-            source, again = hidden, cast(Forward, forward)
-            if before is not None:
-                source, normalise = before
-                again = lambda x: forward(normalise(x))  # noqa: E731
+            source, normalise = (hidden, None) if before is None else before
+            state = State(modules)
+
+            def again(x: torch.Tensor) -> torch.Tensor:
+                with state.restored():
+                    return cast(torch.Tensor, forward(x if normalise is None else normalise(x)))
 
             def compute() -> torch.Tensor:
-                return self._compute(name, forward, hidden.detach(), tile)
+                return self._compute(name, forward, hidden, tile)
 
             with self.keeping(index) if outside else nullcontext():
                 return run_again(source, again, compute, tile, self._every_tile)
@@ -260,11 +271,11 @@ class _Layers:
         """An MLP's output; in a forward pass with a graph, which tells the rules what they act on."""
         if in_backward():
             with torch.no_grad():
-                return in_tiles(forward, hidden, tile)
+                return in_tiles(forward, hidden.detach(), tile)
 
         # Nothing of the graph is kept.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            y = forward(hidden.requires_grad_())
+            y = forward(_Inside.apply(hidden, name))
         if not y.requires_grad:
             raise UnsupportedModelError(
                 f"{name}: the MLP runs without gradients, so that what flows through it would be left out"
@@ -340,6 +351,22 @@ class _Layers:
         if self._offload is None or isinstance(kept, torch.Tensor):
             return kept
         return self._offload.unpack(kept)
+
+
+class _Inside(torch.autograd.Function):
+    """The input of an MLP that runs again, from where no gradient comes back but through its result."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise UnsupportedModelError(
+            f"{ctx.name}: what is explained depends on a tensor that its code hands out beside its result, so it "
+            'cannot run in parts: use memory="none" or "layer"'
+        )
 
 
 class _Stash:

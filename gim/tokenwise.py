@@ -147,7 +147,8 @@ def _is_users(hook: Any) -> bool:
 
 
 def without_hooks(module: nn.Module) -> nn.Module | None:
-    """A copy of a module that shares its tensors and runs no hook of a user's; None where a user set its ``forward``.
+    """A copy of a module that shares its parameters, writes into nothing of it, and runs no hook of a user's; None
+    where a user set its ``forward``.
 
     What stands before the ``forward`` of a class by a hook of accelerate's that only moves tensors is left out too.
     What a library has put there, as transformers' tensor parallelism does, stays where the module holds no other.
@@ -157,7 +158,7 @@ def without_hooks(module: nn.Module) -> nn.Module | None:
     if not of_class and not accelerate.only_moves(module) and (module._modules or _is_users(own)):
         return None
     copied = object.__new__(type(module))
-    copied.__dict__.update(module.__dict__)
+    copied.__dict__.update({name: _apart(one) for name, one in module.__dict__.items()})
     copied.__dict__.pop("forward", None)
     if not of_class and not accelerate.only_moves(module):
         copied.__dict__["forward"] = own
@@ -169,6 +170,17 @@ def without_hooks(module: nn.Module) -> nn.Module | None:
         return None
     copied.__dict__["_modules"] = children
     return copied
+
+
+def _apart(held: Any) -> Any:
+    """What a module holds, so that code may write into it."""
+    if type(held) is torch.Tensor:
+        return held.clone()
+    return (
+        type(held)((key, _apart(one)) for key, one in held.items())
+        if type(held) in (dict, OrderedDict)
+        else (held.copy() if type(held) in (list, set) else held)
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

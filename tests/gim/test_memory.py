@@ -8,7 +8,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -182,7 +182,8 @@ def test_kept_attention_does_not_run_again(calls: list[tuple[int, bool]]) -> Non
 class Spy(nn.Linear):
     """Notes how many tokens it is called with, and whether that is in a backward."""
 
-    seen: list[tuple[int, bool]]
+    #: Of the class: what a module keeps on itself is put back after it has run again.
+    seen: ClassVar[list[tuple[int, bool]]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 2:  # not a probe
@@ -193,7 +194,8 @@ class Spy(nn.Linear):
 def test_mlps_run_whole_in_the_forward_and_in_tiles_in_the_backward() -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     gate = model.model.layers[1].mlp.gate_proj
-    gate.__class__, gate.seen = Spy, []
+    gate.__class__ = Spy
+    gate.seen.clear()
     explain(model, tokens, MemoryPlan("mlp", mlp_tile=8))
     assert gate.seen == [(LENGTH, False), (8, True), (8, True), (3, True)]
     gate.seen.clear()
