@@ -8,16 +8,21 @@ ends with the graph; no tensor and no node is held.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.multiprocessing.reductions import StorageWeakRef
 
 #: Key of a node's metadata under which its values are described.
 _KEY = "gim"
+#: Of the node of a linear map, what tells its weight from others; of the node of what maps were applied to, the numbers
+#: of their results, and its own.
+_WEIGHT, _MAPS, _NAME = "gim weight", "gim maps", "gim name"
 
 _numbers = itertools.count(1)
 
@@ -33,7 +38,8 @@ _KINDS = {
         "ScaledMm Addbmm EmbeddingBag",
         "source": "Embedding",
         "reduction": "Mean Sum Amax Amin Max Min Logsumexp Prod Norm LinalgVectorNorm Var Std VarMean StdMean Median "
-        "Nansum",
+        "Nansum AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices "
+        "AdaptiveMaxPool2D AdaptiveMaxPool3D",
         "softmax": "Softmax SafeSoftmax LogSoftmax",
         "join": "Cat Stack CopySlices IndexPut IndexCopy SliceScatter SelectScatter Copy IndexAdd MaskedScatter "
         "ScatterAdd Scatter",
@@ -265,21 +271,24 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         if name in _LOOKUPS and inputs[0] is not None:
             return _new(rows=True)
         # A weight applied to data that asks for no gradient: the data is an input all the same.
-        return _new() if kind in _APPLIES and None in inputs[:2] else CONSTANT
+        return _mapped(node) if kind in _APPLIES and None in inputs[:2] else CONSTANT
     if kind == "each":
         return inputs[0] or CONSTANT
     first = live[0]
     if kind == "same":
-        return first
+        return first if _WEIGHT not in node.metadata or first.scores else _mapped(node)
     if kind == "piece":
         return _piece(node, first, name, 0)
     if kind == "linear":
         matrices = [one for one in live if one.number]
-        return _new(scores=len(matrices) >= 2 and name not in ("Convolution", "Linear"))
+        if len(matrices) >= 2 and name not in ("Convolution", "Linear"):
+            return _new(scores=True)
+        return _mapped(node)
     if kind == "reduction":
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
         value = 0 if name in _POWERS else first.number
-        size = prod(node._input_metadata[0].shape)
+        # A statistic of a window is one, however many windows there are.
+        size = 1 if "Pool" in name else prod(node._input_metadata[0].shape)
         return _new(reduced=Reduced(value, first.root, nonlinear, size), scores=first.scores, rows=first.rows)
     if kind == "softmax":
         return first._replace(number=next(_numbers), bend=2, scores=False)
@@ -289,12 +298,75 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     if kind == "pointwise":
         return _pointwise(name, live)
     if kind == "join":
-        return _new(bend=max(one.bend for one in live), scores=any(one.scores for one in live), rows=first.rows)
+        bend, scores = max(one.bend for one in live), any(one.scores for one in live)
+        return _mapped(node)._replace(bend=bend, scores=scores, rows=first.rows)
     return _new()
 
 
-#: What tells one piece of a value from another; a node whose choice is a tensor is told by its own number.
-_WHERE = {
+def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
+    """Say by which weight a linear map was made whose result has been computed.
+
+    Args:
+        result: of the map.
+        operands: what it was applied to, and the weight, in either order.
+        how: what else the map depends on, but for what it adds.
+    """
+    node: Any = result.grad_fn
+    if node is None or len(operands) < 2:
+        return
+    weight: Any = operands[1]
+    if type(weight) is nn.Parameter:
+        held: Any = weakref.ref(weight)
+    else:
+        weight = next((one for one in operands[::-1] if not one.requires_grad or origin(one).constant), None)
+        if type(weight) not in (torch.Tensor, nn.Parameter):
+            return
+        # Another weight can come to lie where one has been, as those do that are made anew for each call.
+        held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
+        held = *held, weight.storage_offset(), weight.shape, weight.stride()
+    node.metadata[_WEIGHT] = operands[0] is weight, held, *how
+
+
+def _mapped(node: Any) -> Origin:
+    """The root that a linear map or a join begins: the same for one map of one value, however often it is computed."""
+    bases: list[Any] = []
+    key = _key_of((node, 0), bases)
+    if bases[0] is node:
+        return _new()
+    number = bases[0].metadata.setdefault(_MAPS, {}).setdefault(key, next(_numbers))
+    return Origin(number, number)
+
+
+def _key_of(edge: tuple[Any, int], bases: list[Any]) -> Any:
+    """What tells a value from others: by which maps and functions it was computed from the nodes in ``bases``."""
+    node, output = edge
+    kind, name = kind_of(node)
+    weight = node.metadata.get(_WEIGHT)
+    while weight is not None and kind == "same":
+        node, output = node.next_functions[0]
+        kind, name = kind_of(node)
+    edges = node.next_functions
+    if kind == "linear" and weight is not None:
+        live = [edge for edge in edges if edge[0] is not None]
+        if len(live) > 1:
+            live = [edge for edge in live if not _of_edge(*edge).constant]
+        if len(live) == 1:
+            return weight, _key_of(live[0], bases)
+    elif edges and all(one is not None for one, _ in edges):
+        if kind == "same":
+            return _key_of(edges[0], bases)
+        if kind == "each":
+            return _key_of(edges[output], bases)
+        where = _WHERE.get(name)
+        if where is not None:
+            said = (name, output, *(str(getattr(node, f"_saved_{one}")) for one in where))
+            return (said, *(_key_of(edge, bases) for edge in edges))
+    bases.append(node)
+    return node.metadata.setdefault(_NAME, next(_numbers)), output
+
+
+#: What tells what a node does from what others of its name do; where that is a tensor, only its own number does.
+_WHERE: dict[str, tuple[str, ...]] = {
     "Slice": ("dim", "start", "end", "step"),
     "Select": ("dim", "index"),
     "Split": ("dim",),
@@ -303,6 +375,20 @@ _WHERE = {
     "Flip": ("dims",),
     "AsStrided": ("size", "stride", "storage_offset"),
     "Diagonal": ("offset", "dim1", "dim2"),
+    "Repeat": ("repeats",),
+    "Roll": ("dims", "shifts"),
+    "ConstantPadNd": ("pad",),
+    "Unfold": ("dimension", "size", "step"),
+    **dict.fromkeys(("Cat", "Stack"), ("dim",)),
+    **dict.fromkeys(("Silu", "Relu", "Sigmoid", "Tanh", "Exp", "Mish", "LogSigmoid", "Hardswish", "Erf"), ()),
+    **dict.fromkeys(("Abs", "Sqrt", "Rsqrt", "Neg"), ()),
+    "Gelu": ("approximate",),
+    "Pow": ("exponent",),
+    "LeakyRelu": ("negative_slope",),
+    "Elu": ("alpha", "scale", "input_scale"),
+    "Celu": ("alpha",),
+    "Softplus": ("beta", "threshold"),
+    "Hardtanh": ("min_val", "max_val"),
 }
 
 
@@ -370,6 +456,29 @@ def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
                     front += new
             fronts[side] = front
     return bool(sides[0] & sides[1])
+
+
+def is_statistic(small: torch.Tensor, root: int) -> bool:
+    """Whether a value is a function of linear maps and sums of what a root was bent to: ``rsqrt((x * x) @ mean)``."""
+    todo: list[Any] = [get_gradient_edge(small).node]
+    nonlinear = False
+    while todo:
+        node = todo.pop()
+        kind, _ = kind_of(node)
+        known = _of_edge(node, 0)
+        if kind == "linear":
+            inputs = [_of_edge(*edge) for edge in node.next_functions if edge[0] is not None]
+            inputs = [one for one in inputs if not one.constant]
+            if any(one.root != root for one in inputs):
+                return False
+            nonlinear |= len(inputs) > 1 or any(one.bend == 2 for one in inputs)
+        elif known.reduced is not None and known.reduced.root == root:
+            nonlinear |= known.reduced.nonlinear
+        elif kind in ("same", "piece", "pointwise", "product", "reduction"):
+            todo += _flowing(node)
+        else:
+            return False
+    return nonlinear
 
 
 def _flowing(node: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gim.intercept import activations, checkpoints, flex, norms, products, softmax, torch_attention
+from gim.intercept import activations, checkpoints, flex, maps, norms, products, softmax, torch_attention
 from gim.intercept.frames import running
 from gim.intercept.hooks import hooked
 from gim.intercept.session import Session
@@ -21,6 +21,7 @@ from gim.intercept.session import Session
 HANDLERS: dict[Any, Callable[..., Any]] = {
     **torch_attention.HANDLERS,
     **flex.HANDLERS,
+    **maps.HANDLERS,
     **softmax.HANDLERS,
     **norms.HANDLERS,
     **products.HANDLERS,

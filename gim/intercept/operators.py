@@ -21,7 +21,8 @@ KINDS = {
         "linear": "mm addmm bmm baddbmm mv addmv dot linear convolution cumsum _trilinear _cdist_forward _fft_r2c "
         "_fft_c2r _fft_c2c",
         "reduction": "mean sum amax amin max min logsumexp prod cumprod norm linalg_vector_norm var std var_mean "
-        "std_mean",
+        "std_mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool2d_with_indices "
+        "max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d",
         "softmax": "_softmax _safe_softmax _log_softmax _masked_softmax",
         "join": "cat stack",
         "product": "mul addcmul div addcdiv xlogy special_xlog1py",
@@ -50,7 +51,8 @@ AFFINE |= {"masked_scatter"}
 POWERS = {"norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp"}  # nonlinear in themselves
 CLIPS = {"maximum", "minimum", "fmax", "fmin"}
 TURNS = {"t", "transpose", "permute", "movedim"}
-EXTREMES = {"amax", "amin", "max", "min"}
+EXTREMES = {"amax", "amin", "max", "min", "max_pool2d_with_indices", "max_pool3d_with_indices"}
+EXTREMES |= {"adaptive_max_pool2d", "adaptive_max_pool3d"}
 #: Products whose last factor is bent by the operator itself.
 QUOTIENTS = {"div", "addcdiv", "xlogy", "special_xlog1py"}
 

@@ -73,6 +73,11 @@ class Places:
         except (NotImplementedError, RuntimeError):
             return -id(tensor)  # a tensor without a storage is known by itself
 
+    def where(self, tensor: torch.Tensor) -> Any:
+        """What tells the place of a tensor from others, and what it holds from what it held before."""
+        self.at(tensor)  # so that its address is not used again
+        return self._address(tensor), _window(tensor), 0 if tensor.is_inference() else tensor._version
+
     def at(self, tensor: torch.Tensor) -> dict[_Window, Value] | None:
         """What is known of each window of a tensor's storage; None where all of it is constant."""
         try:

@@ -16,7 +16,7 @@ from torch import nn
 
 import gim_kernels
 from gim.intercept import activations
-from gim.intercept.flow import Origin, mark, origin, same_root, share_a_source
+from gim.intercept.flow import Origin, is_statistic, mark, origin, same_root, share_a_source, tell_weight
 from gim.intercept.frames import running
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
@@ -114,12 +114,16 @@ def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     if len(operands) != 2 or not isinstance(equation, str) or not all(map(flows, operands)):
-        return func(*args, **named)
+        out = func(*args, **named)
+        tell_weight(out, operands, equation)
+        return out
     sides = equation.replace(" ", "").split("->")
     terms = sides[0].split(",")
     if len(sides) == 2 and terms[0] == terms[1] == sides[1] and torch.is_grad_enabled():
         return multiply(session, lambda a, b: func(equation, a, b), operands[0], operands[1], False)
-    return values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
+    out = values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
+    tell_weight(out, operands, equation)
+    return out
 
 
 def _glu(session: Session, func: Callable[..., Any], input: torch.Tensor, dim: int = -1) -> Any:
@@ -170,7 +174,11 @@ def multiply(
 def _is_statistic(small: torch.Tensor, of: Origin, value: torch.Tensor, whole: Origin) -> bool:
     """Whether ``small`` is a statistic of ``value`` over its features, broadcast, maybe times a weight."""
     reduced = of.reduced
-    if reduced is None or whole.reduced is not None or reduced.root != whole.root or reduced.value == whole.number:
+    if whole.reduced is not None:
+        return False
+    if reduced is None:
+        return spans(small) < value.numel() and is_statistic(small, whole.root)
+    if reduced.root != whole.root or reduced.value == whole.number:
         return False
     return reduced.nonlinear and min(reduced.size, spans(small)) < value.numel()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gim.intercept import flow
 from gim.intercept.attention import describe
 from gim.intercept.flow import mark, origin
 from gim.intercept.session import Session
@@ -88,7 +89,9 @@ def values(session: Session, run: Callable[..., Any], first: torch.Tensor, secon
 def _matmul(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     if len(args) != 2 or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
         return func(*args, **named)
-    return values(session, lambda a, b: func(a, b, **named), *args)
+    out = values(session, lambda a, b: func(a, b, **named), *args)
+    flow.tell_weight(out, args, func.__name__)
+    return out
 
 
 def _dropout(session: Session, func: Callable[..., Any], input: Any, p: float = 0.5, *args: Any, **named: Any) -> Any:

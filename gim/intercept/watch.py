@@ -14,8 +14,8 @@ for inference: without a formula, without gradients, over numbers made integers.
 
 What the flow of data cannot tell: whether a product without a nonlinearity is an MLP's, so all are noted; ``exp`` of a
 sum of logarithms; ``x / mean(x)``, which is taken for shares; what another library's operator computes, which is found
-as one that cannot be seen into; that two calls of one linear map on one input give one value; that a matrix product or
-a pooling of squares is their mean; and attention over keys and values that are weights, which is what a router is too.
+as one that cannot be seen into; and attention over keys and values that are weights, which is what a router is too, so
+it is noted. One linear map of one value is one value, however often it is computed.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Watch(TorchDispatchMode):
         self._known: dict[Any, tuple[str, str]] = {}
         self._pieces: dict[Any, Value] = {}
         self._places = Places(modules, given or ())
+        self._maps: dict[Any, Value] = {}  # what one linear map of one value gives
         self._asks = given is not None
         self._tensors: Tensors = []  # of the operator that is looked at
         self._cuts = False  # whether any value has been cut off from gradients
@@ -158,6 +159,7 @@ class Watch(TorchDispatchMode):
                 self._reveal(tensor, value)
         self._places.end()
         self._pieces.clear()
+        self._maps.clear()
         self._known.clear()
 
     # What tensors hold.
@@ -384,7 +386,7 @@ class Watch(TorchDispatchMode):
         if kind == "linear":
             return self._linear(name, list(zip(tensors, values, strict=True)), outs[0])
         if kind == "join":
-            return join(real, parts=real)
+            return self._maps.setdefault((name, str(args[1:]), *(v.id for v in values)), join(real, parts=real))
         if kind == "softmax":
             if first.scores:
                 self._report("softmax over keys", name, first)
@@ -423,8 +425,7 @@ class Watch(TorchDispatchMode):
         operands = given[name in ("addmm", "baddbmm", "addmv") :]
         pair = [one for one in operands if one[1].dep][:2]
         if len(pair) < 2:
-            # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
-            return Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
+            return self._mapped(name, operands, pair[0], out)
         (x, a), (y, b) = pair
         if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
             return self._product(name, pair, out)  # number by number, as einsum writes it
@@ -443,6 +444,27 @@ class Watch(TorchDispatchMode):
             self._report("matrix product of branches, one of them bent", name, to=self._noted)
         return new
 
+    def _mapped(
+        self, name: str, operands: list[tuple[torch.Tensor, Value]], of: tuple[torch.Tensor, Value], out: torch.Tensor
+    ) -> Value:
+        """A value times weights: one map of one value is one value, however often it is computed."""
+        x, value = of
+        key = (name, out.shape, *map(self._identity, operands))
+        if key in self._maps:
+            return self._maps[key]
+        if value.soft and not value.scores and len(operands) == 2:
+            self._report("weights mixed by a softmax of no scores", name, to=self._noted)
+        # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
+        new = Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
+        self._maps[key] = new
+        if spans(out) < spans(x) and (value.act or out.shape[-1:] == (1,)):
+            new.stat = (0, value.source, "bent map" if value.act else "map", spans(out))
+        return new
+
+    def _identity(self, operand: tuple[torch.Tensor, Value]) -> Any:
+        tensor, value = operand
+        return value.id if value.dep else self._places.where(tensor)
+
     def _reduced(self, name: str, value: Value, out: torch.Tensor) -> Value:
         if "prod" in name and isinstance(value.parts, list):
             return self._product(name, [(out, part) for part in value.parts[:2]], out)
@@ -450,7 +472,7 @@ class Watch(TorchDispatchMode):
             self._report("softmax over keys", name, value)
         scores = (value.top in ("mul", "bmm") and name == "sum") or value.scores
         how = "power" if name in POWERS else "extreme" if name in EXTREMES else "sum"
-        stat = (value.id, value.source, how, spans(out))
+        stat = (value.id, value.source, how, 0 if "pool" in name else spans(out))
         return Value(
             dep=True, scores=scores, mixed=value.mixed, stat=stat, act=value.act, top=name, reached=value.reached
         )
@@ -467,7 +489,7 @@ class Watch(TorchDispatchMode):
         flows = x.requires_grad == y.requires_grad or not torch.is_grad_enabled()
         if name in QUOTIENTS:
             b = b.like(act=True)
-        elif a.stat and not b.stat:
+        elif a.stat and (not b.stat or a.stat[3] < b.stat[3]):
             x, a, y, b = y, b, x, a
         if b.stat and min(b.stat[3], spans(y)) < spans(out):
             scaled = self._scaled(name, a, b, flows)
@@ -496,7 +518,7 @@ class Watch(TorchDispatchMode):
             if a.top == "exp" and a.scores and flows:
                 self._report("softmax over keys", f"exp, sum, {name}", a, b)
             return a.like(soft=a.top == "exp" or a.soft, act=True, top="share")
-        if source != a.source:
+        if source != a.source or how == "map":
             return None
         if flows and how == "extreme":
             self._report("division by an extreme", name, to=self._noted)  # as before rounding to integers
