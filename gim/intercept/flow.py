@@ -282,7 +282,7 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     if kind == "linear":
         matrices = [one for one in live if one.number]
         if len(matrices) >= 2 and name not in ("Convolution", "Linear"):
-            return _new(scores=True)
+            return _mapped(node)._replace(scores=True)
         return _mapped(node)
     if kind == "reduction":
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
@@ -296,7 +296,10 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         bent = name == "Div" and len(live) == 1 and inputs[1] is first  # a constant over it
         return _product(live, 2 if bent else 0)
     if kind == "pointwise":
-        return _pointwise(name, live)
+        found = _pointwise(name, live)
+        if name not in _WHERE or inputs[1:]:
+            return found
+        return found._replace(number=hash((first.number, _said(node, name, 0))))
     if kind == "join":
         bend, scores = max(one.bend for one in live), any(one.scores for one in live)
         return _mapped(node)._replace(bend=bend, scores=scores, rows=first.rows)
@@ -312,7 +315,7 @@ def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
         how: what else the map depends on, but for what it adds.
     """
     node: Any = result.grad_fn
-    if node is None or len(operands) < 2:
+    if node is None:
         return
     weight: Any = operands[1]
     if type(weight) is nn.Parameter:
@@ -346,7 +349,10 @@ def _key_of(edge: tuple[Any, int], bases: list[Any]) -> Any:
         node, output = node.next_functions[0]
         kind, name = kind_of(node)
     edges = node.next_functions
-    if kind == "linear" and weight is not None:
+    if kind == "linear" and weight is None and name in ("Mm", "Bmm"):
+        if all(one is not None and not _of_edge(one, place).constant for one, place in edges):
+            return (name, *(_key_of(edge, bases) for edge in edges))
+    elif kind == "linear" and weight is not None:
         live = [edge for edge in edges if edge[0] is not None]
         if len(live) > 1:
             live = [edge for edge in live if not _of_edge(*edge).constant]
@@ -357,9 +363,8 @@ def _key_of(edge: tuple[Any, int], bases: list[Any]) -> Any:
             return _key_of(edges[0], bases)
         if kind == "each":
             return _key_of(edges[output], bases)
-        where = _WHERE.get(name)
-        if where is not None:
-            said = (name, output, *(str(getattr(node, f"_saved_{one}")) for one in where))
+        said = _said(node, name, output)
+        if said is not None:
             return (said, *(_key_of(edge, bases) for edge in edges))
     bases.append(node)
     return node.metadata.setdefault(_NAME, next(_numbers)), output
@@ -392,10 +397,14 @@ _WHERE: dict[str, tuple[str, ...]] = {
 }
 
 
-def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
+def _said(node: Any, name: str, output: int) -> tuple[Any, ...] | None:
+    """What a node does to its inputs, in words; None where that is not known."""
     where = _WHERE.get(name)
-    chosen = (node._sequence_nr(),) if where is None else tuple(str(getattr(node, f"_saved_{one}")) for one in where)
-    step = (name, *chosen, output)
+    return None if where is None else (name, output, *(str(getattr(node, f"_saved_{one}")) for one in where))
+
+
+def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
+    step = _said(node, name, output) or (name, node._sequence_nr(), output)
     return whole._replace(number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
 
 

@@ -12,29 +12,34 @@ from gim.intercept import flow
 from gim.intercept.session import Session
 
 
-def _linear(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    out = func(*args, **named)
-    flow.tell_weight(out, args[:2] if len(args) > 1 else (*args, named["weight"]), "linear")
+def _linear(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
+    out = func(input, *args, **named)
+    flow.tell_weight(out, (input, args[0] if args else named["weight"]), "linear")
     return out
 
 
-def _convolution(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    out = func(*args, **named)
-    flow.tell_weight(out, args[:2], func.__name__, *map(str, args[3:]), *map(str, named.items()))
+def _convolution(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
+    out = func(input, *args, **named)
+    weight = args[0] if args else named.pop("weight")
+    flow.tell_weight(out, (input, weight), func.__name__, *map(str, args[2:]), *map(str, named.items()))
     return out
 
 
-def _addmm(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    out = func(*args, **named)
-    flow.tell_weight(out, args[1:3], "addmm", *map(str, named.items()))
+def _addmm(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
+    out = func(input, *args, **named)
+    flow.tell_weight(out, args[:2], "addmm", *map(str, named.items()))
+    return out
+
+
+def _vector(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
+    out = func(input, *args, **named)
+    flow.tell_weight(out, (input, args[0] if args else named["vec"]), "mv")
     return out
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
-    **dict.fromkeys(
-        (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.mv, torch.Tensor.mv),
-        _convolution,
-    ),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    **dict.fromkeys((torch.mv, torch.Tensor.mv), _vector),
     **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
 }

@@ -30,14 +30,14 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 #: What torch calls the tensors that its functions begin with.
-_FIRST = ({"input"}, {"other", "mat2", "tensor1", "end"}, {"tensor2", "weight"})
+_FIRST = (("input",), ("other", "mat1", "mat2", "tensor1", "end"), ("tensor2", "mat2", "weight"))
 
 
 def _by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's tensors by their place, where the model gives some of them by name."""
     rest = dict(named)
     for names in _FIRST[len(args) :]:
-        name = next((name for name in rest if name in names), None)
+        name = next((name for name in names if name in rest), None)
         if name is None:
             break
         args = (*args, rest.pop(name))

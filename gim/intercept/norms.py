@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
+from gim.intercept.flow import origin
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim_kernels import told
@@ -93,6 +94,10 @@ def _normalize(
     """``x / max(|x|, eps)``: a norm whose statistic is a length."""
     if not input.requires_grad or out is not None:
         return func(input, p, dim, eps, out)
+    whole = origin(input)
+    if whole.scores and whole.bend == 2:
+        session.refuse("normalises its scores, which may be a softmax that it writes out: call softmax")
+        return func(input, p, dim, eps)
     length = input.norm(p, dim, keepdim=True).clamp_min(eps).expand_as(input)
     session.fire("norm", describe(session), "call of F.normalize", "torch")
     with SITES.acting("norm"):

@@ -46,8 +46,9 @@ _RULED = re.compile("norm|silu|gelu|glu|softmax|att|gate|dropout|mlp|moe|expert"
 _RECURRENT = re.compile("lstm|gru|rnn")
 LOOKUP = {"embedding", "index", "index_select", "gather", "_embedding_bag"}
 AFFINE = {"add", "sub", "rsub", "where", "neg", "masked_fill", "lerp"}
-AFFINE |= {"index_add", "index_put", "index_copy", "scatter", "scatter_add", "slice_scatter", "select_scatter"}
-AFFINE |= {"masked_scatter"}
+#: What writes into places that a tensor or numbers say, several into one.
+SCATTERS = {"index_add", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_reduce", "segment_reduce"}
+AFFINE |= {*SCATTERS, "index_copy", "slice_scatter", "select_scatter", "masked_scatter"}
 POWERS = {"norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp"}  # nonlinear in themselves
 CLIPS = {"maximum", "minimum", "fmax", "fmin"}
 TURNS = {"t", "transpose", "permute", "movedim"}

@@ -197,6 +197,12 @@ def _freeze(
     value: torch.Tensor,
     statistic: torch.Tensor,
 ) -> torch.Tensor:
+    whole = origin(value)
+    if whole.scores and whole.bend == 2:
+        session.refuse(
+            "divides its scores by a statistic of them, which may be a softmax that it writes out: call softmax"
+        )
+        return run(value, statistic)
     frozen = session.rules.freeze_norm
     with SITES.acting("norm"):
         out = run(value, statistic.detach() if frozen else statistic)

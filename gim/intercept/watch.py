@@ -39,6 +39,7 @@ from gim.intercept.operators import (
     LOOKUP,
     POWERS,
     QUOTIENTS,
+    SCATTERS,
     TURNS,
     describe,
     may_lack_gradient,
@@ -430,7 +431,8 @@ class Watch(TorchDispatchMode):
         if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
             return self._product(name, pair, out)  # number by number, as einsum writes it
         stat = (0, a.source, "power", spans(out)) if a.source == b.source else None
-        new = Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat)
+        key = (name, out.shape, *map(self._identity, operands))
+        new = self._maps.setdefault(key, Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat))
         weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
         if weights and weights.top == "exp":  # whatever their sum is divided by, and when
             self._report("softmax over keys", f"exp, {name}", weights)
@@ -457,8 +459,9 @@ class Watch(TorchDispatchMode):
         # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
         new = Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
         self._maps[key] = new
-        if spans(out) < spans(x) and (value.act or out.shape[-1:] == (1,)):
-            new.stat = (0, value.source, "bent map" if value.act else "map", spans(out))
+        bent = value.act or name == "_cdist_forward"
+        if (spans(out) < spans(x) and (bent or out.shape[-1:] == (1,))) or (bent and name == "cumsum"):
+            new.stat = (0, value.source, "bent map" if bent else "map", spans(out))
         return new
 
     def _identity(self, operand: tuple[torch.Tensor, Value]) -> Any:
@@ -527,6 +530,8 @@ class Watch(TorchDispatchMode):
         return Value(dep=True, mixed=a.mixed)
 
     def _pointwise(self, name: str, values: list[Value], deps: list[Value], out: torch.Tensor) -> Value:
+        if name in SCATTERS and spans(out) < max(spans(x) for x, v in zip(self._tensors, values, strict=True) if v.dep):
+            return self._reduced(name, deps[-1], out)  # sums of several
         first = next((v for v in deps if not v.stat), deps[0])
         # A value and a statistic of it, as in x - mean(x), are a function of that value.
         root = first.stat[1] if first.stat else first.source

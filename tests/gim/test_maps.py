@@ -62,6 +62,13 @@ TWICE: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
         torch.einsum("btd,dk->btk", x, m.square) * torch.sigmoid(torch.einsum("btd,dk->btk", x, m.square))
     ),
     "by name": lambda m, x: F.linear(x, weight=m.square) * torch.sigmoid(F.linear(input=x, weight=m.square)),
+    "addmm by name": lambda m, x: (
+        torch.addmm(m.one.bias, mat1=x[0], mat2=m.square)
+        * torch.sigmoid(torch.addmm(input=m.one.bias, mat2=m.square, mat1=x[0]))
+    )[None],
+    "vector": lambda m, x: torch.stack(
+        [torch.mv(m.square, y) * torch.sigmoid(torch.mv(m.square, vec=y)) for y in x[0]]
+    )[None],
     "two maps": lambda m, x: m.two(m.one(x)) * torch.sigmoid(m.two(m.one(x))),
     "view of a weight": lambda m, x: (
         F.linear(x, m.square[:8]).repeat(1, 1, 2) * torch.sigmoid(F.linear(x, m.square[:8]).repeat(1, 1, 2))
@@ -165,10 +172,39 @@ def _through_an_activation(m: Block, x: torch.Tensor) -> torch.Tensor:
     return m.two(F.silu(m.one(x))) * torch.sigmoid(m.two(F.silu(m.one(x))))
 
 
-@pytest.mark.parametrize(
-    ("compute", "words"), [(_variance, "norm"), (_through_an_activation, "gated product")], ids=["variance", "twice"]
-)
-def test_what_is_not_told_apart_is_named(compute: Callable[[Block, torch.Tensor], torch.Tensor], words: str) -> None:
+def _scores(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return m.one(x) @ m.two(x).mT / WIDTH**0.5
+
+
+#: What is not applied, and what it is named as.
+NAMED: dict[str, tuple[str, Callable[[Block, torch.Tensor], torch.Tensor]]] = {
+    "a variance": ("norm", _variance),
+    "a map called twice behind an activation": ("gated product", _through_an_activation),
+    "a sum by scattering": (
+        "norm",
+        lambda m, x: x * _scale(x.new_zeros(*x.shape[:-1], 1).scatter_add(-1, torch.zeros_like(x).long(), x * x)),
+    ),
+    "a running sum's last": ("norm", lambda m, x: x * _scale((x * x).cumsum(-1)[..., -1:] / WIDTH)),
+    "a distance": ("norm", lambda m, x: x / torch.cdist(x, torch.zeros(1, 1, WIDTH).to(x))),
+    "exponentials computed twice": (
+        "softmax",
+        lambda m, x: (_scores(m, x).exp() / _scores(m, x).exp().sum(-1, keepdim=True)) @ x,
+    ),
+    "exponentials over their sum and a little": (
+        "softmax",
+        lambda m, x: (lambda s: s.exp() / (s.exp().sum(-1, keepdim=True) + EPS))(_scores(m, x)) @ x,
+    ),
+    "normalised exponentials": ("softmax", lambda m, x: F.normalize(_scores(m, x).exp(), p=1.0, dim=-1) @ x),
+    "exponentials over their length": (
+        "softmax",
+        lambda m, x: (lambda s: s.exp() / s.exp().norm(dim=-1, keepdim=True))(_scores(m, x)) @ x,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_is_not_applied_is_named(name: str) -> None:
+    words, compute = NAMED[name]
     with pytest.raises(UnsupportedModelError, match=words):
         gradient(Block(compute).double().eval(), rules="GIM")
 
