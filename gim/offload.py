@@ -69,7 +69,7 @@ def pool_of(model: nn.Module, pinned: bool) -> HostPool:
     return pool
 
 
-@dataclass
+@dataclass(eq=False)
 class Parked:
     """A tensor that waits in host memory.
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gim.intercept.gates import Changes, original_forward
 from gim.parts import anatomy
@@ -73,9 +74,15 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
             continue
         inside = anatomy.of(child).modules
         if any(weight.dim() > 2 for weight in matrices) or any(
-            isinstance(module, nn.ModuleList) for module in inside.values()
+            isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
+            for module in inside.values()
         ):
             reason = f"its {name} ({type(child).__name__}) is a mixture of experts, not one MLP for every token"
+            continue
+        if without_hooks(child) is None:
+            reason = (
+                f"the forward of its {name} ({type(child).__name__}), or of a module in it, has been set from outside"
+            )
             continue
         alone = maps_each_token(child, width, dtype)
         if alone is not None:

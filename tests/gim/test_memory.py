@@ -142,6 +142,44 @@ def test_one_token_and_lists_of_one_layer() -> None:
             close(explain(model, tokens, plan), want, plan.name)
 
 
+class Twice(nn.Module):
+    """A weight that is computed at every call."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2.0 * weight
+
+
+def _shared_layer(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def _shared_mlp(model: Any) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def _computed_weights(model: Any) -> None:
+    for layer in model.model.layers:
+        nn.utils.parametrize.register_parametrization(layer.mlp.gate_proj, "weight", Twice())
+        nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+
+
+@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights])
+def test_models_built_otherwise_equal_their_full_forward(change: Callable[[Any], None]) -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    change(model)
+    want = explain(model, tokens, EVERYTHING)
+    for plan in SOME:
+        close(explain(model, tokens, plan), want, plan.name)
+
+
+def test_an_mlp_whose_forward_was_set_is_named() -> None:
+    model = make("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x)
+    with pytest.raises(ValueError, match=r"the forward of its mlp \(LlamaMLP\).* has been set from outside"):
+        explain(model, ids(1, LENGTH), MemoryPlan("mlp"))
+
+
 def test_spans() -> None:
     assert spans(torch.tensor([0, 1, 2, 5, 7, 8])) == ((0, 3), (5, 6), (7, 9))
 
