@@ -31,7 +31,8 @@ _KINDS = {
     kind: frozenset(names.split())
     for kind, names in {
         "same": "View UnsafeView ReshapeAlias T Transpose Permute Expand Unsqueeze Squeeze Alias Clone ToCopy _ToCopy "
-        "ScaleGradient Contiguous MvNumpyT Lift Tril Triu Movedim SwapAxes Unflatten Flatten Detach Conj Real",
+        "ScaleGradient Contiguous MvNumpyT Lift Tril Triu Movedim SwapAxes Unflatten Flatten Detach Conj Real "
+        "ViewAsComplex ViewAsReal",
         "piece": "Slice Select Split SplitWithSizes Unbind Index IndexSelect Gather Narrow Diagonal AsStrided Unfold "
         "Flip Roll Topk Sort MaskedSelect Take ConstantPadNd Repeat ReflectionPad1D",
         "linear": "Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnLinear GroupedMm ScaledGroupedMm "

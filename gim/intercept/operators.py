@@ -15,7 +15,7 @@ KINDS = {
         "from python": "lift_fresh",
         "fresh": "zeros_like ones_like full_like new_zeros new_ones new_full zero fill",
         "same": "view _unsafe_view _reshape_alias reshape t transpose permute expand unsqueeze squeeze clone alias "
-        "detach _to_copy contiguous movedim",
+        "detach _to_copy contiguous movedim view_as_complex view_as_real _conj",
         "piece": "slice select split split_with_sizes unbind as_strided diagonal index gather index_select unfold roll "
         "flip topk sort constant_pad_nd repeat masked_select tril triu",
         "linear": "mm addmm bmm baddbmm mv addmv dot linear convolution cumsum _trilinear _cdist_forward _fft_r2c "

@@ -1006,3 +1006,38 @@ def test_branches_of_any_length_meet_in_what_is_explained(longer: str) -> None:
         return F.silu(g) * u
 
     assert_close64(got, gradient(by_hand), longer, relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Rotary(nn.Module):
+    """Attention written out, its queries and keys turned by complex numbers or by cosines and sines."""
+
+    def __init__(self, by_complex: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.by_complex = nn.Linear(WIDTH, 3 * WIDTH), by_complex
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        angle = torch.outer(torch.arange(LENGTH).double(), torch.linspace(0.1, 1.0, WIDTH // 2).double())
+        if self.by_complex:
+            turn = torch.polar(torch.ones_like(angle), angle)
+            return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        even, odd = x[..., ::2], x[..., 1::2]
+        turned = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
+        return torch.stack(turned, -1).flatten(-2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(self.turned(q) @ self.turned(k).mT / WIDTH**0.5, -1) @ v
+
+
+def test_queries_turned_by_complex_numbers_are_linear_in_what_they_were() -> None:
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    grads = []
+    for by_complex in (True, False):
+        given = x.clone().requires_grad_()
+        with gim.GIM(model := Rotary(by_complex).double().eval(), rules="GIM") as report:
+            (grad,) = torch.autograd.grad(model(given).pow(2).sum(), given)
+        grads.append(grad)
+        assert report.complete and report.counts()["attention"] == (1, 1)
+        assert not any("no rule is about it" in note for note in report.notes)
+    assert_close64(grads[0], grads[1], "complex rotary", FLOAT64_MODEL_RELATIVE)
