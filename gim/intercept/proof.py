@@ -19,7 +19,7 @@ from torch import nn
 from gim.applied import Part
 from gim.intercept.gates import original_forward
 from gim.intercept.session import Session
-from gim.intercept.watch import PART_OF, STOPS, Finding, Watch
+from gim.intercept.watch import NO_GATE, NO_NORM, PART_OF, STOPS, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules
 
@@ -184,6 +184,8 @@ class Proof:
 def _consequence(finding: Finding) -> str:
     if finding.kind == "dropout":
         return "acts: call model.eval(), attributions are deterministic"
+    if finding.kind in (NO_GATE, NO_NORM):
+        return "which no rule is about, and one has acted on it"
     if finding.kind == STOPS:
         return "so that what flows through it would be left out"
     if finding.kind == "opaque operator":

@@ -3,7 +3,8 @@
 The watch sees the operators of a forward below autograd. For each value it keeps a few words, by the storage it lies in
 and its place there: what it was computed from, and how. It reads no number, changes no tensor and keeps none alive, so
 it costs a few microseconds an operator, and no memory that grows with the tokens. It shares no code with what applies
-rules, and learns from it one thing only: :mod:`gim.intercept.sites`. Operators of ``gim_kernels`` count as reached.
+rules, and learns from it one thing only: :mod:`gim.intercept.sites`. Operators of ``gim_kernels`` count as reached. A
+rule that has acted where the watch sees an activation, or a softmax that is written out, is found as well.
 
 Found are a softmax over keys, a norm (a statistic over features that scales what it was computed from), a gated product
 (two factors that elementwise functions and linear maps lead to from one source, one of them past a nonlinearity), a
@@ -65,6 +66,9 @@ from gim.intercept.values import (
 STOPS = "operator without a gradient"
 #: The rule that a kind of finding should have been reached by; the others concern every rule.
 PART_OF: dict[str, Part] = {"softmax over keys": "attention", "norm": "norm", "gated product": "gated_mlp"}
+#: Where a rule has acted on what it is not about.
+NO_GATE, NO_NORM = "activation taken for a gate", "softmax taken for a norm"
+PART_OF |= {NO_GATE: "gated_mlp", NO_NORM: "norm"}
 
 
 @dataclass(frozen=True)
@@ -380,12 +384,13 @@ class Watch(TorchDispatchMode):
         if kind == "same":
             return first
         if kind == "piece":
-            where = [v.id for v in values if v is not first] + [a for a in args if a is None or isinstance(a, int)]
-            return self._piece(first, (name, *where))
+            others = [self._identity(one) for one in zip(tensors, values, strict=True) if one[1] is not first]
+            return self._piece(first, (name, *others, *(str(a) for a in args if not isinstance(a, torch.Tensor))))
         if kind == "own":
             return Value(dep=True, mixed=name == "attention" or (first.mixed and "norm" in name))
         if kind == "linear":
-            return self._linear(name, list(zip(tensors, values, strict=True)), outs[0])
+            how = name, *(str(one) for one in args if not isinstance(one, torch.Tensor))
+            return self._linear(how, list(zip(tensors, values, strict=True)), outs[0])
         if kind == "join":
             return self._maps.setdefault((name, str(args[1:]), *(v.id for v in values)), join(real, parts=real))
         if kind == "softmax":
@@ -422,16 +427,18 @@ class Watch(TorchDispatchMode):
             return CONSTANT
         return Value(dep=True)  # rows of a table, by the ids that came in; or such ids, rearranged
 
-    def _linear(self, name: str, given: list[tuple[torch.Tensor, Value]], out: torch.Tensor) -> Value:
+    def _linear(self, how: tuple[str, ...], given: list[tuple[torch.Tensor, Value]], out: torch.Tensor) -> Value:
+        """A product of matrices, or of one and weights; ``how`` is the operator's name, and its numbers."""
+        name = how[0]
         operands = given[name in ("addmm", "baddbmm", "addmv") :]
         pair = [one for one in operands if one[1].dep][:2]
         if len(pair) < 2:
-            return self._mapped(name, operands, pair[0], out)
+            return self._mapped(how, operands, pair[0], out)
         (x, a), (y, b) = pair
         if name == "bmm" and x.shape[1] == x.shape[2] == y.shape[2] == 1:
             return self._product(name, pair, out)  # number by number, as einsum writes it
         stat = (0, a.source, "power", spans(out)) if a.source == b.source else None
-        key = (name, out.shape, *map(self._identity, operands))
+        key = (how, out.shape, *map(self._identity, operands))
         new = self._maps.setdefault(key, Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat))
         weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
         if weights and weights.top == "exp":  # whatever their sum is divided by, and when
@@ -447,11 +454,15 @@ class Watch(TorchDispatchMode):
         return new
 
     def _mapped(
-        self, name: str, operands: list[tuple[torch.Tensor, Value]], of: tuple[torch.Tensor, Value], out: torch.Tensor
+        self,
+        how: tuple[str, ...],
+        operands: list[tuple[torch.Tensor, Value]],
+        of: tuple[torch.Tensor, Value],
+        out: torch.Tensor,
     ) -> Value:
         """A value times weights: one map of one value is one value, however often it is computed."""
-        x, value = of
-        key = (name, out.shape, *map(self._identity, operands))
+        (x, value), name = of, how[0]
+        key = (how, out.shape, *map(self._identity, operands))
         if key in self._maps:
             return self._maps[key]
         if value.soft and not value.scores and len(operands) == 2:
@@ -499,6 +510,8 @@ class Watch(TorchDispatchMode):
             if scaled is not None:
                 return scaled
         if a.source == b.source:  # an activation, written out
+            if flows and self._sites.acts("gated_mlp"):
+                self._found.append(self._finding(NO_GATE, name))
             return a.like(act=True, top=name, stat=a.stat if b.stat else None)
         if (a.act or b.act) and flows:
             if a.soft or b.soft or min(spans(x), spans(y)) < spans(out):
@@ -520,6 +533,8 @@ class Watch(TorchDispatchMode):
         if how[:3] == "sum" and (reduced == a.id or (a.top == "exp" and source == a.source and not a.stat)):
             if a.top == "exp" and a.scores and flows:
                 self._report("softmax over keys", f"exp, sum, {name}", a, b)
+            if a.top == "exp" and a.scores and self._sites.acts("norm"):
+                self._found.append(self._finding(NO_NORM, name))
             return a.like(soft=a.top == "exp" or a.soft, act=True, top="share")
         if source != a.source or how == "map":
             return None

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import gim
 from gim.applied import AppliedReport, UnsupportedModelError
+from gim.intercept import flow
 from gim_kernels.reference import scale_gradient
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
@@ -66,8 +67,9 @@ TWICE: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
         torch.addmm(m.one.bias, mat1=x[0], mat2=m.square)
         * torch.sigmoid(torch.addmm(input=m.one.bias, mat2=m.square, mat1=x[0]))
     )[None],
-    "vector": lambda m, x: torch.stack(
-        [torch.mv(m.square, y) * torch.sigmoid(torch.mv(m.square, vec=y)) for y in x[0]]
+    "vector": lambda m, x: (
+        torch.stack([torch.mv(m.square, y) for y in x[0]])
+        * torch.sigmoid(torch.stack([torch.mv(m.square, vec=y) for y in x[0]]))
     )[None],
     "two maps": lambda m, x: m.two(m.one(x)) * torch.sigmoid(m.two(m.one(x))),
     "view of a weight": lambda m, x: (
@@ -207,6 +209,26 @@ def test_what_is_not_applied_is_named(name: str) -> None:
     words, compute = NAMED[name]
     with pytest.raises(UnsupportedModelError, match=words):
         gradient(Block(compute).double().eval(), rules="GIM")
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_rule_that_acts_on_an_activation_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what tells the two calls of a map to be one taken away, the factors of a gate are applied to them."""
+    monkeypatch.setattr(flow, "_mapped", lambda _: flow._new())
+    with pytest.raises(UnsupportedModelError, match="activation taken for a gate"):
+        gradient(Block(TWICE[name]).double().eval(), rules="GIM")
+    gradient(Block(TWICE[name]).double().eval(), rules="FREEZE_ONLY")  # which has no factors
+
+
+def test_a_rule_that_acts_on_a_softmax_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "_pointwise", lambda *given: pointwise(*given)._replace(scores=False))
+    monkeypatch.setattr(flow, "_said", lambda node, *_: ("as others", node._sequence_nr()))
+    model = Block(lambda m, x: (lambda s: s.exp() / s.exp().sum(-1, keepdim=True))(_scores(m, x)) @ x).double().eval()
+    with pytest.raises(UnsupportedModelError, match="softmax taken for a norm"):
+        gradient(model, rules="GIM")
+
+
+pointwise = flow._pointwise
 
 
 def test_a_learned_factor_for_a_row_is_no_norm() -> None:
