@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -329,15 +329,28 @@ class _Read:
         self._asked = [(names.get, name) for names, name in places]
         #: What was found last, held so that it is the same as long as it is the same object, and in words.
         self._last: tuple[list[Any], Any] = [], ()
+        self._changes = False  # whether any of them may hold something else and be the same
 
     def said(self) -> Any:
         """What tells the meanings of now from others."""
         found = [get(name) for get, name in self._asked]
         before, said = self._last
-        if len(before) != len(found) or not all(map(operator.is_, found, before)):
-            said = tuple(value if isinstance(value, _PLAIN) else id(value) for value in found)
+        if self._changes or len(before) != len(found) or not all(map(operator.is_, found, before)):
+            said = tuple(map(_words, found))
             self._last = found, said
+            self._changes = any(isinstance(one, tuple) for one in said)
         return said
+
+
+def _words(value: Any) -> Any:
+    """What tells a thing that code may read from others, and from what it held before: a tuple where it may change."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, ModuleType | type | FunctionType | BuiltinFunctionType | functools.partial):
+        return id(value)
+    inside = value.items() if isinstance(value, Mapping) else vars(value).items() if hasattr(value, "__dict__") else ()
+    inside = enumerate(value) if isinstance(value, list | tuple | set | frozenset) else inside
+    return id(value), *((name, one if isinstance(one, _PLAIN) else id(one)) for name, one in inside)
 
 
 @functools.lru_cache(maxsize=1024)

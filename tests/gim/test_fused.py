@@ -247,6 +247,46 @@ def test_what_a_norm_reads_elsewhere_is_seen_anew(monkeypatch: pytest.MonkeyPatc
     assert report.of("norm") == []
 
 
+NUMBERS = {"epsilon": EPSILON}
+
+
+class Settings:
+    epsilon = 0.0
+
+
+SETTINGS, LISTED = Settings(), [EPSILON]
+SETTINGS.epsilon = EPSILON
+
+
+class Configured(nn.Module):
+    """A norm whose epsilon lies in what its file holds."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        square = x.pow(2).mean(-1, keepdim=True)
+        if self.where == "dict":
+            return x * torch.rsqrt(square + NUMBERS["epsilon"])
+        return x * torch.rsqrt(square + (SETTINGS.epsilon if self.where == "object" else LISTED[0]))
+
+
+@pytest.mark.parametrize("where", ["dict", "object", "list"])
+def test_what_a_norm_reads_is_seen_anew_where_it_has_been_written(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(Configured(where), torch.float64)
+    before, report = gradient(model, torch.float64, 1e-3)
+    assert report.of("norm")[0].recognised == "rms_norm, written out"
+    monkeypatch.setitem(NUMBERS, "epsilon", 1e-2)
+    monkeypatch.setattr(SETTINGS, "epsilon", 1e-2)
+    LISTED[0] = 1e-2
+    try:
+        changed, _ = gradient(model, torch.float64, 1e-3)
+    finally:
+        LISTED[0] = EPSILON
+    assert relative_error(changed, before) > 0.1
+
+
 def test_under_a_mode_of_ones_own_its_own_code_runs() -> None:
     class Silent(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
