@@ -90,9 +90,8 @@ def _same(one: Any, other: Any) -> bool:
     """Whether two containers hold the same objects; entries may be tensors, whose comparison gives a tensor."""
     if isinstance(one, set):
         return one == other
-    pairs = zip(one.items(), other.items(), strict=True) if isinstance(one, dict) else ()
     if isinstance(one, dict):
-        return all(a == b and x is y for (a, x), (b, y) in pairs)
+        return all(a == b and x is y for (a, x), (b, y) in zip(one.items(), other.items(), strict=True))
     return all(a is b for a, b in zip(one, other, strict=True))
 
 
