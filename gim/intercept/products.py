@@ -115,7 +115,8 @@ def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any
         operands = list(operands[0])
     if len(operands) != 2 or not isinstance(equation, str) or not all(map(flows, operands)):
         out = func(*args, **named)
-        tell_weight(out, operands, equation)
+        if len(operands) == 2:
+            tell_weight(out, operands, str(equation))
         return out
     sides = equation.replace(" ", "").split("->")
     terms = sides[0].split(",")

@@ -88,6 +88,9 @@ TWO: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
         m.gated(torch.sigmoid(m.conv(x.mT)), F.conv1d(x.mT, m.conv.weight, m.conv.bias, padding=2, dilation=2)).mT
     ),
     "made for the call": lambda m, x: m.gated(torch.sigmoid(F.linear(x, m.square * 2)), F.linear(x, m.square * 3)),
+    "behind an einsum of one": lambda m, x: m.gated(
+        torch.sigmoid(m.one(torch.einsum("btd->bdt", x).mT)), torch.einsum("btd->btd", m.two(x))
+    ),
     "of two inputs": lambda m, x: m.gated(torch.sigmoid(m.one(F.silu(x))), m.one(x)),
     "twice, and another": lambda m, x: m.gated(m.one(x) * torch.sigmoid(m.one(x)), m.two(x)),
 }
