@@ -316,19 +316,21 @@ def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
         how: what else the map depends on, but for what it adds.
     """
     node: Any = result.grad_fn
+    data, weight = operands
     if node is None:
         return
-    weight: Any = operands[1]
     if type(weight) is nn.Parameter:
         held: Any = weakref.ref(weight)
     else:
-        weight = next((one for one in operands[::-1] if not one.requires_grad or origin(one).constant), None)
-        if type(weight) not in (torch.Tensor, nn.Parameter):
+        if weight.requires_grad and not origin(weight).constant:
+            data, weight = weight, data
+        if type(weight) not in (torch.Tensor, nn.Parameter) or (weight.requires_grad and not origin(weight).constant):
             return
         # Another weight can come to lie where one has been, as those do that are made anew for each call.
         held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
         held = *held, weight.storage_offset(), weight.shape, weight.stride()
-    node.metadata[_WEIGHT] = operands[0] is weight, held, *how
+    if data.requires_grad:  # else the way to an input leads to the weight alone, whatever it is applied to
+        node.metadata[_WEIGHT] = operands[0] is weight, held, *how
 
 
 def _mapped(node: Any) -> Origin:

@@ -163,6 +163,17 @@ def test_two_maps_are_a_gate(name: str, frozen: bool) -> None:
     check(TWO[name], frozen, "gated_mlp")
 
 
+def test_one_map_of_two_constants_is_two_values() -> None:
+    """Of data that asks for no gradient the graph knows nothing but the weight."""
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    roots = []
+    for data in torch.randn(2, 3, WIDTH):
+        out = F.linear(data, weight)
+        flow.tell_weight(out, (data, weight), "linear")
+        roots.append((flow.origin(out).root, out))
+    assert roots[0][0] != roots[1][0]
+
+
 @frozen
 @pytest.mark.parametrize("name", NORMS)
 def test_a_statistic_by_maps_and_pools_is_a_norms(name: str, frozen: bool) -> None:
