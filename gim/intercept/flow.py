@@ -283,7 +283,7 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     if kind == "linear":
         matrices = [one for one in live if one.number]
         if len(matrices) >= 2 and name not in ("Convolution", "Linear"):
-            return _mapped(node)._replace(scores=True)
+            return _mapped(node)._replace(scores=not any(one.weights for one in matrices))
         return _mapped(node)
     if kind == "reduction":
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)

@@ -88,6 +88,9 @@ TWO: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
         m.gated(torch.sigmoid(m.conv(x.mT)), F.conv1d(x.mT, m.conv.weight, m.conv.bias, padding=2, dilation=2)).mT
     ),
     "made for the call": lambda m, x: m.gated(torch.sigmoid(F.linear(x, m.square * 2)), F.linear(x, m.square * 3)),
+    "parameters made for the call": lambda m, x: m.gated(
+        torch.sigmoid(F.linear(x, nn.Parameter(m.square * 2))), F.linear(x, nn.Parameter(m.square * 3))
+    ),
     "behind an einsum of one": lambda m, x: m.gated(
         torch.sigmoid(m.one(torch.einsum("btd->bdt", x).mT)), torch.einsum("btd->btd", m.two(x))
     ),
@@ -243,6 +246,20 @@ def test_a_rule_that_acts_on_a_softmax_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 pointwise = flow._pointwise
+
+
+def test_a_norm_of_bent_attention_is_a_norm() -> None:
+    """What attention gives is no score, whatever becomes of it before it is normed."""
+
+    def compute(m: Block, x: torch.Tensor) -> torch.Tensor:
+        bent = F.gelu(torch.softmax(_scores(m, x), -1) @ x)
+        return bent * m.constant(_scale(bent.pow(2).mean(-1, keepdim=True)))
+
+    model = Block(compute).double().eval()
+    got, report = gradient(model, rules="FREEZE_ONLY")
+    assert report is not None and report.counts()["norm"] == (1, 1)
+    model.written = True
+    assert_close64(got, gradient(model)[0], "the rule written out", FLOAT64_MODEL_RELATIVE)
 
 
 def test_a_learned_factor_for_a_row_is_no_norm() -> None:
