@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
@@ -323,9 +324,11 @@ class _Read:
 
     Args:
         places: each name, and where it is looked up.
+        names: all names that the code mentions, so what it may ask of what it reads.
     """
 
-    def __init__(self, places: Iterable[tuple[Mapping[str, Any], str]]) -> None:
+    def __init__(self, places: Iterable[tuple[Mapping[str, Any], str]], names: Iterable[str]) -> None:
+        self._names = frozenset(names)
         self._asked = [(names.get, name) for names, name in places]
         #: What was found last, held so that it is the same as long as it is the same object, and in words.
         self._last: tuple[list[Any], Any] = [], ()
@@ -336,21 +339,40 @@ class _Read:
         found = [get(name) for get, name in self._asked]
         before, said = self._last
         if self._changes or len(before) != len(found) or not all(map(operator.is_, found, before)):
-            said = tuple(map(_words, found))
+            said = tuple([_words(one, self._names) for one in found])
             self._last = found, said
             self._changes = any(isinstance(one, tuple) for one in said)
         return said
 
 
-def _words(value: Any) -> Any:
-    """What tells a thing that code may read from others, and from what it held before: a tuple where it may change."""
+def _words(value: Any, names: frozenset[str]) -> Any:
+    """What tells a thing that code may read from others, and from what it held before: a tuple where it may change.
+
+    Args:
+        value: the thing.
+        names: what the code may ask of it, where it is no container.
+    """
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, ModuleType | type | FunctionType | BuiltinFunctionType | functools.partial):
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = enumerate(value)
+    elif isinstance(value, FunctionType | BuiltinFunctionType | functools.partial) or _is_librarys(value):
         return id(value)
-    inside = value.items() if isinstance(value, Mapping) else vars(value).items() if hasattr(value, "__dict__") else ()
-    inside = enumerate(value) if isinstance(value, list | tuple | set | frozenset) else inside
+    else:
+        own = getattr(value, "__dict__", {})
+        inside = [(name, own[name]) for name in names if name in own]
     return id(value), *((name, one if isinstance(one, _PLAIN) else id(one)) for name, one in inside)
+
+
+def _is_librarys(value: Any) -> bool:
+    """Whether a module or class is Python's or torch's, which nobody changes."""
+    if not isinstance(value, ModuleType | type):
+        return False
+    home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    return home.partition(".")[0] in {"torch", *sys.stdlib_module_names}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -379,7 +401,7 @@ def _read(cls: type, code: Callable[..., Any]) -> _Read:
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # an empty one
                 waiting.append(cell.cell_contents)
-    return _Read((*places.values(), *((vars(base), name) for base in classes for name in names)))
+    return _Read((*places.values(), *((vars(base), name) for base in classes for name in names)), names)
 
 
 def _is_sizes(value: Any) -> bool:

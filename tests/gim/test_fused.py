@@ -20,6 +20,7 @@ import gim
 from gim.applied import UnsupportedModelError
 from gim.intercept import fused
 from gim_kernels.budget import relative_error
+from tests import oracle
 from tests.families import ids
 from tests.families import make as family
 
@@ -254,6 +255,10 @@ class Settings:
     epsilon = 0.0
 
 
+class Constants:
+    epsilon = EPSILON
+
+
 SETTINGS, LISTED = Settings(), [EPSILON]
 SETTINGS.epsilon = EPSILON
 
@@ -269,16 +274,23 @@ class Configured(nn.Module):
         square = x.pow(2).mean(-1, keepdim=True)
         if self.where == "dict":
             return x * torch.rsqrt(square + NUMBERS["epsilon"])
+        if self.where == "class":
+            return x * torch.rsqrt(square + Constants.epsilon)
+        if self.where == "module":
+            return x * torch.rsqrt(square + oracle.NORM_EPSILON)  # type: ignore[attr-defined]
         return x * torch.rsqrt(square + (SETTINGS.epsilon if self.where == "object" else LISTED[0]))
 
 
-@pytest.mark.parametrize("where", ["dict", "object", "list"])
+@pytest.mark.parametrize("where", ["dict", "object", "list", "class", "module"])
 def test_what_a_norm_reads_is_seen_anew_where_it_has_been_written(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "NORM_EPSILON", EPSILON, raising=False)
     model = build(Configured(where), torch.float64)
     before, report = gradient(model, torch.float64, 1e-3)
     assert report.of("norm")[0].recognised == "rms_norm, written out"
     monkeypatch.setitem(NUMBERS, "epsilon", 1e-2)
     monkeypatch.setattr(SETTINGS, "epsilon", 1e-2)
+    monkeypatch.setattr(Constants, "epsilon", 1e-2)
+    monkeypatch.setattr(oracle, "NORM_EPSILON", 1e-2)
     LISTED[0] = 1e-2
     try:
         changed, _ = gradient(model, torch.float64, 1e-3)
