@@ -183,11 +183,9 @@ def _apart(held: Any) -> Any:
     """What a module holds, so that code may write into it."""
     if type(held) is torch.Tensor:
         return held.clone()
-    return (
-        type(held)((key, _apart(one)) for key, one in held.items())
-        if type(held) in (dict, OrderedDict)
-        else (held.copy() if type(held) in (list, set) else held)
-    )
+    if type(held) in (dict, OrderedDict):
+        return type(held)((key, _apart(one)) for key, one in held.items())
+    return held.copy() if type(held) in (list, set) else held
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
