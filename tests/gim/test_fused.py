@@ -287,15 +287,16 @@ def test_what_a_norm_reads_is_seen_anew_where_it_has_been_written(where: str, mo
     model = build(Configured(where), torch.float64)
     before, report = gradient(model, torch.float64, 1e-3)
     assert report.of("norm")[0].recognised == "rms_norm, written out"
-    monkeypatch.setitem(NUMBERS, "epsilon", 1e-2)
-    monkeypatch.setattr(SETTINGS, "epsilon", 1e-2)
-    monkeypatch.setattr(Constants, "epsilon", 1e-2)
-    monkeypatch.setattr(oracle, "NORM_EPSILON", 1e-2)
-    LISTED[0] = 1e-2
-    try:
-        changed, _ = gradient(model, torch.float64, 1e-3)
-    finally:
-        LISTED[0] = EPSILON
+    if where == "list":
+        LISTED[0] = 1e-2
+    elif where == "dict":
+        monkeypatch.setitem(NUMBERS, "epsilon", 1e-2)
+    elif where == "module":
+        monkeypatch.setattr(oracle, "NORM_EPSILON", 1e-2)
+    else:
+        monkeypatch.setattr({"object": SETTINGS, "class": Constants}[where], "epsilon", 1e-2)
+    changed, _ = gradient(model, torch.float64, 1e-3)
+    LISTED[0] = EPSILON
     assert relative_error(changed, before) > 0.1
 
 
