@@ -188,6 +188,15 @@ def _activate(gate: torch.Tensor, activation: str, out: torch.Tensor) -> torch.T
     return torch.ops.aten.gelu.out(gate, approximate=_APPROXIMATE[activation], out=out)
 
 
+def _slope(gate: torch.Tensor, up: torch.Tensor, activation: str, backward: str, out: torch.Tensor) -> torch.Tensor:
+    """``up`` times the derivative of the activation at ``gate``, or times what stands for it, into ``out``."""
+    if backward == "ratio":
+        return torch.mul(up, activation_ratio(gate, activation), out=out)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=out)
+    return torch.ops.aten.gelu_backward.grad_input(up, gate, approximate=_APPROXIMATE[activation], grad_input=out)
+
+
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """See :class:`gim_kernels.types.PointwiseEngine`."""
     tell("blockwise")
@@ -215,26 +224,20 @@ def gated_backward(
     blocks = _of_several(grad_y, gate)
     grads, gates, ups, to_gate, to_up = _laid(blocks, grad_y, gate, up, grad_gate, grad_up)
     for block, places in blocks:
-        branch, other = _at(gates, block), _at(ups, block)
-        ratio = activation_ratio(branch, activation) if needs[0] and activation_backward == "ratio" else None
-        for place in places:
-            grad = _at(grads, place)
-            if to_gate is not None:
-                tile = _at(to_gate, place)
-                torch.mul(grad, other, out=tile)
-                if ratio is not None:
-                    tile.mul_(ratio)
-                elif activation == "silu":
-                    torch.ops.aten.silu_backward.grad_input(tile, branch, grad_input=tile)
-                else:
-                    approximate = _APPROXIMATE[activation]
-                    torch.ops.aten.gelu_backward.grad_input(tile, branch, approximate=approximate, grad_input=tile)
-                if grad_scale[0] != 1.0:
-                    tile.mul_(grad_scale[0])
-            if to_up is not None:
-                tile = _activate(branch, activation, _at(to_up, place)).mul_(grad)
-                if grad_scale[1] != 1.0:
-                    tile.mul_(grad_scale[1])
+        branch, last = _at(gates, block), places[-1]
+        # A gradient is multiplied by what is the same for all: it is written where the last one's product goes.
+        if to_gate is not None:
+            factor = _slope(branch, _at(ups, block), activation, activation_backward, _at(to_gate, last))
+            if grad_scale[0] != 1.0:
+                factor.mul_(grad_scale[0])
+            for place in places:
+                torch.mul(factor, _at(grads, place), out=_at(to_gate, place))
+        if to_up is not None:
+            factor = _activate(branch, activation, _at(to_up, last))
+            if grad_scale[1] != 1.0:
+                factor.mul_(grad_scale[1])
+            for place in places:
+                torch.mul(factor, _at(grads, place), out=_at(to_up, place))
     return grad_gate, grad_up
 
 
