@@ -208,15 +208,16 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
             weights = (x for one in modules for kept in (one._parameters, one._buffers) for x in kept.values())
             held += take_as_weights(x for x in weights if x is not None)
             held += take_as_inputs(_arguments(gate, inputs, named))
-        with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named):
-            return gate.enter(frame, inputs, named)
+        with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named) as seen:
+            found = gate.enter(frame, inputs, named)
+        return found, seen
 
-    out = session.inside(gate.name, gate.module, run)
+    out, seen = session.inside(gate.name, gate.module, run)
     if not again:
         session.report.forwards += gate.name == ""
         session.add_unsupported(session.without_values())
     if proof is not None:
-        session.add_unsupported(proof.unreached())
+        session.add_unsupported(proof.unreached(seen))
     return out
 
 

@@ -184,6 +184,9 @@ def run(
         if progress is not None:
             stack.enter_context(_reporting(parts, progress, backwards))
         numbers = passes(model, request, baseline_id, plan, at_once=at_once, taps=taps)
+        session = session_of(model)
+        if strict and session is not None and session.proof.runs_new_code:
+            numbers = passes(model, request, baseline_id, plan, at_once=at_once, taps=taps)  # which is watched
     if not request.scored.total:
         numbers = numbers._replace(scores=request.rows.as_given(numbers.scores))
     if request.per == "layer" and numbers.inside is not None:

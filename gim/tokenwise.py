@@ -6,6 +6,7 @@ their class: nothing here knows a model.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -179,13 +180,20 @@ def without_hooks(module: nn.Module) -> nn.Module | None:
     return copied
 
 
-def _apart(held: Any) -> Any:
-    """What a module holds, so that code may write into it."""
+def _apart(held: Any, depth: int = 4) -> Any:
+    """What a module holds, so that code may write into it: tensors that lie in it, however deep, are copies."""
     if type(held) is torch.Tensor:
         return held.clone()
-    if type(held) in (dict, OrderedDict):
-        return type(held)((key, _apart(one)) for key, one in held.items())
-    return held.copy() if type(held) in (list, set) else held
+    if depth and type(held) in (dict, OrderedDict):
+        return type(held)((key, _apart(one, depth - 1)) for key, one in held.items())
+    if depth and type(held) in (list, tuple, set):
+        return type(held)(_apart(one, depth - 1) for one in held)
+    if depth and isinstance(own := getattr(held, "__dict__", None), dict) and not callable(held):
+        inner = {name: _apart(one, depth - 1) for name, one in own.items()}
+        if any(inner[name] is not own[name] for name in own):
+            held = copy.copy(held)
+            held.__dict__.update(inner)
+    return held
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -58,14 +58,6 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
         "parts.anatomy", "parts.calling", "parts.placement", "rules", "applied",
     ))),
     ("gim.intercept", ABOVE),
-    # The watch shares nothing with what applies rules but what tells it.
-    *(
-        (f"gim.intercept.{one}", tuple(f"gim.intercept.{other}" for other in (
-            "activations", "attention", "checkpoints", "flow", "frames", "fused", "gates", "interface", "masks",
-            "mode", "norms", "products", "session", "softmax", "torch_attention",
-        )))
-        for one in ("watch", "values", "operators", "sites")
-    ),
     # Engines never import one another, nor what chooses among them.
     *(
         (f"gim_kernels.{one}", tuple(f"gim_kernels.{other}" for other in (*ENGINES, "engines") if other != one))
@@ -102,6 +94,10 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
+#: The watch shares nothing with what applies rules but what tells it: these know one another, and what findings are of.
+WATCH = tuple(f"gim.intercept.{one}" for one in ("callers", "operators", "places", "sites", "values", "watch"))
+
+
 def inside(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
@@ -115,6 +111,11 @@ def wrong_arrows(imported: dict[str, set[str]]) -> set[str]:
         if inside(name, who)
         for one in ones
         if any(inside(one, package) for package in whom)
+    } | {
+        f"{name} -> {one}"
+        for name in WATCH
+        for one in imported[name]
+        if inside(one, "gim") and not any(inside(one, other) for other in (*WATCH, "gim.applied"))
     }
 
 
@@ -136,6 +137,7 @@ def test_no_arrow_points_where_it_may_not() -> None:
         ("gim.parts.anatomy", "from gim.intercept.session import Session"),
         ("gim.parts.adapters.hugging_face", "def late():\n    from gim.parts import anatomy"),
         ("gim.intercept.watch", "from gim.intercept.flow import origin"),
+        ("gim.intercept.places", "def late():\n    from gim.intercept.hooks import hooked"),
         ("gim.intercept.products", "from importlib import import_module\nimport_module('gim.scoring')"),
         ("gim.scoring", "import gim.cli"),
         ("gim.context", "__import__('tests.eager')"),

@@ -111,41 +111,13 @@ def _in_place(session: Session, func: Callable[..., Any], input: torch.Tensor, *
 
 
 _BENDING = [
-    "relu",
-    "relu6",
-    "elu",
-    "celu",
-    "selu",
-    "leaky_relu",
-    "mish",
-    "hardswish",
-    "hardsigmoid",
-    "softplus",
-    "softsign",
-    "tanh",
-    "sigmoid",
-    "logsigmoid",
-    "hardtanh",
-    "tanhshrink",
-    "prelu",
-]
+    "relu", "relu6", "elu", "celu", "selu", "leaky_relu", "mish", "hardswish", "hardsigmoid", "softplus", "softsign",
+    "tanh", "sigmoid", "logsigmoid", "hardtanh", "tanhshrink", "prelu",
+]  # fmt: skip
 _ELEMENTARY = [
-    "relu",
-    "sigmoid",
-    "tanh",
-    "pow",
-    "square",
-    "exp",
-    "expm1",
-    "erf",
-    "abs",
-    "reciprocal",
-    "sqrt",
-    "rsqrt",
-    "sin",
-    "cos",
-    "atan",
-]
+    "relu", "sigmoid", "tanh", "pow", "square", "exp", "expm1", "erf", "abs", "reciprocal", "sqrt", "rsqrt", "sin",
+    "cos", "atan",
+]  # fmt: skip
 
 #: Where ``inplace`` stands behind the input, of the functions that have it.
 _INPLACE: dict[Any, int] = {

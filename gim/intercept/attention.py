@@ -23,21 +23,10 @@ from gim.rules import GRADIENT, Rules
 from gim_kernels import told
 
 #: Keyword arguments of the attention interface that do not change what attention computes.
-HARMLESS = frozenset(
-    {
-        "cache_position",
-        "deterministic",
-        "max_length_k",
-        "max_length_q",
-        "output_hidden_states",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "target_dtype",
-        "use_cache",
-        "num_items_in_batch",
-    }
-)
+HARMLESS = frozenset({
+    "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
+    "position_embeddings", "position_ids", "return_dict", "target_dtype", "use_cache",
+})  # fmt: skip
 
 
 def gim_attention(

@@ -20,9 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 #: Key of a node's metadata under which its values are described.
 _KEY = "gim"
-#: Of the node of a linear map, what tells its weight from others; of the node of what maps were applied to, the numbers
-#: of their results, and its own.
-_WEIGHT, _MAPS, _NAME = "gim weight", "gim maps", "gim name"
+#: Of the node of a linear map, what tells its weight from others; of any node, the numbers of its outputs.
+_WEIGHT, _IDENTITY = "gim weight", "gim identity"
 
 _numbers = itertools.count(1)
 
@@ -335,42 +334,64 @@ def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
 
 def _mapped(node: Any) -> Origin:
     """The root that a linear map or a join begins: the same for one map of one value, however often it is computed."""
-    bases: list[Any] = []
-    key = _key_of((node, 0), bases)
-    if bases[0] is node:
-        return _new()
-    number = bases[0].metadata.setdefault(_MAPS, {}).setdefault(key, next(_numbers))
+    number, _ = _identity((node, 0))
     return Origin(number, number)
 
 
-def _key_of(edge: tuple[Any, int], bases: list[Any]) -> Any:
-    """What tells a value from others: by which maps and functions it was computed from the nodes in ``bases``."""
-    node, output = edge
-    kind, name = kind_of(node)
+def _identity(edge: tuple[Any, int]) -> tuple[int, dict[Any, int]]:
+    """The number of what a node computed, the same for the same operation on the same values, and the table of those.
+
+    Values that are computed from one another share a table, which goes with the last of their nodes.
+    """
+    todo = [edge]
+    while todo:
+        node, output = todo[-1]
+        known = node.metadata.setdefault(_IDENTITY, {})
+        if output in known:
+            todo.pop()
+            continue
+        how, edges = _operation(node, output)
+        waiting = [one for one in edges if one[1] not in one[0].metadata.get(_IDENTITY, {})]
+        if waiting:
+            todo += waiting
+            continue
+        todo.pop()
+        inputs = [one.metadata[_IDENTITY][place] for one, place in edges]
+        if not inputs:
+            known[output] = next(_numbers), {}
+        elif how is None:
+            known[output] = inputs[0]  # the same numbers
+        else:
+            table = inputs[0][1]
+            key = (how, *(number for number, _ in inputs))
+            known[output] = table.setdefault(key, next(_numbers)), table
+    found: tuple[int, dict[Any, int]] = edge[0].metadata[_IDENTITY][edge[1]]
+    return found
+
+
+def _operation(node: Any, output: int) -> tuple[Any, list[tuple[Any, int]]]:
+    """What a node does, None for nothing, and to which values; to none where another may do the same by other means."""
     weight = node.metadata.get(_WEIGHT)
-    while weight is not None and kind == "same":
-        node, output = node.next_functions[0]
+    kind, name = kind_of(node)
+    while weight is not None and kind == "same":  # a view of the map's result
+        node = node.next_functions[0][0]
         kind, name = kind_of(node)
-    edges = node.next_functions
-    if kind == "linear" and weight is None and name in ("Mm", "Bmm"):
-        if all(one is not None and not _of_edge(one, place).constant for one, place in edges):
-            return (name, *(_key_of(edge, bases) for edge in edges))
-    elif kind == "linear" and weight is not None:
-        live = [edge for edge in edges if edge[0] is not None]
+    edges = list(node.next_functions)
+    if kind == "same" and edges[0][0] is not None:
+        return None, edges[:1]
+    if kind == "each" and edges[output][0] is not None:
+        return None, edges[output : output + 1]
+    if kind == "linear":
+        live = [one for one in edges if one[0] is not None]
         if len(live) > 1:
-            live = [edge for edge in live if not _of_edge(*edge).constant]
-        if len(live) == 1:
-            return weight, _key_of(live[0], bases)
-    elif edges and all(one is not None for one, _ in edges):
-        if kind == "same":
-            return _key_of(edges[0], bases)
-        if kind == "each":
-            return _key_of(edges[output], bases)
-        said = _said(node, name, output)
-        if said is not None:
-            return (said, *(_key_of(edge, bases) for edge in edges))
-    bases.append(node)
-    return node.metadata.setdefault(_NAME, next(_numbers)), output
+            live = [one for one in live if not _of_edge(*one).constant]
+        if weight is not None and len(live) == 1:
+            return weight, live
+        if weight is None and name in ("Mm", "Bmm") and len(live) == len(edges) == 2:
+            return name, live
+    elif edges and all(one is not None for one, _ in edges) and (said := _said(node, name, output)) is not None:
+        return said, edges
+    return None, []
 
 
 #: What tells what a node does from what others of its name do; where that is a tensor, only its own number does.
@@ -473,9 +494,12 @@ def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
 def is_statistic(small: torch.Tensor, root: int) -> bool:
     """Whether a value is a function of linear maps and sums of what a root was bent to: ``rsqrt((x * x) @ mean)``."""
     todo: list[Any] = [get_gradient_edge(small).node]
-    nonlinear = False
+    nonlinear, seen = False, set[Any]()
     while todo:
         node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         kind, _ = kind_of(node)
         known = _of_edge(node, 0)
         if kind == "linear":

@@ -12,34 +12,22 @@ from gim.intercept import flow
 from gim.intercept.session import Session
 
 
-def _linear(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
-    out = func(input, *args, **named)
-    flow.tell_weight(out, (input, args[0] if args else named["weight"]), "linear")
+def _map(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """A value times a weight, and how; what is added to the product does not tell it from others."""
+    out = func(*args, **named)
+    first = 1 if func in _ADDING else 0
+    operands = (*args[first : first + 2], *(named.get(name) for name in ("weight", "vec") if name in named))[:2]
+    options = (item for item in named.items() if item[0] not in ("weight", "vec", "bias"))
+    flow.tell_weight(out, operands, func.__name__, *map(str, (*args[3:], *options)))
     return out
 
 
-def _convolution(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
-    out = func(input, *args, **named)
-    weight = args[0] if args else named.pop("weight")
-    flow.tell_weight(out, (input, weight), func.__name__, *map(str, args[2:]), *map(str, named.items()))
-    return out
-
-
-def _addmm(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
-    out = func(input, *args, **named)
-    flow.tell_weight(out, args[:2], "addmm", *map(str, named.items()))
-    return out
-
-
-def _vector(session: Session, func: Callable[..., Any], input: Any, *args: Any, **named: Any) -> Any:
-    out = func(input, *args, **named)
-    flow.tell_weight(out, (input, args[0] if args else named["vec"]), "mv")
-    return out
-
-
-HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
-    **dict.fromkeys((torch.mv, torch.Tensor.mv), _vector),
-    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
-}
+#: Maps whose first argument is what is added to the product.
+_ADDING = (torch.addmm, torch.Tensor.addmm)
+HANDLERS: dict[Any, Callable[..., Any]] = dict.fromkeys(
+    (
+        F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.mv, torch.Tensor.mv,
+        *_ADDING,
+    ),
+    _map,
+)  # fmt: skip

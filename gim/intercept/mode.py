@@ -6,6 +6,7 @@ on this thread and for this forward pass only; everything else passes by, and so
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,11 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 #: What torch calls the tensors that its functions begin with.
-_FIRST = (("input",), ("other", "mat1", "mat2", "tensor1", "end"), ("tensor2", "mat2", "weight"))
+_FIRST = (("input",), ("other", "mat1", "mat2", "tensor1", "end", "vec"), ("tensor2", "mat2", "weight"))
+
+
+#: What code may call or not without computing other numbers.
+_TELLING_NOTHING = frozenset(["__get__", "_set_grad_enabled"])
 
 
 def _by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -56,14 +61,19 @@ class Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
-        handler, frame = HANDLERS.get(func), self._frames[-1] if self._frames else None
-        if frame is None or handler is None or frame.session is not self.session or hooked():
+        frame = self._frames[-1] if self._frames else None
+        if frame is None or frame.session is not self.session:
+            return func(*args, **named)
+        if func.__name__ not in _TELLING_NOTHING and sys._getframe(1).f_globals.get("__name__", "")[:4] != "gim.":
+            self.session.called.add((type(frame.module), func))
+        handler = HANDLERS.get(func)
+        if handler is None or hooked():
             out = func(*args, **named)
         else:
             if torch.is_grad_enabled():
                 checkpoints.follow(self.session)
             places, rest = _by_place(args, named) if named else (args, named)
             out = handler(self.session, func, *places, **rest)
-        if frame is not None and frame.trace is not None:
+        if frame.trace is not None:
             frame.trace.add(func, args, named, out)
         return out

@@ -26,36 +26,18 @@ from gim_kernels import told
 from gim_kernels.reference import scale_gradient
 from gim_kernels.types import DTYPES
 
-PRODUCTS = frozenset(
-    {
-        torch.mul,
-        torch.multiply,
-        torch.Tensor.mul,
-        torch.Tensor.multiply,
-        torch.Tensor.__mul__,
-        torch.Tensor.__rmul__,
-    }
-)
-QUOTIENTS = frozenset(
-    {
-        torch.div,
-        torch.divide,
-        torch.true_divide,
-        torch.Tensor.div,
-        torch.Tensor.divide,
-        torch.Tensor.true_divide,
-        torch.Tensor.__truediv__,
-    }
-)
+
+def _named(names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of torch, and of its tensors, of these names."""
+    return frozenset(getattr(at, one) for at in (torch, torch.Tensor) for one in names.split() if hasattr(at, one))
+
+
+PRODUCTS = _named("mul multiply __mul__ __rmul__")
+QUOTIENTS = _named("div divide true_divide __truediv__")
 #: In place, each with the function that does the same into new memory.
 IN_PLACE = {
-    torch.Tensor.mul_: torch.mul,
-    torch.Tensor.multiply_: torch.mul,
-    torch.Tensor.__imul__: torch.mul,
-    torch.Tensor.div_: torch.div,
-    torch.Tensor.divide_: torch.div,
-    torch.Tensor.true_divide_: torch.div,
-    torch.Tensor.__itruediv__: torch.div,
+    **dict.fromkeys(_named("mul_ multiply_ __imul__"), torch.mul),
+    **dict.fromkeys(_named("div_ divide_ true_divide_ __itruediv__"), torch.div),
 }
 
 

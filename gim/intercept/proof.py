@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What a watched forward told: the parts of the report that it reached, and what the watch found and noted."""
+    """What a watched forward told: the parts of the report that it reached, what the watch found and noted, and which
+    functions of torch the code of which class called."""
 
     reached: frozenset[tuple[Part, str, str]]
     found: tuple[Finding, ...]
     noted: tuple[Finding, ...]
+    calls: frozenset[tuple[type, Any]]
 
 
 class _Kind:
@@ -58,7 +60,8 @@ class _Kind:
         found = [one for verdict in self.verdicts for one in verdict.found]
         noted = [one for verdict in self.verdicts for one in verdict.noted]
         reached = frozenset[tuple[Part, str, str]]().union(*(verdict.reached for verdict in self.verdicts))
-        return _Verdict(reached, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(noted)))
+        calls = frozenset[tuple[type, Any]]().union(*(verdict.calls for verdict in self.verdicts))
+        return _Verdict(reached, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(noted)), calls)
 
     def of(self, reached: frozenset[tuple[Part, str, str]], ran: set[str]) -> _Verdict | None:
         """What watched forwards told that reached the same, but in modules that did not run now."""
@@ -77,6 +80,21 @@ _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Kind]] = weakref.Weak
 _lock = threading.Lock()
 
 
+@dataclass
+class Run:
+    """One forward pass: what is known of its way.
+
+    Args:
+        whole: whether it is of the model itself.
+        verdict: None where no watched forward went its way.
+        missed: modules that ran and that a rule had reached before.
+    """
+
+    whole: bool
+    verdict: _Verdict | None = None
+    missed: Sequence[str] = ()
+
+
 class Proof:
     """That the rules of one session reach every part of a model."""
 
@@ -85,21 +103,16 @@ class Proof:
         self._rules = session.rules
         self._report = session.report
         self._ran = session.ran
-        self._verdict: _Verdict | None = None
-        #: Modules that ran and that a rule had reached before.
-        self._missed: list[str] = []
-        self._running = False
-        self._whole = True
+        self._called = session.called
+        #: Whether code called in the last forward what it called in none that was watched: the next one is.
+        self.runs_new_code = False
 
     @contextmanager
-    def watching(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[None]:
+    def watching(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[Run]:
         """Around a forward pass of the model, or of one of its modules from outside: watch it, unless one of its kind
         has been."""
-        model = self._model()
-        if model is None or self._running:
-            yield
-            return
-        self._whole = name == ""
+        run, model = Run(whole=name == ""), self._model()
+        assert model is not None, "it is being called"
         key = name, _kind_of(module, self._rules, inputs, named)
         with _lock:
             kinds = _verdicts.setdefault(model, {})
@@ -107,42 +120,45 @@ class Proof:
             if len(kinds) > _KINDS:  # hooks that come and go make new kinds for ever
                 del kinds[next(iter(kinds))]
         before = self._calls()
-        self._running, self._verdict, self._missed = True, None, []
         self._ran.clear()
-        try:
-            if kind.awaited or not kind.verdicts:
-                with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
-                    yield
-                self._verdict = _Verdict(self._reached_since(before), watch.found, watch.noted)
-                kind.add(self._verdict)
-            else:
-                yield
-                self._compare(kind, self._reached_since(before))
-        finally:
-            self._running = False
-        self._report.watched = self._verdict is not None
+        self._called.clear()
+        self.runs_new_code = False
+        if kind.awaited or not kind.verdicts:
+            with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
+                yield run
+            run.verdict = _Verdict(self._reached_since(before), watch.found, watch.noted, frozenset(self._called))
+            kind.add(run.verdict)
+        else:
+            yield run
+            self._compare(run, kind, self._reached_since(before))
+        self._report.watched = run.verdict is not None
 
-    def _compare(self, kind: _Kind, reached: frozenset[tuple[Part, str, str]]) -> None:
+    def _compare(self, run: Run, kind: _Kind, reached: frozenset[tuple[Part, str, str]]) -> None:
         """Find what is known of a forward that was not watched; nothing where none that was watched went its way."""
-        self._verdict = kind.of(reached, self._ran)
-        if self._verdict is not None:
+        known = kind.all()
+        new = self._called - known.calls
+        self.runs_new_code = bool(new)
+        run.verdict = None if new else kind.of(reached, self._ran)
+        if run.verdict is not None:
             return
         kind.awaited.append((reached, set(self._ran)))
-        known = kind.all().reached
-        more = sorted({name for _, name, _ in reached - known})
+        more = sorted({name for _, name, _ in reached - known.reached})
         if more:
             self._note(f"a forward pass reached {_several(more)}, which no watched one did: the next are watched again")
-        else:
-            self._missed = sorted({name for _, name, _ in known - reached if name in self._ran})
+            return
+        run.missed = sorted({name for _, name, _ in known.reached - reached if name in self._ran})
+        if new and not run.missed:
+            told = sorted(f"{cls.__name__} called {getattr(func, '__name__', func)}" for cls, func in new)
+            self._note(f"{_several(told)}, which no watched forward pass did: the next are watched again")
 
-    def unreached(self) -> list[tuple[str, str]]:
-        """Name and reason of every part that the rules should have reached in the last forward and did not."""
-        verdict, model = self._verdict, self._model()
+    def unreached(self, run: Run) -> list[tuple[str, str]]:
+        """Name and reason of every part that the rules should have reached in a forward pass and did not."""
+        verdict, model = run.verdict, self._model()
         if verdict is None:
             reason = (
                 "a rule was applied here in a forward that was watched, and not in this one: run it again to watch it"
             )
-            return [(name or type(model).__name__, reason) for name in self._missed]
+            return [(name or type(model).__name__, reason) for name in run.missed]
         for place in dict.fromkeys((one.kind, one.place, one.operator) for one in verdict.noted):
             kind, line, operator = place
             modules = dict.fromkeys(one.module for one in verdict.noted if (one.kind, one.place, one.operator) == place)
@@ -154,7 +170,7 @@ class Proof:
             "gated_mlp": rules.modifies_gated_mlps,
         }
         for each in wanted:
-            if wanted[each] and self._whole:
+            if wanted[each] and run.whole:
                 self._report.note_absent(each)
         told = [name for name, _ in self._report.unsupported]
         missing: dict[tuple[str, str], None] = {}
@@ -205,7 +221,7 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
     return (
         rules,
         torch.is_grad_enabled(),
-        torch.is_autocast_enabled(),
+        torch._C._is_any_autocast_enabled(),
         _simple(config) if config is not None else (),
         tuple(map(_sketch, inputs)),
         tuple((name, _sketch(one)) for name, one in sorted(named.items())),

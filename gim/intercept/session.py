@@ -54,6 +54,8 @@ class Session:
         self.proof: Any = None
         #: How a module that runs without a graph inside a forward with one is looked at.
         self.check_no_graph: Callable[[Frame], None] = lambda _: None
+        #: Which function of torch the code of which class called in the forward pass.
+        self.called: set[tuple[type, Any]] = set()
         #: Names of the modules that ran in the forward pass.
         self.ran: set[str] = set()
         #: How often a rule was applied, second runs of checkpoints included.

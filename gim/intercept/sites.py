@@ -8,11 +8,8 @@ statistic that is detached. Both are of one thread, and hold nothing alive.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from gim.applied import Part
 
@@ -22,8 +19,6 @@ class Sites(threading.local):
 
     def __init__(self) -> None:
         self._acting: list[Part] = []
-        #: By ``id``; an entry goes with its tensor, so no id is found that another tensor had.
-        self.marks: dict[int, tuple[weakref.ref[torch.Tensor], Part]] = {}
 
     @contextmanager
     def acting(self, rule: Part) -> Iterator[None]:
@@ -37,15 +32,6 @@ class Sites(threading.local):
     def acts(self, rule: Part) -> bool:
         """Whether code of this rule runs now."""
         return rule in self._acting
-
-    def mark(self, tensor: torch.Tensor, rule: Part) -> torch.Tensor:
-        """Say that a tensor came from a rule: a product with it, or with what is computed from it, is reached.
-
-        The mark is on this tensor, not on its memory: a view of it made before the rule acted has none.
-        """
-        number, marks = id(tensor), self.marks
-        marks[number] = (weakref.ref(tensor, lambda _: marks.pop(number, None)), rule)
-        return tensor
 
 
 #: The sites of each thread. They say nothing outside a watched forward pass.

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from gim.applied import Part
-
 Tensors = list[torch.Tensor]
 _numbers = itertools.count(1)
 
@@ -20,7 +18,7 @@ class Value:
     """What is known of one value."""
 
     __slots__ = (
-        "act", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random", "reached",
+        "act", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random",
         "scores", "soft", "source", "stat", "top", "written",
     )  # fmt: skip
 
@@ -39,7 +37,6 @@ class Value:
         self.mixed = False  # tokens were mixed by attention since the last linear map
         self.soft = False  # past a softmax or a division into shares
         self.random = self.blank = self.written = False
-        self.reached: Part | None = None  # a rule gave it back
         self.cut = 0  # CUT: computed without gradients from what has one; ROUNDED: and made integers since
         self.map: Any = None  # what to say of the linear map that it came from without gradients
         self.hidden: tuple[Any, ...] = ()  # what would be said of it, had it a gradient
@@ -53,7 +50,7 @@ class Value:
         new.dep, new.source, new.act, new.top = self.dep, self.source, self.act, self.top
         new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
         new.depth, new.soft, new.random = self.depth, self.soft, self.random
-        new.blank, new.reached, new.cut, new.map = self.blank, self.reached, self.cut, self.map
+        new.blank, new.cut, new.map = self.blank, self.cut, self.map
         new.hidden, new.keys = self.hidden, self.keys
         for name, value in changes.items():
             setattr(new, name, value)

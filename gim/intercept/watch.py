@@ -21,7 +21,6 @@ it is noted. One linear map of one value is one value, however often it is compu
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gim.applied import Part
-from gim.intercept.hooks import hooked
+from gim.intercept.callers import Callers
 from gim.intercept.operators import (
     AFFINE,
     CLIPS,
@@ -121,7 +120,7 @@ class Watch(TorchDispatchMode):
         self, modules: Mapping[str, nn.Module], sites: Sites = SITES, given: Iterable[Any] | None = None
     ) -> None:
         super().__init__()
-        self._names = {id(module): name or type(module).__name__ for name, module in modules.items()}
+        self._callers = Callers(modules)
         self._sites = sites
         self._found, self._noted = list[Finding](), list[Finding]()
         self.operators = 0
@@ -175,17 +174,7 @@ class Watch(TorchDispatchMode):
         if value is None:
             value = self._outside(tensor)
             self._places.know(tensor, value)
-        marks = self._sites.marks
-        if marks and value.dep:
-            mark = marks.get(id(tensor))
-            if mark is not None and mark[0]() is tensor:
-                return self._cached((value.id, mark[1]), value, reached=mark[1])
         return value
-
-    def _cached(self, key: Any, value: Value, **changes: Any) -> Value:
-        if key not in self._pieces:
-            self._pieces[key] = value.like(**changes)
-        return self._pieces[key]
 
     def _outside(self, tensor: torch.Tensor) -> Value:
         """A tensor that no operator wrote: an input, a constant, or the work of code that cannot be watched."""
@@ -303,12 +292,12 @@ class Watch(TorchDispatchMode):
             if used and lost:
                 given = zip(tensors, values, strict=True)
                 self._found += [v.map for x, v in given if v.map and is_real(x) and not x.requires_grad]
-            if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum" and not hooked():
+            if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum" and not self._callers.is_hook():
                 self._report(STOPS, f"{name} of rounded numbers")
             cut, lost = (cut, lost) if not flows and (cut == ROUNDED or not used) else (0, None)
         else:
             cut = max(CUT if flows else 0, cut)
-            if kind == "linear" and name != "cumsum" and cut and lost is None and not hooked():
+            if kind == "linear" and name != "cumsum" and cut and lost is None and not self._callers.is_hook():
                 lost = self._finding(STOPS, f"{name} without gradients")
         self._cuts = self._cuts or cut > 0
         # The same numbers, so known by the same number.
@@ -339,7 +328,7 @@ class Watch(TorchDispatchMode):
         """Remember to ask for the gradient of an operator's results once autograd has seen them."""
         flows = any(v.dep and x.requires_grad for x, v in zip(tensors, values, strict=True))
         real = [weakref.ref(one) for one in outs if is_real(one)]
-        if flows and real and torch.is_grad_enabled() and not hooked():
+        if flows and real and torch.is_grad_enabled() and not self._callers.is_hook():
             self._unproved = real, self._finding(STOPS, name)
 
     def _prove(self) -> None:
@@ -395,11 +384,11 @@ class Watch(TorchDispatchMode):
             return self._maps.setdefault((name, str(args[1:]), *(v.id for v in values)), join(real, parts=real))
         if kind == "softmax":
             if first.scores:
-                self._report("softmax over keys", name, first)
+                self._report("softmax over keys", name)
             return first.like(soft=True, act=True, top=name)
         if kind in ("softmax over keys", "opaque operator", "norm", "gated product"):
             if "batch_norm" not in name or True in args[5:6]:  # outside training its statistics are constants
-                self._report(kind, name, first)
+                self._report(kind, name)
             return Value(dep=True, mixed=kind == "softmax over keys" or first.mixed, act=kind == "opaque operator")
         if (name == "native_dropout" and args[1] > 0 and args[2] is not False) or any(v.random for v in values):
             self._report("dropout", name)
@@ -442,11 +431,11 @@ class Watch(TorchDispatchMode):
         new = self._maps.setdefault(key, Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat))
         weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
         if weights and weights.top == "exp":  # whatever their sum is divided by, and when
-            self._report("softmax over keys", f"exp, {name}", weights)
+            self._report("softmax over keys", f"exp, {name}")
         elif weights:
             self._report("attention that is no softmax", weights.top, to=self._noted)
         elif any(v.soft and v.keys and not v.scores for v in (a, b)):
-            self._report("softmax over keys", f"{name} with keys of learned queries", *(v for v in (a, b) if v.soft))
+            self._report("softmax over keys", f"{name} with keys of learned queries")
         elif any(v.soft and not v.scores for v in (a, b)):
             self._report("a mix by a softmax of no scores", name, to=self._noted)
         elif (a.act or b.act) and not (a.soft or b.soft):
@@ -483,13 +472,11 @@ class Watch(TorchDispatchMode):
         if "prod" in name and isinstance(value.parts, list):
             return self._product(name, [(out, part) for part in value.parts[:2]], out)
         if name == "logsumexp" and value.scores:
-            self._report("softmax over keys", name, value)
+            self._report("softmax over keys", name)
         scores = (value.top in ("mul", "bmm") and name == "sum") or value.scores
         how = "power" if name in POWERS else "extreme" if name in EXTREMES else "sum"
         stat = (value.id, value.source, how, 0 if "pool" in name else spans(out))
-        return Value(
-            dep=True, scores=scores, mixed=value.mixed, stat=stat, act=value.act, top=name, reached=value.reached
-        )
+        return Value(dep=True, scores=scores, mixed=value.mixed, stat=stat, act=value.act, top=name)
 
     def _product(self, name: str, pair: list[tuple[Any, Value]], out: Any) -> Value:
         """A product or quotient of two values, number by number: where gates, norms and written-out softmaxes are."""
@@ -521,7 +508,7 @@ class Watch(TorchDispatchMode):
             elif a.depth != b.depth:  # their common source lies before an attention
                 self._report("gate across attention", name, to=self._noted)
             else:
-                self._report("gated product", name, a, b)
+                self._report("gated product", name)
         elif flows and min(spans(x), spans(y)) == spans(out) and not (a.stat or b.stat):
             self._report("product of branches, none of them bent", name, to=self._noted)
         return Value(dep=True, mixed=a.mixed or b.mixed, top=name)
@@ -532,7 +519,7 @@ class Watch(TorchDispatchMode):
         reduced, source, how, _ = b.stat
         if how[:3] == "sum" and (reduced == a.id or (a.top == "exp" and source == a.source and not a.stat)):
             if a.top == "exp" and a.scores and flows:
-                self._report("softmax over keys", f"exp, sum, {name}", a, b)
+                self._report("softmax over keys", f"exp, sum, {name}")
             if a.top == "exp" and a.scores and self._sites.acts("norm"):
                 self._found.append(self._finding(NO_NORM, name))
             return a.like(soft=a.top == "exp" or a.soft, act=True, top="share")
@@ -541,7 +528,7 @@ class Watch(TorchDispatchMode):
         if flows and how == "extreme":
             self._report("division by an extreme", name, to=self._noted)  # as before rounding to integers
         elif flows:
-            self._report("norm", f"statistic, {name}", a, b)
+            self._report("norm", f"statistic, {name}")
         return Value(dep=True, mixed=a.mixed)
 
     def _pointwise(self, name: str, values: list[Value], deps: list[Value], out: torch.Tensor) -> Value:
@@ -567,27 +554,19 @@ class Watch(TorchDispatchMode):
         soft = first.soft or any(v.top == "logsumexp" for v in deps)
         return first.like(act=act, top=first.top if linear else name, stat=stat, soft=soft)
 
-    def _report(self, kind: str, operator: str, *values: Value, to: list[Finding] | None = None) -> None:
+    def _report(self, kind: str, operator: str, to: list[Finding] | None = None) -> None:
         """Enter a finding that no rule has reached."""
         part = PART_OF.get(kind)
-        if part is not None and (self._sites.acts(part) or any(value.reached == part for value in values)):
+        if part is not None and self._sites.acts(part):
             return
         flows = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors)
         if part is not None and self._live and not flows:
-            if not hooked():
+            if not self._callers.is_hook():
                 self._withheld.append(self._finding(kind, operator))
             return  # where no gradient flows through an operator, no rule is missing
-        if (part is not None or kind == "opaque operator") and to is None and hooked():
+        if (part is not None or kind == "opaque operator") and to is None and self._callers.is_hook():
             kind, to = f"{kind} in a hook", self._noted
         (self._found if to is None else to).append(self._finding(kind, operator))
 
     def _finding(self, kind: str, operator: str) -> Finding:
-        """With the module whose code is running, from Python's own stack."""
-        place, module, frame = "", "", sys._getframe(1)
-        while frame is not None and not (place and module):
-            home = frame.f_globals.get("__name__", "").split(".")
-            if not place and home[0] not in ("torch", "gim"):
-                place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-            module = module or self._names.get(id(frame.f_locals.get("self")), "")
-            frame = frame.f_back  # type: ignore[assignment]
-        return Finding(kind, module, place, operator)
+        return Finding(kind, *self._callers.where(), operator)

@@ -257,7 +257,7 @@ def _layers(modules: Mapping[str, nn.Module], embedding: str) -> str | None:
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         own = (_shared(name, embedding), len(module))
-        if own > rank and all(_attends(layer) for layer in module):
+        if own > rank and all(layer is not None and _attends(layer) for layer in module):
             best, rank = name, own
     return best
 

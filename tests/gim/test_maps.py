@@ -271,3 +271,28 @@ def test_a_mix_of_weights_is_noted() -> None:
     model = Block(lambda m, x: torch.softmax(x @ m.square, -1) @ m.one.weight).double().eval()
     _, report = gradient(model, rules="GIM")
     assert report is not None and any("weights mixed by a softmax of no scores" in note for note in report.notes)
+
+
+def test_what_maps_and_statistics_are_of_takes_no_longer_than_the_graph_is_large() -> None:
+    """Every step joins what came before twice: walked path by path, this would take until the end of time."""
+
+    def joined(m: Block, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):
+            x = torch.cat([F.silu(m.one(x)), x], -1) @ torch.cat([m.square, m.square])
+        return m.gated(F.silu(m.one(x)), m.two(x))
+
+    def nested(m: Block, x: torch.Tensor) -> torch.Tensor:
+        rate = x @ m.mean
+        for _ in range(40):
+            rate = rate * torch.sigmoid(rate)
+        return x * rate
+
+    def chained(m: Block, x: torch.Tensor) -> torch.Tensor:
+        kept = x
+        for _ in range(1200):
+            x = kept + torch.tanh(m.one(x))
+        return m.gated(F.silu(m.one(x)), m.two(x))
+
+    check(joined, True, "gated_mlp")
+    check(nested, True, None)
+    check(chained, True, "gated_mlp")

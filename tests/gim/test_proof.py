@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +197,81 @@ def test_a_report_says_whether_it_was_watched() -> None:
     ran = inspect(model, "GIM", IDS)
     assert ran.watched and ran.summary().endswith("; watched")
     assert AppliedReport.from_dict(ran.to_dict()) == ran
+
+
+def _below_the_mode(x: torch.Tensor) -> torch.Tensor:
+    """A norm that no handler hears of."""
+    return torch.ops.aten.mul.Tensor(x, torch.ops.aten.rsqrt.default(x.pow(2).mean(-1, keepdim=True)))
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class Switched(torch.nn.Module):
+    """Code that is another by what no key of a forward can hold."""
+
+    function: Callable[[torch.Tensor], torch.Tensor] = staticmethod(_as_it_is)
+    variant = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = torch.nn.Embedding(10, WIDTH), MLP(GATES["silu"])
+        self.held = [_as_it_is]
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.held[0](type(self).function(self.embed(input_ids)))
+        if self.variant:
+            x = _below_the_mode(x)
+        return self.mlp(x)
+
+
+SWITCHES: dict[str, Callable[[Switched], Any]] = {
+    "a number": lambda model: setattr(model, "variant", 1),
+    "a function in a list": lambda model: model.held.__setitem__(0, _below_the_mode),
+    "a function of the class": lambda model: setattr(type(model), "function", staticmethod(_below_the_mode)),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_code_that_calls_what_it_never_did_is_watched(name: str) -> None:
+    cls = type("Switched", (Switched,), {})
+    explained, entered = cls().eval(), cls().eval()
+    gim.explain(explained, IDS, baseline_token_id=0)
+    with gim.GIM(entered):
+        entered(IDS)
+    SWITCHES[name](explained)
+    SWITCHES[name](entered)
+    with pytest.raises(UnsupportedModelError, match="norm"):
+        gim.explain(explained, IDS, baseline_token_id=0)
+    with gim.GIM(entered) as report:
+        entered(IDS)
+    assert not report.watched and any("are watched again" in note for note in report.notes)
+    with pytest.raises(UnsupportedModelError, match="norm"), gim.GIM(entered):
+        entered(IDS)
+
+
+def test_forwards_on_two_threads_of_one_context_are_both_watched() -> None:
+    begun, ended = threading.Event(), threading.Event()
+    model = Switched().eval()
+
+    def wait(x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            return _below_the_mode(x)
+        begun.set()
+        assert ended.wait(60)
+        return x
+
+    model.held[0] = wait
+    with gim.GIM(model) as report:
+        other = threading.Thread(target=contextvars.copy_context().run, args=(model, IDS))
+        other.start()
+        assert begun.wait(60)
+        with pytest.raises(UnsupportedModelError, match="norm"):
+            model(IDS)
+        ended.set()
+        other.join()
+    assert report.counts()["gated_mlp"] == (1, 2)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import gim
+from gim import tokenwise
 from gim.applied import UnsupportedModelError
 from tests.families import ids, make
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
@@ -130,6 +132,29 @@ def test_no_module_is_changed_by_a_look_at_it(name: str) -> None:
     with pytest.raises(ValueError, match="no child that maps each token by itself"):
         explain(model, "mlp")
     assert [one.kept() for one in made] == before
+
+
+def test_a_look_writes_into_no_tensor_that_a_module_holds_however_deep() -> None:
+    class Box:
+        def __init__(self) -> None:
+            self.count = torch.zeros(())
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.held: Any = [torch.zeros(()), {"inner": (torch.zeros(()),)}, Box()]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for one in (self.held[0], self.held[1]["inner"][0], self.held[2].count):
+                one.add_(1)
+            return torch.as_tensor(self.two(F.silu(self.one(x))))
+
+    mlp = MLP()
+    assert isinstance(found := tokenwise.find_mlps(nn.ModuleDict({"mlp": mlp}), 8, torch.float32), list)
+    assert [one.name for one in found] == ["mlp"]
+    held = mlp.held
+    assert [float(one) for one in (held[0], held[1]["inner"][0], held[2].count)] == [0.0, 0.0, 0.0]
 
 
 class Recording(nn.Module):

@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import gim
-from gim.applied import AppliedReport, UnsupportedModelError
-from gim.intercept import fused, interface, products
+from gim.applied import AppliedReport, Part, UnsupportedModelError
+from gim.intercept import fused, interface, mode, products
 from gim.intercept.mode import HANDLERS
 from gim.intercept.sites import SITES
 from gim.intercept.watch import Finding, Watch
-from gim_kernels.reference import scale_gradient
 from tests.families import make
 from tests.live import peak_bytes
 
@@ -671,42 +670,25 @@ def test_a_rule_that_is_off_wants_nothing() -> None:
     assert [reason.split(" (")[0] for _, reason in report.unsupported] == ["softmax over keys"]
 
 
+def test_handlers_that_take_all_code_for_a_hooks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mode, "hooked", lambda: True)
+    with pytest.raises(UnsupportedModelError, match="no rule has reached"), gim.GIM(model := llama(layers=2)):
+        model(IDS)
+
+
 # Sites
 
 
-def test_marks_and_acting_reach_only_their_own_part() -> None:
-    def scaled(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return F.silu(SITES.mark(scale_gradient(g, 0.5), "gated_mlp")) * u
+def test_what_a_rule_computes_is_no_finding_of_its_own_part_alone() -> None:
+    def acting(part: Part) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        def gate(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            with SITES.acting(part):
+                return F.silu(_rms(g)) * u
 
-    def wrong(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return F.silu(SITES.mark(scale_gradient(g, 0.5), "norm")) * u
+        return gate
 
-    def acting(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        with SITES.acting("gated_mlp"):
-            return F.silu(_rms(g)) * u
-
-    def frozen(x: torch.Tensor) -> torch.Tensor:
-        statistic = SITES.mark(x.pow(2).mean(-1, keepdim=True), "norm")
-        return x * torch.rsqrt(statistic + 1e-6)
-
-    assert seen(Net(gate=scaled)) == []
-    assert seen(Net(gate=wrong)) == [("gated product", "mlp")]
-    assert seen(Net(gate=acting)) == [("norm", "mlp")]
-    assert seen(Net(norm=frozen)) == []
-
-
-def test_a_mark_is_on_one_tensor_and_goes_with_it() -> None:
-    def unmarked(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        SITES.mark(scale_gradient(g, 0.5), "gated_mlp")  # and not used: it lies where g does
-        return F.silu(g) * u
-
-    assert seen(Net(gate=unmarked)) == [("gated product", "mlp")]
-    tensor = torch.ones(2)
-    count = len(SITES.marks)
-    SITES.mark(tensor, "norm")
-    assert len(SITES.marks) == count + 1
-    del tensor
-    assert len(SITES.marks) == count
+    assert seen(Net(gate=acting("gated_mlp"))) == [("norm", "mlp")]
+    assert seen(Net(gate=acting("norm"))) == [("gated product", "mlp")]
 
 
 def test_sites_are_each_threads_own() -> None:
