@@ -33,11 +33,11 @@ class Activated:
 
 
 def activated(session: Session, tensor: torch.Tensor) -> Activated | None:
-    """What is remembered of a tensor that is an activation's own output."""
+    """What is remembered of a tensor that is an activation's own output, and whose own gradient nobody asks for."""
     found = session.activated.get(id(tensor))
     if found is None or found.output() is not tensor or found.versions != (tensor._version, found.gate._version):
         return None
-    return found
+    return None if tensor._backward_hooks or tensor.retains_grad else found
 
 
 def _remember(session: Session, output: torch.Tensor, gate: torch.Tensor, activation: Activation) -> None:

@@ -88,8 +88,9 @@ class Origin(NamedTuple):
             the embeddings do; a weight beside one, as an expert's rows are.
         bend: what happened to it number by number since its root: 0 linear, 1 clipped, 2 an activation.
         reduced: for a statistic that is still broadcast, what it was taken of.
-        scores: a product of two matrices that both depend on the input, and nothing but number by number since.
-        weights: of a softmax of scores, which a rule has replaced, its number; 0 for anything else.
+        scores: a product of two matrices that both depend on the input, and nothing but number by number, a norm or a
+            convolution over their rows and columns since.
+        weights: of softmaxes of scores, which a rule has replaced, or of a sum of such, their numbers.
         factors: of a product of several roots, each root and path with its branch: ``"gate"``, ``"up"``, or ``""``
             where the product is not known to be gated.
     """
@@ -102,7 +103,7 @@ class Origin(NamedTuple):
     bend: int = 0
     reduced: Reduced | None = None
     scores: bool = False
-    weights: int = 0
+    weights: tuple[int, ...] = ()
     factors: tuple[tuple[int, tuple[Any, ...], str], ...] = ()
 
     @property
@@ -282,8 +283,9 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     if kind == "linear":
         matrices = [one for one in live if one.number]
         if len(matrices) >= 2 and name not in ("Convolution", "Linear"):
-            return _mapped(node)._replace(scores=not any(one.weights for one in matrices))
-        return _mapped(node)
+            return _mapped(node)._replace(scores=not any(one.weights or one.scores for one in matrices))
+        planes = name == "Convolution" and len(node._input_metadata[0].shape) > 3
+        return _mapped(node)._replace(scores=planes and first.scores)
     if kind == "reduction":
         nonlinear = first.bend > 0 or name in _POWERS or bool(first.factors)
         value = 0 if name in _POWERS else first.number
@@ -303,7 +305,7 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     if kind == "join":
         bend, scores = max(one.bend for one in live), any(one.scores for one in live)
         return _mapped(node)._replace(bend=bend, scores=scores, rows=first.rows)
-    return _new()
+    return _new(scores=kind == "norm" and first.scores)
 
 
 def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
@@ -443,7 +445,7 @@ def same_root(live: list[Origin]) -> Origin | None:
 
 
 def _product(live: list[Origin], bend: int) -> Origin:
-    weights = next((one.weights for one in live if one.weights), 0)
+    weights = next((one.weights for one in live if one.weights), ())
     if len(live) == 1:
         return live[0]._replace(number=next(_numbers), bend=max(live[0].bend, bend))
     same = same_root(live)
@@ -456,14 +458,17 @@ def _product(live: list[Origin], bend: int) -> Origin:
     for one in live:
         for root, path, branch in one.factors or ((*one.place, ""),):
             found[root, path] = found.get((root, path)) or branch
-    return _new(factors=tuple((*place, branch) for place, branch in found.items()), weights=weights, rows=live[0].rows)
+    factors = tuple((*place, branch) for place, branch in found.items())
+    return _new(factors=factors, weights=weights, rows=live[0].rows, scores=any(one.scores for one in live))
 
 
 def _pointwise(name: str, live: list[Origin]) -> Origin:
     step = 0 if name in _AFFINE else 1 if name in _CLIPS else 2
     same = same_root(live)
     if same is None:
-        return _new(bend=step, scores=any(one.scores for one in live), rows=live[0].rows)
+        weights = {number for one in live for number in one.weights} if all(one.weights for one in live) else set()
+        scores = any(one.scores for one in live)
+        return _new(bend=step, scores=scores, rows=live[0].rows, weights=tuple(sorted(weights)) if step == 0 else ())
     statistics = [one.reduced for one in live if one.reduced is not None]
     reduced = None
     if len(statistics) == len(live):
@@ -528,9 +533,59 @@ def _flowing(node: Any) -> list[Any]:
 
 
 def _clean(node: Any) -> bool:
-    """Whether the way to a source may go on through a node: not attention, a product of branches or a running sum."""
+    """Whether the way to a source may go on through a node: not through attention, or a product of two values, or a
+    running sum."""
     kind, name = kind_of(node)
     if kind in ("attention", "softmax", "leaf") or name in ("gated", "Cumsum", "Cumprod"):
         return False
+    if kind == "linear":
+        return len(_flowing(node)) < 2
+    return not (kind == "product" and _of_edge(node, 0).factors)
+
+
+def meetings(scores: torch.Tensor) -> list[Any]:
+    """The nodes where queries and keys flow into scores: matrix products of one with the other, and what else is a
+    function of either alone, as its length is, or its product with embeddings of positions. What is computed from the
+    input by other ways, a bias or a temperature, is none of them."""
+    start: Any = get_gradient_edge(scores).node
+    products = [one for one in _behind(start, frozenset()) if _meets(one)]
+    roots = frozenset(_of_edge(*edge).root for one in products for edge in one.next_functions if edge[0] is not None)
+    return [one for one in _behind(start, roots - {0}) if _meets(one) or _is_of(one, roots - {0})]
+
+
+def adds(node: Any) -> bool:
+    """Whether a matrix product adds what depends on the input too."""
+    (first, output), name = node.next_functions[0], kind_of(node)[1]
+    return name in ("Addmm", "Baddbmm", "Addbmm") and first is not None and not _of_edge(first, output).constant
+
+
+def _meets(node: Any) -> bool:
+    """Whether a node is a matrix product of two values that both depend on the input."""
+    return kind_of(node)[0] == "linear" and len(_flowing(node)) > 1
+
+
+def _is_of(node: Any, roots: frozenset[int]) -> bool:
+    """Whether a node computes a function of one of some values alone."""
     known = _of_edge(node, 0)
-    return not (kind == "linear" and known.scores) and not (kind == "product" and known.factors)
+    if kind_of(node)[0] == "linear":
+        inputs = [_of_edge(*edge) for edge in node.next_functions if edge[0] is not None]
+        return any(one.root in roots for one in inputs if not one.constant)
+    return (known.root if known.reduced is None else known.reduced.root) in roots
+
+
+def _behind(start: Any, roots: frozenset[int]) -> list[Any]:
+    """The nodes that a value was computed from, as far as products of two values, maps by weights and functions of
+    roots."""
+    todo, seen = [start], {start}
+    found: list[Any] = []
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        kind, _ = kind_of(node)
+        ends = kind in ("leaf", "source", "attention", "opaque") or _meets(node) or _is_of(node, roots)
+        if ends or (kind == "linear" and not _of_edge(node, 0).scores):
+            continue
+        new = [one for one in _flowing(node) if one not in seen]
+        seen.update(new)
+        todo += new
+    return found

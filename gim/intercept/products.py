@@ -146,8 +146,9 @@ def multiply(
     if not quotient and _is_statistic(first, one, second, two):
         return _freeze(session, lambda b, a: run(a, b), second, first)
     if bool(one.weights) != bool(two.weights):
-        if first.shape == second.shape or same_root([one, two]) is not None:
-            return run(first, second)  # a factor of each weight, or their sum
+        weights = (first if one.weights else second).shape
+        if torch.broadcast_shapes(first.shape, second.shape) == weights or same_root([one, two]) is not None:
+            return run(first, second)  # a factor of weights, or their sum
         return session.with_values(run, first, second, one.weights, two.weights)
     if first.shape != second.shape or first.dim() < 2 or first.shape[-1] == 1 or one.place == two.place:
         return run(first, second)

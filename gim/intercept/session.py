@@ -117,16 +117,22 @@ class Session:
         self._waiting[weights] = frame.name or type(frame.module).__name__
 
     def with_values(
-        self, run: Callable[[Any, Any], Any], first: torch.Tensor, second: torch.Tensor, one: int, two: int
+        self,
+        run: Callable[[Any, Any], Any],
+        first: torch.Tensor,
+        second: torch.Tensor,
+        one: tuple[int, ...],
+        two: tuple[int, ...],
     ) -> Any:
         """``run(first, second)`` with the factor of the gradient of the values, which one of the two is.
 
         Args:
             run: a product.
             first, second: attention weights and values, in either order.
-            one, two: the number of the weights where the factor is them, else 0.
+            one, two: the numbers of the weights where the factor is them, else none.
         """
-        self._waiting.pop(one or two, None)
+        for number in one or two:
+            self._waiting.pop(number, None)
         scale = self.rules.v_scale
         out = run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
         return self.heads(out)

@@ -16,7 +16,9 @@ from gim.intercept.attention import describe
 from gim.intercept.flow import mark, origin
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
-from gim_kernels.reference import scale_gradient
+
+#: Of a node, that its gradient has its factor.
+_SCALED = "gim scaled"
 
 
 class _Softmax(torch.autograd.Function):
@@ -58,22 +60,31 @@ def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *
     if rules.softmax != "constant" and rules.q_scale != rules.k_scale:
         session.refuse("writes its softmax out, where only factors of q and k that are the same can be applied")
         return weights
-    branch = scale_gradient(scores, rules.q_scale)
-    if rules.softmax == "exact":
-        with SITES.acting("attention"):
-            weights = func(branch, *args, **named)
-    else:
+    _scale_meetings(session, scores, rules.q_scale)
+    if rules.softmax != "exact":
         temperature = None if rules.softmax == "constant" else rules.temperature
         # In the numbers of the softmax itself, which may be asked for wider than its scores.
-        weights = _Softmax.apply(branch.to(weights.dtype), weights.detach(), dim, temperature)
+        weights = _Softmax.apply(scores.to(weights.dtype), weights.detach(), dim, temperature)
     found = origin(weights)
-    mark(weights, found._replace(weights=found.number, scores=False))
+    mark(weights, found._replace(weights=(found.number,), scores=False))
     session.expect_values(found.number)
     session.fire("attention", describe(rules), "softmax of its own scores", "torch")
     session.note(
         "writes its attention out: scores of T x S entries exist, as in the model's own code, and memory is O(T^2)"
     )
     return weights
+
+
+def _scale_meetings(session: Session, scores: torch.Tensor, factor: float) -> None:
+    """Give the gradients of queries and keys their factor where they meet: scores may be functions of more."""
+    if factor == 1.0:
+        return
+    for node in flow.meetings(scores):
+        if flow.adds(node):
+            session.refuse("adds a bias that depends on its input and a product of matrices in one call: add it after")
+        if not node.metadata.get(_SCALED):  # scores of one attention may go into those of the next
+            node.metadata[_SCALED] = True
+            node.register_prehook(lambda grads: tuple(None if one is None else one * factor for one in grads))
 
 
 def values(session: Session, run: Callable[..., Any], first: torch.Tensor, second: torch.Tensor) -> Any:

@@ -98,6 +98,11 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
     return node is not None and not type(node).name(node).endswith("NotImplemented")
 
 
+def _is_no_gate(a: Value, b: Value) -> bool:
+    """Whether two factors are one value, or lie on two sides of an attention."""
+    return a.source == b.source or a.mixed or b.mixed or a.depth != b.depth
+
+
 class Watch(TorchDispatchMode):
     """Inside, the operators of this thread are watched.
 
@@ -376,6 +381,8 @@ class Watch(TorchDispatchMode):
             others = [self._identity(one) for one in zip(tensors, values, strict=True) if one[1] is not first]
             return self._piece(first, (name, *others, *(str(a) for a in args if not isinstance(a, torch.Tensor))))
         if kind == "own":
+            if name == "gated" and len(deps) == 2 and _is_no_gate(*deps):
+                self._found.append(self._finding(NO_GATE, name))
             return Value(dep=True, mixed=name == "attention" or (first.mixed and "norm" in name))
         if kind == "linear":
             how = name, *(str(one) for one in args if not isinstance(one, torch.Tensor))
@@ -389,7 +396,8 @@ class Watch(TorchDispatchMode):
         if kind in ("softmax over keys", "opaque operator", "norm", "gated product"):
             if "batch_norm" not in name or True in args[5:6]:  # outside training its statistics are constants
                 self._report(kind, name)
-            return Value(dep=True, mixed=kind == "softmax over keys" or first.mixed, act=kind == "opaque operator")
+            mixed, scores = kind == "softmax over keys" or first.mixed, kind == "norm" and first.scores
+            return Value(dep=True, mixed=mixed, act=kind == "opaque operator", scores=scores)
         if (name == "native_dropout" and args[1] > 0 and args[2] is not False) or any(v.random for v in values):
             self._report("dropout", name)
             return first
@@ -428,7 +436,8 @@ class Watch(TorchDispatchMode):
             return self._product(name, pair, out)  # number by number, as einsum writes it
         stat = (0, a.source, "power", spans(out)) if a.source == b.source else None
         key = (how, out.shape, *map(self._identity, operands))
-        new = self._maps.setdefault(key, Value(dep=True, scores=not (a.soft or b.soft), mixed=True, stat=stat))
+        scores = not (a.soft or b.soft or a.scores or b.scores)
+        new = self._maps.setdefault(key, Value(dep=True, scores=scores, mixed=True, stat=stat))
         weights = next((v for v in (a, b) if v.scores and v.act and not v.soft), None)
         if weights and weights.top == "exp":  # whatever their sum is divided by, and when
             self._report("softmax over keys", f"exp, {name}")
@@ -458,6 +467,7 @@ class Watch(TorchDispatchMode):
             self._report("weights mixed by a softmax of no scores", name, to=self._noted)
         # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
         new = Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
+        new.scores = value.scores and "convolution" in name and out.dim() > 3
         self._maps[key] = new
         bent = value.act or name == "_cdist_forward"
         if (spans(out) < spans(x) and (bent or out.shape[-1:] == (1,))) or (bent and name == "cumsum"):
@@ -501,6 +511,8 @@ class Watch(TorchDispatchMode):
                 self._found.append(self._finding(NO_GATE, name))
             return a.like(act=True, top=name, stat=a.stat if b.stat else None)
         if (a.act or b.act) and flows:
+            if self._sites.acts("gated_mlp") and _is_no_gate(a, b):
+                self._found.append(self._finding(NO_GATE, name))
             if a.soft or b.soft or min(spans(x), spans(y)) < spans(out):
                 self._report("one factor for a row", name, to=self._noted)
             elif a.mixed or b.mixed:
@@ -511,7 +523,7 @@ class Watch(TorchDispatchMode):
                 self._report("gated product", name)
         elif flows and min(spans(x), spans(y)) == spans(out) and not (a.stat or b.stat):
             self._report("product of branches, none of them bent", name, to=self._noted)
-        return Value(dep=True, mixed=a.mixed or b.mixed, top=name)
+        return Value(dep=True, mixed=a.mixed or b.mixed, top=name, scores=a.scores or b.scores)
 
     def _scaled(self, name: str, a: Value, b: Value, flows: bool) -> Value | None:
         """A value ``a`` times or over a statistic ``b``: a softmax, shares, a norm; None where it is none of them."""
@@ -529,7 +541,7 @@ class Watch(TorchDispatchMode):
             self._report("division by an extreme", name, to=self._noted)  # as before rounding to integers
         elif flows:
             self._report("norm", f"statistic, {name}")
-        return Value(dep=True, mixed=a.mixed)
+        return Value(dep=True, mixed=a.mixed, scores=a.scores)
 
     def _pointwise(self, name: str, values: list[Value], deps: list[Value], out: torch.Tensor) -> Value:
         if name in SCATTERS and spans(out) < max(spans(x) for x, v in zip(self._tensors, values, strict=True) if v.dep):

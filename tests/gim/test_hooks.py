@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -238,3 +239,37 @@ def test_a_full_backward_hook_keeps_the_inputs_of_a_module_apart() -> None:
         grads.append(torch.autograd.grad(y.sum(), x)[0])
         model.gated.register_full_backward_hook(lambda *_: None)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()])
+def test_the_gradient_of_an_activations_output_is_there_for_who_asks(act: nn.Module, zero: bool) -> None:
+    """A gate's kernel computes from what the activation was given, past its output."""
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.act = nn.Linear(8, 12), nn.Linear(8, 12), act
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.act(self.gate(x)) * self.up(x))
+
+    model, x = MLP().double(), torch.randn(3, 8, dtype=torch.float64)
+
+    def run(context: Any) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+
+        def after(_: nn.Module, __: Any, out: torch.Tensor) -> None:
+            out.register_hook(lambda grad: grad * 0) if zero else out.retain_grad()
+            kept.append(out)
+
+        given = x.clone().requires_grad_()
+        with model.act.register_forward_hook(after), context:
+            model(given).sum().backward()
+        grads = (given.grad, None if zero else kept[0].grad)
+        return [one for one in grads if one is not None]
+
+    want, got = run(nullcontext()), run(gim.GIM(model, rules="GRADIENT"))
+    assert len(want) == len(got) == 2 - zero
+    for one, other in zip(got, want, strict=True):
+        assert_close64(one, other, "outside a context", FLOAT64_MODEL_RELATIVE)
