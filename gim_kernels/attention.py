@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from gim_kernels import engines, operators
 from gim_kernels.types import DTYPES, Engine, Gradient, Options
@@ -176,9 +177,11 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
     # Each look at a shape makes an object.
     (batch, heads, _, size), shape = query.shape, key.shape
-    if shape != value.shape:
-        raise ValueError(f"value must have key's shape, got key {tuple(shape)} and value {tuple(value.shape)}")
     key_batch, key_heads, _, key_size = shape
+    if shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"value must have key's shape but for its last axis, got key {tuple(shape)} and value {tuple(value.shape)}"
+        )
     if batch != key_batch:
         raise ValueError(f"key must have query's batch size {batch}, got {key_batch}")
     if size != key_size:
@@ -272,7 +275,7 @@ def attention(
     Args:
         query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
         key: ``[B, HK, S, D]``, HQ a multiple of HK; query head h reads key head ``h // (HQ / HK)``.
-        value: ``[B, HK, S, D]``.
+        value: ``[B, HK, S, DV]``; where DV is not D, the narrower ones are filled up with zeros.
         scale: factor on the scores, of any sign or 0; None is ``1 / sqrt(D)``.
         causal: query i sees keys up to ``i + S - T`` (aligned bottom-right).
         window: in keys; query i sees keys ``j > i + S - T - window`` only.
@@ -287,7 +290,7 @@ def attention(
             ``"reference"``, the specification, in O(T S) memory.
 
     Returns:
-        ``[B, HQ, T, D]`` in query's dtype.
+        ``[B, HQ, T, DV]`` in query's dtype.
 
     Raises:
         TypeError: a tensor of another dtype; the message names it.
@@ -309,13 +312,16 @@ def attention(
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
     chosen = engines.choose(engine, query)
     engines.check_transforms("attention", query, key, value, sinks)
+    size, width = query.shape[-1], value.shape[-1]
+    if size != width:  # zeros change neither the scores nor the sums
+        query, key, value = (F.pad(x, (0, max(size, width) - x.shape[-1])) for x in (query, key, value))
     out, _ = _attention(
         query,
         key,
         value,
         sinks,
         key_range,
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        1.0 / math.sqrt(size) if scale is None else float(scale),
         bool(causal),
         window,
         None if softcap is None else float(softcap),
@@ -324,7 +330,7 @@ def attention(
         factors,
         chosen,
     )
-    return out
+    return out if size == width else out[..., :width]
 
 
 def _range_of_mask(attn_mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor:

@@ -239,15 +239,8 @@ def _attend_one(
             key_range = key_range.expand(query.shape[0], 2).contiguous()
         key, value = (nn.functional.pad(x, (0, 0, 0, pattern.reach)) for x in (key, value))
         causal, window = True, 2 * pattern.reach + 1
-    head, width = query.shape[-1], value.shape[-1]
-    if head != width:
-        # Latent attention has keys and values of different sizes; zeros change neither the scores nor the sums.
-        if options["scale"] is None:
-            options["scale"] = head**-0.5
-        query, key, value = (nn.functional.pad(x, (0, max(head, width) - x.shape[-1])) for x in (query, key, value))
     query, key = through_scores(query, key, options["softmax_backward"])
-    out = gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
-    return out if head == width else out[..., :width]
+    return gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
 
 
 def through_scores(query: torch.Tensor, key: torch.Tensor, softmax_backward: str) -> tuple[torch.Tensor, torch.Tensor]:

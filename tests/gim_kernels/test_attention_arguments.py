@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
-from gim_kernels.types import ENGINES
+from gim_kernels import reference
+from gim_kernels.types import ENGINES, Engine
 from tests.gim_kernels.test_attention import differentiate, make
 from tests.oracle import assert_close64
 
@@ -39,6 +40,28 @@ def test_torch_signature_takes_a_padding_mask() -> None:
     got = gim_kernels.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
     want = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
     assert_close64(got, want, "out")
+
+
+#: Every rule, and no rule with factors of its own.
+RULES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "temperature": {"softmax_backward": "temperature", "grad_scale": (0.25, 0.25, 0.5)},
+    "constant": {"softmax_backward": "constant", "grad_scale": (0.25, 0.25, 0.5)},
+}
+
+
+@pytest.mark.parametrize("engine", ["blockwise", "composed", "reference"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("width", [1, 5, 8, 19])
+def test_values_may_have_another_width_than_keys(width: int, rule: str, engine: Engine) -> None:
+    """Latent attention; the scale stays that of the keys' width."""
+    query, key, _, _ = make(2, 4, 2, 6, 9, 8)
+    value, grad_out = make(2, 2, 2, 9, 9, width, seed=1)[1], make(2, 4, 2, 6, 9, width, seed=2)[3]
+    options: dict[str, Any] = {"causal": True, "window": 5, **RULES[rule]}
+    got = differentiate(gim_kernels.attention, query, key, value, grad_out, engine=engine, **options)
+    want = differentiate(reference.attention, query, key, value, grad_out, **options)
+    for name, x in got.items():
+        assert_close64(x, want[name], name)
 
 
 # ---- bad input
