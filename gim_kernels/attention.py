@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from gim_kernels import engines, operators
 from gim_kernels.types import DTYPES, Engine, Gradient, Options
@@ -176,9 +177,11 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
     # Each look at a shape makes an object.
     (batch, heads, _, size), shape = query.shape, key.shape
-    if shape != value.shape:
-        raise ValueError(f"value must have key's shape, got key {tuple(shape)} and value {tuple(value.shape)}")
     key_batch, key_heads, _, key_size = shape
+    if shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"value must have key's shape but for its last axis, got key {tuple(shape)} and value {tuple(value.shape)}"
+        )
     if batch != key_batch:
         raise ValueError(f"key must have query's batch size {batch}, got {key_batch}")
     if size != key_size:
@@ -272,7 +275,7 @@ def attention(
     Args:
         query: ``[B, HQ, T, D]``, float32, float64, bfloat16 or float16; any strides.
         key: ``[B, HK, S, D]``, HQ a multiple of HK; query head h reads key head ``h // (HQ / HK)``.
-        value: ``[B, HK, S, D]``.
+        value: ``[B, HK, S, DV]``; where DV is not D, the narrower ones are filled up with zeros.
         scale: factor on the scores, of any sign or 0; None is ``1 / sqrt(D)``.
         causal: query i sees keys up to ``i + S - T`` (aligned bottom-right).
         window: in keys; query i sees keys ``j > i + S - T - window`` only.
@@ -287,7 +290,7 @@ def attention(
             ``"reference"``, the specification, in O(T S) memory.
 
     Returns:
-        ``[B, HQ, T, D]`` in query's dtype.
+        ``[B, HQ, T, DV]`` in query's dtype.
 
     Raises:
         TypeError: a tensor of another dtype; the message names it.
@@ -309,13 +312,16 @@ def attention(
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
     chosen = engines.choose(engine, query)
     engines.check_transforms("attention", query, key, value, sinks)
+    size, width = query.shape[-1], value.shape[-1]
+    if size != width:  # zeros change neither the scores nor the sums
+        query, key, value = (F.pad(x, (0, max(size, width) - x.shape[-1])) for x in (query, key, value))
     out, _ = _attention(
         query,
         key,
         value,
         sinks,
         key_range,
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        1.0 / math.sqrt(size) if scale is None else float(scale),
         bool(causal),
         window,
         None if softcap is None else float(softcap),
@@ -324,7 +330,87 @@ def attention(
         factors,
         chosen,
     )
-    return out
+    return out if size == width else out[..., :width]
+
+
+def with_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """What torch's attention is called with as :func:`attention` takes it, and the shape of torch's output.
+
+    As in torch, dimensions before the last two are broadcast against one another. With ``enable_gqa`` the heads of keys
+    and of values, which may be as many as they like, are shared by those of queries instead. Nothing is copied that
+    :func:`attention` can share.
+
+    Args:
+        query, key, value: ``[..., T or S, D]``, of 2 dimensions or more; of the first of 3, each is a row of a batch.
+        enable_gqa: allow fewer heads of keys and values; the first of 3 dimensions is then heads.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("QKV", (query, key, value), strict=True))
+    count = max(x.dim() for x in (query, key, value))
+    if min(x.dim() for x in (query, key, value)) < 2:
+        raise ValueError(f"query, key and value must have 2 dimensions or more, got {given}")
+    query, key, value = (_four(x, count, enable_gqa) for x in (query, key, value))
+    heads, *shared = (x.shape[-3] for x in (query, key, value))
+    if not enable_gqa:
+        together = max(heads, *shared)
+        for name, other in zip(("key", "value"), shared, strict=True):
+            if any(one not in (1, together) for one in (heads, other)):
+                raise ValueError(f"{name} must have query's {heads} heads unless enable_gqa is True, got {other}")
+        heads = together
+        query = query.expand(*query.shape[:-3], heads, -1, -1)
+        if shared[0] != shared[1]:
+            key, value = (x.expand(*x.shape[:-3], heads, -1, -1) for x in (key, value))
+    elif shared[0] != shared[1]:
+        if any(one == 0 or heads % one for one in shared):
+            raise ValueError(f"query heads must be a multiple of key heads and of value heads, got {given}")
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    except RuntimeError as error:
+        raise ValueError(f"query, key and value must have batch sizes that are the same or 1, got {given}") from error
+    query, key, value = (
+        x if x.dim() == 4 and x.shape[:1] == lead else x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+        for x in (query, key, value)
+    )
+    shape = (*lead, query.shape[2], value.shape[-1])
+    if not _is_batch(count, enable_gqa):
+        shape = (*lead, heads, *shape[-2:])
+    return query, key, value, shape[-count:]
+
+
+def _is_batch(count: int, enable_gqa: bool) -> bool:
+    """Whether the third last of ``count`` dimensions is a batch, for want of another, and not heads."""
+    return count < 4 and not enable_gqa
+
+
+def _four(x: torch.Tensor, count: int, enable_gqa: bool) -> torch.Tensor:
+    """A tensor that is broadcast to ``count`` dimensions, with heads as its third last, of 4 dimensions or more."""
+    x = x[(None,) * (count - x.dim())]
+    x = x.unsqueeze(-3) if _is_batch(count, enable_gqa) else x
+    return x[(None,) * (4 - x.dim())]
+
+
+def mask_with_heads(mask: torch.Tensor, shape: tuple[int, ...], enable_gqa: bool) -> torch.Tensor:
+    """A mask of torch's attention, whose output has that shape, as ``[B or 1, H or 1, T or 1, S or 1]``.
+
+    Raises:
+        ValueError: it is not one that torch broadcasts.
+    """
+    if not 2 <= mask.dim() <= len(shape):
+        raise ValueError(f"attn_mask must have 2 to {len(shape)} dimensions, got shape {tuple(mask.shape)}")
+    wide = _four(mask, len(shape), enable_gqa)
+    if wide.dim() == 4:
+        return wide
+    lead = wide.shape[:-3]
+    if any(one not in (1, size) for one, size in zip(lead, shape, strict=False)):
+        raise ValueError(f"attn_mask must fit the batch sizes {shape[:-3]}, got shape {tuple(mask.shape)}")
+    if any(one != 1 for one in lead):
+        wide = wide.expand(*shape[:-3], *wide.shape[-3:])
+    return wide.reshape(-1, *wide.shape[-3:])
 
 
 def _range_of_mask(attn_mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
@@ -364,10 +450,13 @@ def scaled_dot_product_attention(
     top-left: query i sees keys up to i. What cannot be had in O(T) memory is refused, never approximated.
 
     Args:
-        query: ``[..., HQ, T, D]``; leading dimensions are a batch. With three dimensions, ``[N, T, D]``.
-        key: ``[..., HK, S, D]``.
-        value: ``[..., HK, S, D]``.
-        attn_mask: None, or boolean ``[B, 1, 1, S]``, True for the keys that exist, without holes.
+        query: ``[..., HQ, T, D]``; leading dimensions are a batch. With three dimensions, ``[N, T, D]``; with two,
+            ``[T, D]``.
+        key: ``[..., HK, S, D]``; heads and leading dimensions that are 1 or missing are broadcast, here and in query
+            and value.
+        value: ``[..., HK, S, DV]``.
+        attn_mask: None, or boolean ``[B, 1, 1, S]``, True for the keys that exist, without holes; leading dimensions as
+            query has them.
         dropout_p: must be 0.
         is_causal: top-left causal mask; excludes ``attn_mask``.
         scale: factor on the scores; None is ``1 / sqrt(D)``.
@@ -378,7 +467,7 @@ def scaled_dot_product_attention(
         engine: as in :func:`attention`.
 
     Returns:
-        ``[..., HQ, T, D]``.
+        ``[..., HQ, T, DV]``.
 
     Raises:
         TypeError: as :func:`attention`; an additive mask.
@@ -391,20 +480,11 @@ def scaled_dot_product_attention(
         raise ValueError(f"dropout_p must be 0: attributions are deterministic, got {dropout_p!r}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None when is_causal is True, as in torch")
-    if query.dim() < 3 or key.dim() != query.dim() or value.dim() != query.dim():
-        raise ValueError(
-            "query, key and value must have the same number of dimensions, at least 3, got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    lead = query.shape[:-2]
-    if query.dim() == 3:
-        query, key, value = query[:, None], key[:, None], value[:, None]
-    elif query.dim() > 4:
-        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(f"key must have query's {query.shape[1]} heads unless enable_gqa is True, got {key.shape[1]}")
+    query, key, value, shape = with_heads(query, key, value, enable_gqa)
     queries, keys = query.shape[2], key.shape[2]
-    key_range = None if attn_mask is None else _range_of_mask(attn_mask, query.shape[0], keys)
+    key_range = None
+    if attn_mask is not None:
+        key_range = _range_of_mask(mask_with_heads(attn_mask, shape, enable_gqa), query.shape[0], keys)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         return attention(
@@ -427,4 +507,4 @@ def scaled_dot_product_attention(
     else:  # queries past the last key see every key
         square = attend(query[:, :, :keys], key, value, True)
         out = torch.cat([square, attend(query[:, :, keys:], key, value, False)], dim=2)
-    return out.reshape(*lead, queries, out.shape[-1])
+    return out.reshape(shape)

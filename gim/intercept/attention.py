@@ -16,11 +16,12 @@ from torch import nn
 import gim_kernels
 from gim.applied import UnsupportedModelError
 from gim.intercept.frames import paused, running, session_here
-from gim.intercept.masks import KeyPattern, packed
+from gim.intercept.masks import KeyPattern, packed, recognise
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim.rules import GRADIENT, Rules
 from gim_kernels import told
+from gim_kernels.types import Engine
 
 #: Keyword arguments of the attention interface that do not change what attention computes.
 HARMLESS = frozenset({
@@ -106,15 +107,23 @@ def _pattern(
             raise UnsupportedModelError(f"{name}: its attention mask {pattern.refused}")
     elif attention_mask is None:
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-        pattern = KeyPattern(query.shape[2], key.shape[2], causal, sliding_window, None)
+        queries, keys = query.shape[2], key.shape[2]
+        # A mask that was left out before the forward, for an empty static cache: torch's function then aligns top-left.
+        unseen = keys - queries if causal and 1 < queries < keys and _own_implementation(module) == "sdpa" else 0
+        pattern = KeyPattern(queries, keys - unseen, causal, sliding_window, None, unseen=unseen)
     else:
+        # Made before the forward, as generation with a static cache does; it may be of more keys than there are.
+        mask = attention_mask[..., : key.shape[2]]
+        if mask.dtype.is_floating_point:  # where a token of padding sees no key, it weighs all alike: nobody reads that
+            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+        found = recognise(mask, query.shape[0], query.shape[2], key.shape[2])
+        if isinstance(found, str):
+            raise UnsupportedModelError(f"{name}: attention was given a dense mask that {found}")
+        return found
+    keys = pattern.keys + pattern.unseen
+    if (query.shape[2], key.shape[2]) != (pattern.queries, keys):
         raise UnsupportedModelError(
-            f"{name}: attention was given a dense mask of shape {tuple(attention_mask.shape)}: only causal, "
-            "windowed, bidirectional and padding masks exist in O(T) memory"
-        )
-    if (query.shape[2], key.shape[2]) != (pattern.queries, pattern.keys):
-        raise UnsupportedModelError(
-            f"{name}: the mask is for {pattern.queries} queries and {pattern.keys} keys, attention was called "
+            f"{name}: the mask is for {pattern.queries} queries and {keys} keys, attention was called "
             f"with {query.shape[2]} and {key.shape[2]}"
         )
     window = pattern.window
@@ -144,15 +153,8 @@ def _through_kernels(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What :func:`gim_attention` returns, its arguments checked and its mask a pattern."""
     rules = module.__dict__.get(RULES, GRADIENT) if session is None else session.rules
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-        "softmax_backward": rules.softmax,
-        "temperature": rules.temperature,
-        "grad_scale": rules.qkv_scale,
-        "engine": "auto" if session is None else session.engine,
-    }
+    options = options_of(rules, "auto" if session is None else session.engine)
+    options |= {"scale": scaling, "softcap": softcap, "sinks": sinks}
     spans: Spans | None = module.__dict__.get(SPANS)
     if spans is not None and spans.session is not session:
         spans = None
@@ -161,14 +163,23 @@ def _through_kernels(
         if spans is not None and plain:
             out = _at_spans(spans, query, key, value, pattern, **options)
         else:
-            out = _attend(query, key, value, pattern, **options)
+            out = attend(query, key, value, pattern, **options)
     if session is not None:
         out = session.heads(out)
         session.fire("attention", describe(session.rules), "attention interface", str(ran))
     out = out.transpose(1, 2).contiguous()
     if session is not None and session.see_attention is not None:
         session.see_attention(module, query, key, value, out)
-    return out, _weights(query, key, pattern, **options) if shows else None
+    if not shows:
+        return out, None
+    if session is not None:
+        session.note("is asked for its attention weights: T x S of them are made beside the output")
+    return out, weights_of(query, key, pattern, **options)
+
+
+def _own_implementation(module: nn.Module) -> str | None:
+    """The attention implementation that a module of transformers has outside a context."""
+    return getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
 
 
 def _shows_weights(module: nn.Module, asked: Any) -> bool:
@@ -177,7 +188,7 @@ def _shows_weights(module: nn.Module, asked: Any) -> bool:
     Raises:
         UnsupportedModelError: they are asked for, and its own implementation has none.
     """
-    own = getattr(getattr(module, "config", None), "_attn_implementation_internal", None) == "eager"
+    own = _own_implementation(module) == "eager"
     if asked and not own:
         raise UnsupportedModelError(
             f"{running.frames[-1].name if running.frames else type(module).__name__}: attention was called with "
@@ -187,21 +198,30 @@ def _shows_weights(module: nn.Module, asked: Any) -> bool:
     return own and bool(asked or module._forward_hooks)
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, pattern: KeyPattern, **options: Any) -> torch.Tensor:
+def options_of(rules: Rules, engine: Engine) -> dict[str, Any]:
+    """What the operator is called with for the rules of attention, by an engine."""
+    return {
+        "softmax_backward": rules.softmax,
+        "temperature": rules.temperature,
+        "grad_scale": rules.qkv_scale,
+        "engine": engine,
+    }
+
+
+def weights_of(query: torch.Tensor, key: torch.Tensor, pattern: KeyPattern, **options: Any) -> torch.Tensor:
     """Attention weights ``[B, HQ, T, S]``, which somebody asked for, with the same rule."""
-    session = session_here()
-    if session is not None:
-        session.note("is asked for its attention weights: T x S of them are made beside the output")
     options["engine"] = "reference"
     identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
     with SITES.acting("attention"):
-        return _attend(query, key, identity, pattern, **options)
+        return attend(query, key, identity, pattern, **options)
 
 
-def _attend(
+def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern, **options: Any
 ) -> torch.Tensor:
     """Attention ``[B, HQ, T, D]`` under a pattern; documents one after the other, so that memory stays O(T)."""
+    if pattern.unseen:
+        key, value = key[:, :, : pattern.keys], value[:, :, : pattern.keys]
     if pattern.documents is None:
         return _attend_one(query, key, value, pattern, **options)
     if len(pattern.documents) == 1:
@@ -239,15 +259,8 @@ def _attend_one(
             key_range = key_range.expand(query.shape[0], 2).contiguous()
         key, value = (nn.functional.pad(x, (0, 0, 0, pattern.reach)) for x in (key, value))
         causal, window = True, 2 * pattern.reach + 1
-    head, width = query.shape[-1], value.shape[-1]
-    if head != width:
-        # Latent attention has keys and values of different sizes; zeros change neither the scores nor the sums.
-        if options["scale"] is None:
-            options["scale"] = head**-0.5
-        query, key, value = (nn.functional.pad(x, (0, max(head, width) - x.shape[-1])) for x in (query, key, value))
     query, key = through_scores(query, key, options["softmax_backward"])
-    out = gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
-    return out if head == width else out[..., :width]
+    return gim_kernels.attention(query, key, value, causal=causal, window=window, key_range=key_range, **options)
 
 
 def through_scores(query: torch.Tensor, key: torch.Tensor, softmax_backward: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ class KeyPattern:
         reach: not causal only: query i sees keys j with ``|i + S - T - j| <= reach``; None for all.
         documents: for each row, where its documents start, 0 first; a query sees keys of its own document only.
             None where each row is one document. Rows that are alike share one entry.
+        unseen: how many keys follow those S in what attention is called with, slots of a cache that no query sees.
         refused: why the mask cannot be applied; an error once attention is called with it, and empty where it can.
     """
 
@@ -41,6 +42,7 @@ class KeyPattern:
     reach: int | None = None
     documents: tuple[tuple[int, ...], ...] | None = None
     refused: str = ""
+    unseen: int = 0
 
     def __getattr__(self, name: str) -> Any:
         raise _MaskUsedError(
@@ -91,30 +93,25 @@ def key_pattern(
         return KeyPattern(q_length, kv_length, True, None, None, refused=reason)
     first_query = int(q_offset)
     pattern = _classify(mask_function, batch_size, q_length, kv_length, first_query, kv_offset, local_size, device)
-    aligned = first_query + q_length == kv_offset + kv_length or (not pattern.causal and pattern.reach is None)
-    if not aligned and q_length > 1:
+    # Behind the last query's own key are slots of a cache that nothing has been put into.
+    unseen = kv_offset + kv_length - first_query - q_length if pattern.causal or pattern.reach is not None else 0
+    if unseen and (unseen < 0 or unseen >= kv_length or pattern.reach is not None):
         raise UnsupportedModelError(
             f"attention_mask: queries {first_query}..{first_query + q_length} do not end where keys "
-            f"{kv_offset}..{kv_offset + kv_length} end (a static cache?): run with use_cache=False"
+            f"{kv_offset}..{kv_offset + kv_length} end: run with use_cache=False"
         )
-    key_range = None
+    keys, key_range = kv_length - unseen, None
     if attention_mask is not None:
         if attention_mask.dim() != 2:
             raise UnsupportedModelError(
                 f"attention_mask: must be [B, S] with one entry for each token, got shape {tuple(attention_mask.shape)}"
             )
-        exists = attention_mask[:, -kv_length:].to(torch.bool)
-        if exists.shape[1] != kv_length or not bool(exists.all()):
-            if exists.shape[1] < kv_length:
-                raise UnsupportedModelError(f"attention_mask: has {exists.shape[1]} entries for {kv_length} keys")
+        exists = attention_mask[:, kv_offset : kv_offset + keys].to(torch.bool)
+        if exists.shape[1] < keys:
+            raise UnsupportedModelError(f"attention_mask: has {exists.shape[1]} entries for {keys} keys")
+        if not bool(exists.all()):
             key_range = engines.key_range_of(exists, "attention_mask").to(device)
-    if not aligned:  # one query, and behind its own key are slots of a cache that nothing has been put into
-        own = first_query - kv_offset
-        first = 0 if pattern.window is None else max(0, own + 1 - pattern.window)
-        seen_range = torch.tensor([[first, own + 1]], dtype=torch.int32, device=device).expand(batch_size, 2)
-        key_range = intersection(key_range, seen_range)
-        pattern = dataclasses.replace(pattern, causal=False, window=None, reach=None)
-    return dataclasses.replace(pattern, key_range=key_range)
+    return dataclasses.replace(pattern, keys=keys, unseen=unseen, key_range=key_range)
 
 
 def intersection(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
@@ -249,21 +246,59 @@ def recognise(mask: torch.Tensor, batch: int, queries: int, keys: int) -> KeyPat
         key_range = torch.stack([first, end], -1).to(torch.int32).expand(batch, 2).contiguous()
         if not bool((exists.sum(-1) == end - first).all()):
             return "hides keys between keys that it shows (packed or pruned sequences)"
-    candidates = [KeyPattern(queries, keys, False, None, key_range)]
-    if queries > 1 and keep.shape[2] > 1:
-        window = int(keep.sum(-1).max())  # the most keys that any query sees
-        candidates += [KeyPattern(queries, keys, True, None, key_range)]
-        if 0 < window < keys:
-            candidates += [KeyPattern(queries, keys, True, window, key_range)]
-    for pattern in candidates:
-        want = visible(
-            keep.shape[2],
-            keys,
-            causal=pattern.causal,
-            window=pattern.window,
-            key_range=None if pattern.key_range is None else pattern.key_range[: keep.shape[0]],
-            device=keep.device,
-        )
-        if bool((keep == want).all()):
-            return pattern
+    found = KeyPattern(queries, keys, False, None, key_range)
+    if _agrees(keep, found):
+        return found
+    for keys_seen, window in _diagonals(keep[:, 0], exists) if queries > 1 and keep.shape[2] > 1 else ():
+        inside = None if key_range is None else key_range.clamp(max=keys_seen)
+        if bool(exists[:, :keys_seen].all()):
+            inside = None
+        found = KeyPattern(queries, keys_seen, True, window, inside, unseen=keys - keys_seen)
+        if _agrees(keep, found):
+            return found
     return "is neither causal, windowed nor padding, and an arbitrary mask cannot be applied in O(T) memory"
+
+
+def _agrees(keep: torch.Tensor, pattern: KeyPattern) -> bool:
+    """Whether a mask ``[B or 1, 1, T or 1, S]`` (True: seen) is what a pattern says."""
+    want = visible(
+        keep.shape[2],
+        pattern.keys,
+        causal=pattern.causal,
+        window=pattern.window,
+        key_range=None if pattern.key_range is None else pattern.key_range[: keep.shape[0]],
+        device=keep.device,
+    )
+    return bool((keep[..., : pattern.keys] == want).all()) and not bool(keep[..., pattern.keys :].any())
+
+
+def _diagonals(keep: torch.Tensor, exists: torch.Tensor) -> list[tuple[int, int | None]]:
+    """Which causal masks ``[B or 1, T, S]`` may be: how many keys there are up to the last query's own, and a window.
+
+    The last key may be the last query's own, as without a cache. Else a query that does not see its row's last key
+    ``[B or 1, S]`` sees its own one last, and one that does not see the row's first sees as many as the window has.
+    """
+    queries, keys = keep.shape[1:]
+    low, high = _ends(keep)
+    first, last = _ends(exists)
+    own = torch.arange(queries, device=keep.device) - queries  # and as many keys as there are
+    seen_by = [keys]
+    some = keep.any(-1)
+    stops = some & (high < last[:, None])
+    if bool(stops.any()):
+        seen_by.append(int((high - own)[stops].max()))
+    found: list[tuple[int, int | None]] = []
+    for count in dict.fromkeys(seen_by):
+        if not 0 < count <= keys:
+            continue
+        found.append((count, None))
+        starts = some & (low > first[:, None])
+        if bool(starts.any()):
+            found.append((count, int((own + count + 1 - low)[starts].max())))
+    return [(count, window) for count, window in found if window is None or window > 0]
+
+
+def _ends(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last that is True in ``[..., S]``, where any is."""
+    each = keep.view(torch.uint8)
+    return each.argmax(-1), keep.shape[-1] - 1 - each.flip(-1).argmax(-1)

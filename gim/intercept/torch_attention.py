@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
-from gim.intercept.attention import describe, gim_attention, through_scores
+from gim.intercept.attention import attend, describe, gim_attention, options_of, through_scores, weights_of
 from gim.intercept.frames import running
 from gim.intercept.masks import KeyPattern, intersection, recognise
 from gim.intercept.session import Session
-from gim.intercept.sites import SITES
-from gim_kernels import reference, told
+from gim_kernels import told
+from gim_kernels.attention import mask_with_heads, with_heads
 
 _NAME = "nn.MultiheadAttention"
 
@@ -33,35 +33,16 @@ def _dense(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """Attention with the rules of the session; ``is_causal`` is aligned top-left, as in torch."""
-    rules = session.rules
-    named: dict[str, Any] = {
-        "softmax_backward": rules.softmax,
-        "temperature": rules.temperature,
-        "grad_scale": rules.qkv_scale,
-        "engine": session.engine,
-    }
-    query, key = through_scores(query, key, rules.softmax)
+    options: dict[str, Any] = {"scale": scale, **options_of(session.rules, session.engine)}
     if mask is None:
+        query, key = through_scores(query, key, session.rules.softmax)
         out = gim_kernels.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **named
+            query, key, value, is_causal=is_causal, enable_gqa=enable_gqa, **options
         )
-        return session.heads(out)
-    lead = query.shape[:-2]
-    if query.dim() == 3:
-        query, key, value = query[:, None], key[:, None], value[:, None]
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(f"key must have query's {query.shape[1]} heads unless enable_gqa is True, got {key.shape[1]}")
-    out = gim_kernels.attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        causal=mask.causal,
-        window=mask.window,
-        key_range=mask.key_range,
-        **named,
-    )
-    return session.heads(out.reshape(*lead, *out.shape[-2:]))
+    else:
+        query, key, value, shape = with_heads(query, key, value, enable_gqa)
+        out = attend(query, key, value, mask, **options).reshape(shape)
+    return session.heads(out)
 
 
 def _scaled_dot_product_attention(
@@ -90,24 +71,22 @@ def _scaled_dot_product_attention(
     if dropout_p != 0.0:
         session.refuse(f"{name} was called with dropout_p={dropout_p:g}: call model.eval() and pass 0")
         return plain()
-    pattern = None
-    if attn_mask is not None:
-        if is_causal or query.dim() not in (3, 4):
-            session.refuse(f"{name} was called with attn_mask and is_causal, or with queries of {query.dim()} dims")
-            return plain()
-        # A mask of fewer dimensions is broadcast from the right; three-dimensional queries have no heads.
-        shape = (1,) * (query.dim() - attn_mask.dim()) + tuple(attn_mask.shape)
-        wide = attn_mask.reshape(shape) if query.dim() == 4 else attn_mask.reshape(shape)[:, None]
-        found = recognise(wide, query.shape[0], query.shape[-2], key.shape[-2])
-        if isinstance(found, str):
-            session.refuse(f"attn_mask of {name} {found}")
-            return plain()
-        pattern = found
+    if attn_mask is not None and is_causal:
+        session.refuse(f"{name} was called with attn_mask and is_causal")
+        return plain()
+    found: KeyPattern | str | None = None
     try:
-        with told.listening() as ran:
-            out = _dense(session, query, key, value, pattern, is_causal, scale, enable_gqa)
+        if attn_mask is not None:
+            q, k, _, shape = with_heads(query, key, value, enable_gqa)
+            found = recognise(mask_with_heads(attn_mask, shape, enable_gqa), q.shape[0], q.shape[2], k.shape[2])
+        if not isinstance(found, str):
+            with told.listening() as ran:
+                out = _dense(session, query, key, value, found, is_causal, scale, enable_gqa)
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
+        return plain()
+    if isinstance(found, str):
+        session.refuse(f"attn_mask of {name} {found}")
         return plain()
     session.fire("attention", describe(session.rules), f"call of {name}", str(ran))
     return out
@@ -206,7 +185,8 @@ def _pattern_of(given: Any, batch: int, queries: int, keys: int) -> KeyPattern |
         if pattern is None:
             pattern = found
         else:
-            pattern = dataclasses.replace(pattern, key_range=intersection(pattern.key_range, found.key_range))
+            padding = None if found.key_range is None else found.key_range.clamp(max=pattern.keys)
+            pattern = dataclasses.replace(pattern, key_range=intersection(pattern.key_range, padding))
     return pattern
 
 
@@ -214,23 +194,12 @@ def _shown(
     session: Session, q: torch.Tensor, k: torch.Tensor, pattern: KeyPattern | None, average: bool
 ) -> torch.Tensor:
     """Attention weights ``[B, H, T, S]``, or their average over heads, which the caller asked for, by the same rule."""
-    frame, rules = running.frames[-1], session.rules
+    frame = running.frames[-1]
     note = f"{frame.name or type(frame.module).__name__}: need_weights=True makes T x S weights beside the output"
     if note not in session.report.notes:
         session.report.notes.append(note)
-    identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-    with SITES.acting("attention"):
-        shown = reference.attention(
-            q,
-            k,
-            identity,
-            causal=pattern is not None and pattern.causal,
-            window=None if pattern is None else pattern.window,
-            key_range=None if pattern is None else pattern.key_range,
-            softmax_backward=rules.softmax,
-            temperature=rules.temperature,
-            grad_scale=rules.qkv_scale,
-        )
+    pattern = pattern or KeyPattern(q.shape[2], k.shape[2], False, None, None)
+    shown = weights_of(q, k, pattern, **options_of(session.rules, session.engine))
     return shown.mean(1) if average else shown
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import gim
 from gim.context import inspect
@@ -15,7 +16,13 @@ from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import FAMILIES, ids, make
 from tests.model_code import Wide
-from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64, assert_within_budget
+from tests.oracle import (
+    FLOAT64_MODEL_RELATIVE,
+    FLOAT64_SAME_RELATIVE,
+    assert_agree,
+    assert_close64,
+    assert_within_budget,
+)
 
 BASELINE = 3
 
@@ -378,3 +385,59 @@ def test_a_cache_works_inside_a_context() -> None:
         start = model(tokens[:, :-1], use_cache=True)
         last = model(tokens[:, -1:], past_key_values=start.past_key_values).logits[:, -1]
     assert_close64(last, own, "logits", relative=1e-6)  # the model's own norms compute in float32
+
+
+def test_a_mask_of_every_query_is_the_pattern_that_it_says() -> None:
+    model, tokens = make("mistral"), ids()
+    padding = torch.arange(tokens.shape[1]) >= torch.tensor([[0], [5]])
+    window = model.config.sliding_window
+    dense = torch.ones(2, 1, *2 * tokens.shape[1:], dtype=torch.bool).tril().triu(1 - window) & padding[:, None, None]
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    found = []
+    for mask in (
+        padding.long(),
+        dense,
+        torch.zeros(dense.shape).double().masked_fill(~dense, torch.finfo(torch.float64).min),
+    ):
+        with gim.GIM(model):
+            logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
+        found.append((logits.detach()[padding], torch.autograd.grad(logits[:, -1].pow(2).sum(), embedded)[0]))
+    for got in found[1:]:
+        for one, other, name in zip(got, found[0], ("logits", "gradient"), strict=True):
+            assert_close64(one, other, name, relative=FLOAT64_SAME_RELATIVE)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
+@pytest.mark.parametrize("left", [0, 4])
+def test_generation_with_a_static_cache(left: int, family: str, implementation: str) -> None:
+    """Whose masks are made before the forward, for all slots of the cache, and left out where none is needed."""
+    model, tokens = make(family, torch.float32), ids(2, 11)
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(tokens)
+    mask[1, :left] = 0
+    named: dict[str, Any] = {
+        "attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0,
+        "cache_implementation": "static", "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    own = model.generate(tokens, **named)
+    with gim.GIM(model) as report:
+        got = model.generate(tokens, **named)
+    assert report.complete and torch.equal(got.sequences, own.sequences)
+    for one, other in zip(got.logits, own.logits, strict=True):
+        assert_agree(one, other, "logits")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
+def test_a_forward_with_a_static_cache_is_one_without(family: str) -> None:
+    model, tokens = make(family), ids(2, 11)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    found = []
+    for cache in (None, StaticCache(config=model.config, max_cache_len=20)):
+        with gim.GIM(model):
+            out = model(inputs_embeds=embedded, attention_mask=mask, past_key_values=cache, use_cache=cache is not None)
+        found.append((out.logits.detach()[mask.bool()], torch.autograd.grad(out.logits[:, -1].sum(), embedded)[0]))
+    for one, other, name in zip(*found, ("logits", "gradient"), strict=True):
+        assert_close64(one, other, name, relative=FLOAT64_SAME_RELATIVE)
