@@ -254,7 +254,8 @@ def _passes(
     with torch.enable_grad(), frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
-        leaves = stack.enter_context(_embedding_leaf(parts, session))
+        embedded: list[torch.Tensor] = []
+        leaves = stack.enter_context(_embedding_leaf(parts, session, embedded))
         changes = stack.enter_context(closing(Changes(session)))
         prepared = parts.call.prepared(
             request.rows,
@@ -268,11 +269,7 @@ def _passes(
             raise ValueError(
                 f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
             )
-        if leaves[0].shape[:-1] != request.rows.ids.shape:
-            raise ValueError(
-                f"model must embed its input ids as they are, of shape {tuple(request.rows.ids.shape)}; it embedded "
-                f"{tuple(leaves[0].shape[:-1])} of them"
-            )
+        _refuse_other_ids(request.rows.ids, leaves[0], *embedded)
         if not numbers.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
         values = numbers.detach()
@@ -384,12 +381,12 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
 def _measured(logits: torch.Tensor, wanted: torch.Tensor, measure: Measure) -> torch.Tensor:
     """Of logits ``[B, P, V]`` the number of each wanted token ``[B, P]``."""
     at = wanted[..., None]
-    if measure == "logprob":
-        return torch.log_softmax(logits, dim=-1).gather(-1, at)[..., 0]
     own = logits.gather(-1, at)[..., 0]
     if measure == "logit":
         return own
-    return own - logits.scatter(-1, at, -torch.inf).logsumexp(-1)
+    odds = own - logits.scatter(-1, at, -torch.inf).logsumexp(-1)
+    # Of a token that is nearly certain, the backward of log_softmax has few digits: it takes a probability from 1.
+    return odds if measure == "logodds" else torch.nn.functional.logsigmoid(odds)
 
 
 @torch.no_grad()
@@ -452,14 +449,27 @@ def gradients(
         yield given.pop()  # held by nobody here while the next is found
 
 
+def _refuse_other_ids(ids: torch.Tensor, leaf: torch.Tensor, *embedded: torch.Tensor) -> None:
+    """An error where the model embedded other ids than it was given, or in another order, as far as that is known."""
+    if leaf.shape[:-1] != ids.shape:
+        what = f"{tuple(leaf.shape[:-1])} of them"
+    elif any(not one.is_meta and not torch.equal(one.to(ids), ids) for one in embedded):
+        what = "other ids, or these in another order"
+    else:
+        return
+    raise ValueError(f"model must embed its input ids as they are, of shape {tuple(ids.shape)}; it embedded {what}")
+
+
 @contextmanager
-def _embedding_leaf(parts: Anatomy, session: Session) -> Iterator[list[torch.Tensor]]:
-    """Inside, the output of the embedding is a leaf that asks for its gradient; yields the leaves made."""
+def _embedding_leaf(parts: Anatomy, session: Session, embedded: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Inside, the output of the embedding is a leaf that asks for its gradient; yields the leaves made, and enters what
+    ids were embedded."""
     leaves: list[torch.Tensor] = []
 
-    def replace(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    def replace(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if not session.is_followed_here():
             return output  # somebody else runs the model, on a thread of their own
+        embedded.extend(one for one in inputs[:1] if isinstance(one, torch.Tensor))
         leaf = output.detach().requires_grad_(True)
         leaves.append(leaf)
         return leaf

@@ -433,6 +433,25 @@ def test_ids_that_are_not_embedded_as_they_are_are_an_error() -> None:
         explain(Repeated(make("llama")), prompts()[0])
 
 
+def test_ids_that_are_embedded_in_another_order_are_an_error() -> None:
+    """A model that takes the sequence first: with as many rows as tokens the shapes are the same."""
+
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.head(self.embed(input_ids.mT).cumsum(0)).transpose(0, 1))
+
+    tokens = torch.arange(16).reshape(4, 4)
+    with pytest.raises(ValueError, match="embedded other ids, or these in another order"):
+        gim.explain(SequenceFirst().eval(), tokens, baseline_token_id=0, rules="GRADIENT")
+
+
 @pytest.mark.parametrize("wrap", [Soft, lambda x: Anything(Soft(x))])
 def test_virtual_tokens_in_front_are_no_part_of_the_prompt(wrap: Callable[[Any], nn.Module]) -> None:
     model = make("llama")

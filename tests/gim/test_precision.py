@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 import gim
+from gim import scoring
 from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import ids, make
@@ -276,3 +277,22 @@ def test_bitsandbytes_weights_give_what_the_dequantised_model_gives(bits: int) -
     for memory in PLANS:
         got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
         assert_within_budget(got, want, yardstick, f"{bits} bits, {memory}")
+
+
+@pytest.mark.parametrize("measure", ["logprob", "logodds"])
+def test_a_nearly_certain_token_is_explained_to_the_last_digits(measure: Literal["logprob", "logodds"]) -> None:
+    """Where the probability is 1 - 1e-4, the gradient of the log-probability is small beside that of the logit."""
+    logits = torch.randn(1, 1, 200_000, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 7] = logits.logsumexp(-1).item() + 9
+    wanted = torch.tensor([[7]])
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(scoring._measured(x, wanted, measure).sum(), x)
+        return found
+
+    x = logits.double().requires_grad_()
+    told = x.log_softmax(-1)[0, 0, 7]
+    (want,) = torch.autograd.grad(told if measure == "logprob" else told - (-told.expm1()).log(), x)
+    got = gradient(logits).double()
+    assert float((got - want).norm() / want.norm()) < 1e-6
