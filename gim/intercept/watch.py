@@ -99,8 +99,8 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
 
 
 def _is_no_gate(a: Value, b: Value) -> bool:
-    """Whether two factors are one value, or lie on two sides of an attention."""
-    return a.source == b.source or a.mixed or b.mixed or a.depth != b.depth
+    """Whether two factors are one value, or one of them is what an attention gave."""
+    return a.source == b.source or a.mixed or b.mixed
 
 
 class Watch(TorchDispatchMode):
