@@ -27,6 +27,10 @@ from gim_kernels.types import Engine
 _numbers = itertools.count(1)
 
 
+class _Lives:
+    """Is held by a node of the graph."""
+
+
 class Session:
     """Rules, report and what ran of one context over one model.
 
@@ -63,7 +67,7 @@ class Session:
         #: What was applied last.
         self.last: Application | None = None
         self._rows: dict[tuple[Part, str, str], Application] = {}
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, tuple[str, weakref.ref[_Lives]]] = {}
         #: Gates of activations that the kernels have, by the ids of their outputs.
         self.activated: dict[int, Any] = {}
         #: Is shown each call of the attention interface: the module, then query ``[B, HQ, T, D]``, key, value and
@@ -111,10 +115,16 @@ class Session:
             row.calls += 1
             row.engine = engine
 
-    def expect_values(self, weights: int) -> None:
-        """Remember that attention weights, known by their number, are yet to meet their values."""
+    def expect_values(self, number: int, weights: torch.Tensor) -> None:
+        """Remember that attention weights, which have that number, are yet to meet their values.
+
+        What is put beside their node in the graph is gone where they were made to be shown, and nothing leads to them.
+        """
         frame = running.frames[-1]
-        self._waiting[weights] = frame.name or type(frame.module).__name__
+        node: Any = weights.grad_fn
+        if node is not None:
+            lives = node.metadata[Session] = _Lives()
+            self._waiting[number] = frame.name or type(frame.module).__name__, weakref.ref(lives)
 
     def with_values(
         self,
@@ -147,7 +157,9 @@ class Session:
         if self.rules.v_scale == 1.0:
             return []
         reason = "brings its attention weights to its values in a way that gim does not know, so v_scale is not applied"
-        return [(name, reason) for name in dict.fromkeys(waiting.values())]
+        return [
+            (name, reason) for name in dict.fromkeys(name for name, lives in waiting.values() if lives() is not None)
+        ]
 
     def rename(self, row: Application, how: str) -> None:
         """Say in other words how a part was recognised."""

@@ -67,7 +67,7 @@ def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *
         weights = _Softmax.apply(scores.to(weights.dtype), weights.detach(), dim, temperature)
     found = origin(weights)
     mark(weights, found._replace(weights=(found.number,), scores=False))
-    session.expect_values(found.number)
+    session.expect_values(found.number, weights)
     session.fire("attention", describe(rules), "softmax of its own scores", "torch")
     session.note(
         "writes its attention out: scores of T x S entries exist, as in the model's own code, and memory is O(T^2)"

@@ -122,3 +122,38 @@ def test_forward_mode_derivatives_are_refused() -> None:
         torch.func.jvp(model, (x,), (x,))
     with gim.GIM(model), pytest.raises(RuntimeError, match="forward-mode derivatives"), forward_ad.dual_level():
         model(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("how", ["detached", "unused", "under no_grad", "numbers", "of the sum"])
+def test_weights_that_are_made_to_be_shown_meet_no_values(how: str) -> None:
+    """Beside attention by torch's function; where a gradient leads back to them, they are still refused."""
+
+    class Showing(Whole):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.wide(x).chunk(3, -1)
+            with torch.set_grad_enabled(how != "under no_grad"):
+                weights = F.softmax(q @ k.mT * WIDTH**-0.5, -1)
+            shown = {"detached": weights.detach, "numbers": weights.tolist, "under no_grad": lambda: weights}
+            self.shown = shown[how]() if how in shown else None
+            out = F.scaled_dot_product_attention(q, k, v)
+            return out + weights.square().sum() if how == "of the sum" else out
+
+    model, x = Showing(), inputs().requires_grad_()
+    if how == "of the sum":
+        with gim.GIM(model), pytest.raises(gim.UnsupportedModelError, match="attention weights to its values in a way"):
+            model(x)
+        return
+    found = []
+    for one in (model, Plain()):
+        with gim.GIM(one) as report:
+            out = one(x)
+        assert report.complete
+        found.append((out.detach(), torch.autograd.grad(out.square().sum(), x)[0]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Plain(Whole):
+    """Its attention alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*self.wide(x).chunk(3, -1))
