@@ -301,21 +301,22 @@ def run_again(
 
 
 class NormBefore:
-    """The norm whose output a layer's MLP takes, found as the model runs: the tensor itself is the proof.
+    """The norm whose output a layer's MLP takes, found as the model runs: the tensor itself is the proof, where nobody
+    has written into it or into what it was computed from, or has hung anything on its gradient.
 
     With it, a tile is a few tokens of the norm's input, and neither its output nor its gradient is ever whole.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor, Forward, tuple[int, int]] | None = None
 
     def watch(self, norm: nn.Module, forward: Forward, changes: Changes) -> None:
         """Remember what this norm was called with, until its MLP has asked; ``forward`` runs it, in a backward too."""
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
             y = forward(hidden, *others, **named)
-            if torch.is_grad_enabled() and not others and not named:
-                self._last = (hidden, y, forward)
+            if torch.is_grad_enabled() and hidden.requires_grad and not others and not named:
+                self._last = (hidden, y, forward, (hidden._version, y._version))
             return y
 
         changes.replace_forward(norm, run)
@@ -323,7 +324,12 @@ class NormBefore:
     def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Forward] | None:
         """The input and the forward of the norm that gave ``hidden``, or None where none did."""
         last, self._last = self._last, None
-        return (last[0], last[2]) if last is not None and last[1] is hidden else None
+        if last is None or last[1] is not hidden:
+            return None
+        source, y, forward, written_then = last
+        if (source._version, y._version) != written_then or y._backward_hooks or y.retains_grad:
+            return None
+        return source, forward
 
     def forget(self) -> None:
         """Hold no tensor any more."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gim
 from gim import memory, offload, scoring
@@ -22,6 +23,7 @@ from gim.inputs import check_ids
 from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, HEADS, MLP_TILE, OFFLOADS, PLANS, MemoryPlan
 from gim_kernels import blockwise
+from gim_kernels.budget import relative_error
 from tests.families import FAMILIES, ids, make
 from tests.gim.test_models import state
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
@@ -170,6 +172,73 @@ def test_models_built_otherwise_equal_their_full_forward(change: Callable[[Any],
     want = explain(model, tokens, EVERYTHING)
     for plan in SOME:
         close(explain(model, tokens, plan), want, plan.name)
+
+
+class Scaling(LlamaDecoderLayer):
+    """Writes into what its norm gives, or was given, before its MLP reads what it gave."""
+
+    written: ClassVar[str]
+
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        hidden = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *others, **named)[0]
+        source = hidden * 1.5
+        normed = self.post_attention_layernorm(source)
+        {"output": normed, "input": source}[self.written].mul_(1.7)
+        return hidden + source + self.mlp(normed)
+
+
+def _writing(written: str) -> Callable[[Any], None]:
+    def change(layer: Any) -> None:
+        layer.__class__ = type("Scaling", (Scaling,), {"written": written})
+
+    return change
+
+
+STEER = torch.linspace(0.0, 1.0, 48, dtype=torch.float64)
+#: What may happen to what a norm gives before the MLP behind it reads it.
+BETWEEN: dict[str, Callable[[Any], Any]] = {
+    "code writes into it": _writing("output"),
+    "code writes into what it was computed from": _writing("input"),
+    "a hook on the norm": lambda layer: layer.post_attention_layernorm.register_forward_hook(
+        lambda _, __, out: (out.add_(STEER), None)[1]
+    ),
+    "a hook on the MLP": lambda layer: layer.mlp.register_forward_pre_hook(
+        lambda _, given: (given[0].mul_(1.5), None)[1]
+    ),
+    "a hook on its gradient": lambda layer: layer.post_attention_layernorm.register_forward_hook(
+        lambda _, __, out: (out.register_hook(lambda grad: grad * STEER), None)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BETWEEN)
+def test_what_happens_between_a_norm_and_its_mlp_is_kept(how: str) -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    plain = explain(model, tokens, EVERYTHING)
+    BETWEEN[how](model.model.layers[1])
+    want = explain(model, tokens, EVERYTHING)
+    assert relative_error(want.scores, plain.scores) > 1e-3
+    for name in ("mlp", "mlp+tile=5", "layer+attention+tile=5", "layer"):
+        close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
+
+
+def test_a_gradient_that_a_norms_output_retains_is_whole() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    kept: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, __: Any, out: torch.Tensor) -> None:
+        out.retain_grad()
+        kept.append(out)
+
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(hook)
+    found = []
+    for name in ("none", "mlp", "mlp+tile=5"):
+        kept.clear()
+        explain(model, tokens, MemoryPlan.parse(name))
+        assert kept[0].grad is not None, name
+        found.append(kept[0].grad)
+    assert_close64(found[1], found[0], "mlp", relative=FLOAT64_PLAN_RELATIVE)
+    assert_close64(found[2], found[0], "mlp+tile=5", relative=FLOAT64_PLAN_RELATIVE)
 
 
 def test_an_mlp_whose_forward_was_set_is_named() -> None:
