@@ -23,7 +23,7 @@ from gim.parts import anatomy
 from gim.parts.adapters.hugging_face import as_before
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
-from gim.parts.layers import attentions
+from gim.parts.layers import attentions, stream
 from gim.plan import MemoryPlan
 from gim.state import State
 from gim.tokenwise import (
@@ -132,7 +132,7 @@ def applied(
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead, several)
     inner = Changes(session)
     parts = anatomy.of(model)
-    layers = _Layers(plan, session, inner, offload, watch, every_tile, parts.modules)
+    layers = _Layers(plan, session, inner, offload, watch, every_tile)
     try:
         for module in parts.modules.values():
             if getattr(module, "gradient_checkpointing", False) is True:
@@ -141,7 +141,9 @@ def applied(
         for index, (name, layer) in enumerate(parts.layers):
             of_layer = mlps.get(name, "")
             of_mlps = [] if isinstance(of_layer, str) else of_layer
-            is_last = index == len(parts.layers) - 1 and plan.head == "explained"
+            # A layer that stands elsewhere too runs for all positions there.
+            again = any(other is layer for _, other in parts.layers[:-1])
+            is_last = index == len(parts.layers) - 1 and not again and plan.head == "explained"
             if is_last and layers.narrow(layer, name, kept, of_mlps):
                 continue  # its few queries leave less to keep than a checkpoint would
             if acts_on_mlps(plan):
@@ -172,10 +174,8 @@ class _Layers:
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,
-        modules: Mapping[str, nn.Module],
     ) -> None:
         self._plan = plan
-        self._modules = modules
         self._session = session
         # What is changed is put back once nobody holds the changes, and these are reached from what they have changed.
         self._inner: Changes = weakref.proxy(inner)
@@ -184,11 +184,13 @@ class _Layers:
         self._every_tile = every_tile
         #: Name of the layer that ran again last.
         self.running = ""
+        #: Whether the last layer runs, and only the explained positions of what it runs are wanted.
+        self._narrow = False
 
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = Again(self._session, layer.forward, name, layer)
-        modules = self._modules_in(name)
+        modules = _inside(layer, name)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -225,9 +227,6 @@ class _Layers:
 
         self._inner.replace_forward(layer, run)
 
-    def _modules_in(self, name: str) -> dict[str, nn.Module]:
-        return {one: module for one, module in self._modules.items() if one == name or one.startswith(f"{name}.")}
-
     def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
@@ -240,7 +239,7 @@ class _Layers:
 
     def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
         forward = Again(self._session, mlp.module.forward, name, mlp.module)
-        modules = self._modules_in(name)
+        modules = _inside(mlp.module, name)
         tile = self._plan.mlp_tile
         if mlp.whole and tile is not None:
             tile = None
@@ -298,11 +297,12 @@ class _Layers:
             _refuse_elsewhere(grad, kept, name)
 
         def place(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if not self._session.is_followed_here():
+            hidden = stream(inputs, named)
+            if hidden is None or not self._session.is_followed_here():
                 return
             # A wrapper may have put tokens before those of the prompt.
-            hidden = inputs[0] if inputs else named["hidden_states"]
             attending[0].__dict__[SPANS] = Spans(spans(kept.among(hidden.shape[1])), refuse, self._session)
+            self._narrow = True
 
         self._inner.set_attribute(attending[0], SPANS, None)
         self._inner.callback(layer.register_forward_pre_hook(place, with_kwargs=True).remove)
@@ -311,11 +311,14 @@ class _Layers:
 
         def check(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            ours = self._session.is_followed_here()
-            if ours and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            if not self._narrow or not self._session.is_followed_here():
+                return
+            # Other layers may hold the same attention or MLP.
+            self._narrow, attending[0].__dict__[SPANS] = False, None
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
                 hidden.register_hook(refuse)
 
-        handle = layer.register_forward_hook(check)
+        handle = layer.register_forward_hook(check, always_call=True)
         self._inner.callback(handle.remove)
         return True
 
@@ -323,11 +326,11 @@ class _Layers:
         forward = Again(self._session, mlp.forward, name, mlp)
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
-            if others or named:
+            if others or named or not self._narrow:
                 return forward(hidden, *others, **named)
             at = kept.among(hidden.shape[1]).to(hidden.device)
             some = forward(hidden.index_select(1, at))
-            return torch.zeros_like(hidden).index_copy_(1, at, some)
+            return some.new_zeros(hidden.shape).index_copy_(1, at, some)
 
         self._inner.replace_forward(mlp, run)
 
@@ -429,6 +432,11 @@ def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((position, position + 1))
     return tuple(runs)
+
+
+def _inside(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A module and those in it, by name; other modules may hold them too, under another name."""
+    return {f"{name}.{own}" if own else name: one for own, one in module.named_modules()}
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
 from gim.parts import anatomy
 from gim.parts.hidden_states import device_of
+from gim.parts.layers import stream
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -377,7 +378,9 @@ def _following(
             ledger.where = index
             for tag, size in held.get(index, {}).items():
                 ledger.add(tag, size)
-            hidden = inputs[0] if inputs else named["hidden_states"]
+            hidden = stream(inputs, named)
+            if hidden is None:
+                raise EstimateError("a layer is called without hidden states [B, T, width]")
 
             def leave(_: torch.Tensor) -> None:
                 ledger.where = index - 1 if index else "embeddings"

@@ -22,6 +22,7 @@ from gim.nonfinite import first_nonfinite_gradient, refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
 from gim.parts.calling import Kept, Prepared, Rows
+from gim.parts.layers import stream
 from gim.parts.parameters import frozen_parameters, named_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
@@ -483,8 +484,8 @@ def _reporting(parts: Anatomy, progress: Progress, backwards: int) -> Iterator[N
 
     def watch(index: int) -> Callable[..., None]:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = inputs[0] if inputs else named.get("hidden_states")
-            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden = stream(inputs, named)
+            if hidden is not None and hidden.requires_grad:
                 # The gradient of a layer's input exists once the layer's backward is done.
                 hidden.register_hook(lambda _: count(index))
 

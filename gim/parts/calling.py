@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gim.parts.adapters import hugging_face, torch_modules
+from gim.parts.layers import stream
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ class Prepared:
         longer: list[torch.Tensor] = []
 
         def see(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = inputs[0] if inputs else named.get("hidden_states")
-            if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
+            hidden = stream(inputs, named)
+            if hidden is not None and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
                 longer.append(hidden)
 
         with ExitStack() as hooks:

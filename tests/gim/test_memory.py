@@ -159,13 +159,31 @@ def _shared_mlp(model: Any) -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
 
 
+def _sharing_with_the_last(part: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        setattr(model.model.layers[0], part, getattr(model.model.layers[2], part))
+
+    return change
+
+
+def _last_layer_first(model: Any) -> None:
+    model.model.layers[0] = model.model.layers[2]
+
+
 def _computed_weights(model: Any) -> None:
     for layer in model.model.layers:
         nn.utils.parametrize.register_parametrization(layer.mlp.gate_proj, "weight", Twice())
         nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
 
 
-@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights])
+#: Parts that an earlier layer shares with the last, whose own run at the explained positions alone.
+SHARED_WITH_THE_LAST = [
+    _last_layer_first,
+    *map(_sharing_with_the_last, ("mlp", "self_attn", "input_layernorm", "post_attention_layernorm")),
+]
+
+
+@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights, *SHARED_WITH_THE_LAST])
 def test_models_built_otherwise_equal_their_full_forward(change: Callable[[Any], None]) -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     change(model)
@@ -239,6 +257,39 @@ def test_a_gradient_that_a_norms_output_retains_is_whole() -> None:
         found.append(kept[0].grad)
     assert_close64(found[1], found[0], "mlp", relative=FLOAT64_PLAN_RELATIVE)
     assert_close64(found[2], found[0], "mlp+tile=5", relative=FLOAT64_PLAN_RELATIVE)
+
+
+class ByName(LlamaDecoderLayer):
+    """Hands its hidden states to its own code under a name of its choice, behind an argument that is none."""
+
+    def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
+        return super().__call__(turned=named.pop("position_embeddings"), x=hidden_states, **named)
+
+    def forward(self, *, turned: Any, x: torch.Tensor, **named: Any) -> Any:
+        return super().forward(x, position_embeddings=turned, **named)
+
+
+def test_layers_may_call_their_hidden_states_by_any_name() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    want = explain(model, tokens, EVERYTHING)
+    asked: list[tuple[str, int, int]] = []
+    explain(model, tokens, MemoryPlan(), progress=lambda *said: asked.append(said))
+    by_layer = _layers_of(model)
+    for layer in model.model.layers:
+        layer.__class__ = ByName
+    for plan in SOME:
+        close(explain(model, tokens, plan), want, plan.name)
+    told: list[tuple[str, int, int]] = []
+    explain(model, tokens, MemoryPlan(), progress=lambda *said: told.append(said))
+    assert told == asked and ("backward", 3, 3) in told
+    assert torch.equal(_layers_of(model), by_layer)
+
+
+def _layers_of(model: Any) -> torch.Tensor:
+    """Scores of what each layer reads, under a plan that runs layers again."""
+    found = memory.run(*request(model), memory="layer", progress=None, per="layer").inside
+    assert found is not None
+    return found
 
 
 def test_an_mlp_whose_forward_was_set_is_named() -> None:
