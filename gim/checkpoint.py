@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from gim.intercept.session import Session, session_of
 from gim.offload import Offload, Watch, pool_of
 from gim.parts import anatomy
 from gim.parts.adapters.hugging_face import as_before
+from gim.parts.adapters.torch_modules import parameters, written
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
 from gim.parts.layers import attentions, stream
@@ -31,11 +33,15 @@ from gim.tokenwise import (
     Forward,
     NormBefore,
     find_mlps,
+    has_global_hooks,
+    has_hooks,
     in_backward,
     in_tiles,
+    is_users,
     norms_of,
     outside_transforms,
     run_again,
+    sets_forward,
 )
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
@@ -52,6 +58,41 @@ def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
     if not acts_on_mlps(plan):
         layers = layers[-1:] if plan.head == "explained" else ()
     return {name: find_mlps(layer, parts.hidden_size, parts.dtype) for name, layer in layers}
+
+
+def suited(plan: MemoryPlan, model: nn.Module) -> MemoryPlan:
+    """A plan, with ``head="all"`` where more than the model may read what its last layer gives at every position.
+
+    Nothing would tell: what reads it without a gradient, or only looks at it, gets the zeros of what did not run.
+    """
+    if plan.head == "all" or not _is_read_elsewhere(model):
+        return plan
+    return dataclasses.replace(plan, head="all")
+
+
+def _is_read_elsewhere(model: nn.Module) -> bool:
+    """Whether what the last layer or the head gives at other positions than the explained may be read."""
+    parts = anatomy.of(model)
+    # A class is read off a token of the model's choice.
+    if parts.head == "class" or has_global_hooks():
+        return True
+    keeps = any("logits_to_keep" in parameters(core) for core in parts.cores)
+    if not keeps and is_users(type(model).forward):
+        return True  # all logits go to code that nobody knows
+    before = {id(layer) for _, layer in parts.layers[:-1]} - {id(layer) for _, layer in parts.layers[-1:]}
+
+    embedding = parts.modules.get(parts._embedding or "-")
+    if embedding is not None:
+        before.add(id(embedding))  # ids are read before any layer is
+
+    def is_changed(module: nn.Module) -> bool:
+        """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
+        if id(written(module)) in before:
+            return False
+        inside = (child for child in module._modules.values() if child is not None)
+        return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
+
+    return is_changed(model)
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -71,6 +112,11 @@ def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
             "all contain attention"
         )
     if acts_on_mlps(plan):
+        if torch._C._is_any_autocast_enabled():
+            return (
+                f"memory={plan.name!r} runs MLPs in parts, which is not done under torch.autocast: load the model in "
+                'the dtype that it is to run in, or use memory="none" or "layer"'
+            )
         for name, layer in layers:
             found = mlps[name]
             if isinstance(found, str):

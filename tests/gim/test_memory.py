@@ -400,14 +400,171 @@ def test_a_tile_holds_a_few_tokens_of_the_norms_input() -> None:
     assert shapes == 3 * [LENGTH] + 2 * [8, 8, 3, LENGTH]
 
 
+class Mixing(nn.Module):
+    """A norm that mixes tokens."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return y + y.mean(1, keepdim=True)
+
+
 def test_the_last_layer_may_not_reach_other_positions() -> None:
     model, tokens = make("llama"), ids(1, LENGTH)
     # A model whose last norm mixes tokens: what is explained then depends on the last layer everywhere.
-    model.model.norm.register_forward_hook(lambda _, __, y: y + y.mean(1, keepdim=True))
+    model.model.norm = Mixing(model.model.norm)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2: .* other positions .* head=all"):
         explain(model, tokens, MemoryPlan("none"))
     want = explain(model, tokens, EVERYTHING)
     close(explain(model, tokens, MemoryPlan("layer", True, head="all")), want, "head=all")
+
+
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True).detach()
+
+
+def _behind(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_hook(
+        lambda _, __, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+    )
+
+
+def _in_front(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_pre_hook(lambda _, given: (change(given[0]),))
+
+
+def _behind_the_body(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_hook(
+        lambda _, __, out: out.__setitem__("last_hidden_state", change(out.last_hidden_state))
+    )
+
+
+def _for_all(module: nn.Module, change: Any) -> Any:
+    return nn.modules.module.register_module_forward_hook(
+        lambda one, _, out: change(out) if one is module else None, always_call=False
+    )
+
+
+def _in_front_for_all(module: nn.Module, change: Any) -> Any:
+    return nn.modules.module.register_module_forward_pre_hook(
+        lambda one, given: (change(given[0]),) if one is module else None
+    )
+
+
+class _Set:
+    """A ``forward`` that the user has set, to be taken away like a hook."""
+
+    def __init__(self, module: nn.Module, change: Any) -> None:
+        self.module, own = module, module.forward
+        module.__dict__["forward"] = lambda *given, **named: change(own(*given, **named))
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+
+
+LAST = "model.layers.2"
+#: Where a user may read what the last layer gives: in it, or behind it.
+READ: dict[str, tuple[str, Callable[[nn.Module, Any], Any]]] = {
+    "layer": (LAST, _behind),
+    "attention": (f"{LAST}.self_attn", _behind),
+    "attention's product": (f"{LAST}.self_attn.o_proj", _behind),
+    "before attention's product": (f"{LAST}.self_attn.o_proj", _in_front),
+    "MLP": (f"{LAST}.mlp", _behind),
+    "before the MLP's last map": (f"{LAST}.mlp.down_proj", _in_front),
+    "norm": (f"{LAST}.post_attention_layernorm", _in_front),
+    "final norm": ("model.norm", _in_front),
+    "body": ("model", _behind_the_body),
+    "head": ("lm_head", _in_front),
+    "logits": ("lm_head", _behind),
+    "for all modules": (f"{LAST}.self_attn.o_proj", _for_all),
+    "before all modules": (f"{LAST}.mlp.down_proj", _in_front_for_all),
+    "set on the final norm": ("model.norm", _Set),
+    "set on attention's product": (f"{LAST}.self_attn.o_proj", _Set),
+}
+
+
+@pytest.mark.parametrize("where", READ)
+def test_what_a_user_reads_of_the_last_layer_is_there(where: str) -> None:
+    """Read without a gradient, zeros in its place would tell nobody."""
+    model, tokens = make("llama"), ids(2, LENGTH)
+    plain = explain(model, tokens, EVERYTHING)
+    name, put = READ[where]
+    seen: list[torch.Tensor] = []
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach().clone())
+        return _centred(x)
+
+    handle = put(model.get_submodule(name), change)
+    try:
+        want = explain(model, tokens, EVERYTHING)
+        own = seen[0]
+        assert relative_error(want.scores, plain.scores) > 1e-4
+        for plan in ("none", "layer+attention", "layer"):
+            seen.clear()
+            got = explain(model, tokens, MemoryPlan.parse(plan))
+            close(got, want, plan)
+            assert got.plan.head == "all"
+            assert_close64(seen[0], own, plan, relative=FLOAT64_PLAN_RELATIVE)
+        found = memory.run(*request(model), memory="auto", progress=None)
+        assert found.plan == EVERYTHING and "last layer at every position" in found.memory
+        (told,) = gim.estimate_memory(model, LENGTH, plans=[MemoryPlan("layer")])
+        assert told.plan == MemoryPlan("layer", head="all")
+    finally:
+        handle.remove()
+    assert explain(model, tokens, MemoryPlan()).plan.head == "explained"
+
+
+def test_a_hook_before_the_last_layer_reads_nothing_of_it() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    _behind(model.model.layers[1], _centred)
+    _in_front(model.model.embed_tokens, lambda tokens: tokens)
+    got = explain(model, tokens, MemoryPlan())
+    assert got.plan.head == "explained"
+    close(got, explain(model, tokens, EVERYTHING), "none")
+
+
+def test_a_hook_for_all_modules_sees_no_numbers_of_ours_and_mlps_run_whole() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    shown: set[tuple[int, ...]] = set()
+    mixing = model.model.layers[1].mlp.down_proj
+
+    def hook(module: nn.Module, _: Any, out: Any) -> Any:
+        if isinstance(module, nn.Linear):
+            shown.add(tuple(out.shape[:2]))
+        return out + out[:, 2:3] if module is mixing else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        want = explain(model, tokens, EVERYTHING)
+        for plan in SOME:
+            close(explain(model, tokens, plan), want, plan.name)
+    finally:
+        handle.remove()
+    assert shown == {(2, LENGTH)}
+
+
+def test_plans_that_run_mlps_in_parts_are_refused_by_name_under_autocast() -> None:
+    model, tokens = make("llama", torch.float32), ids(1, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = explain(model, tokens, EVERYTHING).scores
+        for plan in ("mlp", "layer+tile=5"):
+            with pytest.raises(ValueError, match=r"runs MLPs in parts, which is not done under torch\.autocast"):
+                explain(model, tokens, MemoryPlan.parse(plan))
+        for plan in ("none", "layer", "layer+attention"):
+            got = explain(model, tokens, MemoryPlan.parse(plan)).scores
+            assert relative_error(got, want) < 0.05, plan
+
+
+def test_a_model_of_inference_mode_is_named_and_left_as_it_was() -> None:
+    with torch.inference_mode():
+        model = make("llama")
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight was made under torch\.inference_mode\(\)"):
+        explain(model, ids(1, LENGTH), MemoryPlan())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_offloading_reuses_its_buffers() -> None:
