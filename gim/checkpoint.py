@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,9 +22,10 @@ from gim.intercept.session import Session, session_of
 from gim.offload import Offload, Watch, pool_of
 from gim.parts import anatomy
 from gim.parts.adapters.hugging_face import as_before
+from gim.parts.adapters.torch_modules import parameters, written
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
-from gim.parts.layers import attentions
+from gim.parts.layers import attentions, stream
 from gim.plan import MemoryPlan
 from gim.state import State
 from gim.tokenwise import (
@@ -31,11 +33,15 @@ from gim.tokenwise import (
     Forward,
     NormBefore,
     find_mlps,
+    has_global_hooks,
+    has_hooks,
     in_backward,
     in_tiles,
+    is_users,
     norms_of,
     outside_transforms,
     run_again,
+    sets_forward,
 )
 
 #: The MLPs of each layer by the layer's name, or the reason why it has none that can run in parts.
@@ -52,6 +58,41 @@ def mlps_of(model: nn.Module, plan: MemoryPlan) -> MLPs:
     if not acts_on_mlps(plan):
         layers = layers[-1:] if plan.head == "explained" else ()
     return {name: find_mlps(layer, parts.hidden_size, parts.dtype) for name, layer in layers}
+
+
+def suited(plan: MemoryPlan, model: nn.Module) -> MemoryPlan:
+    """A plan, with ``head="all"`` where more than the model may read what its last layer gives at every position.
+
+    Nothing would tell: what reads it without a gradient, or only looks at it, gets the zeros of what did not run.
+    """
+    if plan.head == "all" or not _is_read_elsewhere(model):
+        return plan
+    return dataclasses.replace(plan, head="all")
+
+
+def _is_read_elsewhere(model: nn.Module) -> bool:
+    """Whether what the last layer or the head gives at other positions than the explained may be read."""
+    parts = anatomy.of(model)
+    # A class is read off a token of the model's choice.
+    if parts.head == "class" or has_global_hooks():
+        return True
+    keeps = any("logits_to_keep" in parameters(core) for core in parts.cores)
+    if not keeps and is_users(type(model).forward):
+        return True  # all logits go to code that nobody knows
+    before = {id(layer) for _, layer in parts.layers[:-1]} - {id(layer) for _, layer in parts.layers[-1:]}
+
+    embedding = parts.modules.get(parts._embedding or "-")
+    if embedding is not None:
+        before.add(id(embedding))  # ids are read before any layer is
+
+    def is_changed(module: nn.Module) -> bool:
+        """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
+        if id(written(module)) in before:
+            return False
+        inside = (child for child in module._modules.values() if child is not None)
+        return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
+
+    return is_changed(model)
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -71,6 +112,11 @@ def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
             "all contain attention"
         )
     if acts_on_mlps(plan):
+        if torch._C._is_any_autocast_enabled():
+            return (
+                f"memory={plan.name!r} runs MLPs in parts, which is not done under torch.autocast: load the model in "
+                'the dtype that it is to run in, or use memory="none" or "layer"'
+            )
         for name, layer in layers:
             found = mlps[name]
             if isinstance(found, str):
@@ -132,7 +178,7 @@ def applied(
         offload = Offload(pool_of(model, pinned=device.type == "cuda"), device, watch, ahead, several)
     inner = Changes(session)
     parts = anatomy.of(model)
-    layers = _Layers(plan, session, inner, offload, watch, every_tile, parts.modules)
+    layers = _Layers(plan, session, inner, offload, watch, every_tile)
     try:
         for module in parts.modules.values():
             if getattr(module, "gradient_checkpointing", False) is True:
@@ -141,7 +187,9 @@ def applied(
         for index, (name, layer) in enumerate(parts.layers):
             of_layer = mlps.get(name, "")
             of_mlps = [] if isinstance(of_layer, str) else of_layer
-            is_last = index == len(parts.layers) - 1 and plan.head == "explained"
+            # A layer that stands elsewhere too runs for all positions there.
+            again = any(other is layer for _, other in parts.layers[:-1])
+            is_last = index == len(parts.layers) - 1 and not again and plan.head == "explained"
             if is_last and layers.narrow(layer, name, kept, of_mlps):
                 continue  # its few queries leave less to keep than a checkpoint would
             if acts_on_mlps(plan):
@@ -172,10 +220,8 @@ class _Layers:
         offload: Offload | None,
         watch: Watch | None,
         every_tile: bool,
-        modules: Mapping[str, nn.Module],
     ) -> None:
         self._plan = plan
-        self._modules = modules
         self._session = session
         # What is changed is put back once nobody holds the changes, and these are reached from what they have changed.
         self._inner: Changes = weakref.proxy(inner)
@@ -184,11 +230,13 @@ class _Layers:
         self._every_tile = every_tile
         #: Name of the layer that ran again last.
         self.running = ""
+        #: Whether the last layer runs, and only the explained positions of what it runs are wanted.
+        self._narrow = False
 
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = Again(self._session, layer.forward, name, layer)
-        modules = self._modules_in(name)
+        modules = _inside(layer, name)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -225,9 +273,6 @@ class _Layers:
 
         self._inner.replace_forward(layer, run)
 
-    def _modules_in(self, name: str) -> dict[str, nn.Module]:
-        return {one: module for one, module in self._modules.items() if one == name or one.startswith(f"{name}.")}
-
     def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
@@ -240,7 +285,7 @@ class _Layers:
 
     def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
         forward = Again(self._session, mlp.module.forward, name, mlp.module)
-        modules = self._modules_in(name)
+        modules = _inside(mlp.module, name)
         tile = self._plan.mlp_tile
         if mlp.whole and tile is not None:
             tile = None
@@ -298,11 +343,12 @@ class _Layers:
             _refuse_elsewhere(grad, kept, name)
 
         def place(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if not self._session.is_followed_here():
+            hidden = stream(inputs, named)
+            if hidden is None or not self._session.is_followed_here():
                 return
             # A wrapper may have put tokens before those of the prompt.
-            hidden = inputs[0] if inputs else named["hidden_states"]
             attending[0].__dict__[SPANS] = Spans(spans(kept.among(hidden.shape[1])), refuse, self._session)
+            self._narrow = True
 
         self._inner.set_attribute(attending[0], SPANS, None)
         self._inner.callback(layer.register_forward_pre_hook(place, with_kwargs=True).remove)
@@ -311,11 +357,14 @@ class _Layers:
 
         def check(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            ours = self._session.is_followed_here()
-            if ours and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            if not self._narrow or not self._session.is_followed_here():
+                return
+            # Other layers may hold the same attention or MLP.
+            self._narrow, attending[0].__dict__[SPANS] = False, None
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
                 hidden.register_hook(refuse)
 
-        handle = layer.register_forward_hook(check)
+        handle = layer.register_forward_hook(check, always_call=True)
         self._inner.callback(handle.remove)
         return True
 
@@ -323,11 +372,11 @@ class _Layers:
         forward = Again(self._session, mlp.forward, name, mlp)
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
-            if others or named:
+            if others or named or not self._narrow:
                 return forward(hidden, *others, **named)
             at = kept.among(hidden.shape[1]).to(hidden.device)
             some = forward(hidden.index_select(1, at))
-            return torch.zeros_like(hidden).index_copy_(1, at, some)
+            return some.new_zeros(hidden.shape).index_copy_(1, at, some)
 
         self._inner.replace_forward(mlp, run)
 
@@ -429,6 +478,11 @@ def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((position, position + 1))
     return tuple(runs)
+
+
+def _inside(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A module and those in it, by name; other modules may hold them too, under another name."""
+    return {f"{name}.{own}" if own else name: one for own, one in module.named_modules()}
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

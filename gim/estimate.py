@@ -19,6 +19,7 @@ from gim.ledger import Ledger, Tag
 from gim.offload import IN_FLIGHT, forget_pool
 from gim.parts import anatomy
 from gim.parts.hidden_states import device_of
+from gim.parts.layers import stream
 from gim.plan import PLANS, MemoryPlan
 from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
@@ -131,6 +132,8 @@ def estimate_memory(
             raise ValueError(f"{name} must be a positive integer, got {count!r}")
     if explained > tokens:
         raise ValueError(f"explained must be at most the {tokens} tokens, got {explained}")
+    if isinstance(model_or_config, nn.Module):
+        plans = [checkpoint.suited(plan, model_or_config) for plan in plans]
     twin = Twin(model_or_config, get_rules(rules), device=device, dtype=dtype)
     return [twin.estimate(plan, tokens, batch=batch, explained=explained) for plan in plans]
 
@@ -192,6 +195,8 @@ class Twin:
         self.engine = engine if engine != "auto" else "triton" if self.device == "cuda" else "blockwise"
         weighed = model_or_config if isinstance(model_or_config, nn.Module) else self.model
         self.weights = weight_bytes(weighed)
+        #: The plan that others are measured by.
+        self._everything = checkpoint.suited(PLANS[0], self.model)
         self._layers = _Few(self.model)
         self._mlps: checkpoint.MLPs = {}
         shrink = _shrink(self.model)
@@ -215,6 +220,7 @@ class Twin:
             EstimateError: as in :func:`estimate_memory`.
         """
         self._check(plan)
+        plan = checkpoint.suited(plan, self.model)
         if batch * tokens > LONGEST:
             raise EstimateError(f"tokens must be at most {LONGEST:,} in all, got {batch * tokens:,}")
         trace = self._trace(plan, tokens, batch, explained)
@@ -224,7 +230,7 @@ class Twin:
                 parts[tag if isinstance(tag, str) else "layer" if tag == trace.where else "checkpoints"] += size
         parts["weights"] = self.weights
         flops = self._total_flops(trace)
-        everything = self._flops_of_everything(tokens, batch, explained) if plan != PLANS[0] else flops
+        everything = self._flops_of_everything(tokens, batch, explained) if plan != self._everything else flops
         return MemoryEstimate(
             plan=plan,
             tokens=tokens,
@@ -246,6 +252,7 @@ class Twin:
             near: a length to look at first.
         """
         self._check(plan)
+        plan = checkpoint.suited(plan, self.model)
         aim = LONGEST_WITHIN * memory / 2
 
         def room(tokens: int) -> int:
@@ -293,7 +300,7 @@ class Twin:
     def _flops_of_everything(self, tokens: int, batch: int, explained: int) -> int:
         key = (tokens, batch, explained)
         if key not in self._flops:
-            self._flops[key] = self._total_flops(self._run(PLANS[0], tokens, batch, explained, {}))
+            self._flops[key] = self._total_flops(self._run(self._everything, tokens, batch, explained, {}))
         return self._flops[key]
 
     def _total_flops(self, trace: _Trace) -> int:
@@ -377,7 +384,9 @@ def _following(
             ledger.where = index
             for tag, size in held.get(index, {}).items():
                 ledger.add(tag, size)
-            hidden = inputs[0] if inputs else named["hidden_states"]
+            hidden = stream(inputs, named)
+            if hidden is None:
+                raise EstimateError("a layer is called without hidden states [B, T, width]")
 
             def leave(_: torch.Tensor) -> None:
                 ledger.where = index - 1 if index else "embeddings"

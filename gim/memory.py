@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gim import scoring
+from gim import checkpoint, scoring
 from gim.context import check_engine
 from gim.estimate import EstimateError, MemoryEstimate, Twin, estimate_memory
 from gim.parts import anatomy
@@ -141,7 +141,8 @@ class _Adviser:
         self.batch, self.tokens = request.rows.ids.shape
         self.free = free_bytes(self.device)
         # Offloading to the memory that the model is in itself wins nothing.
-        self.plans = [plan for plan in PLANS if plan.offload == "none" or self.device.type == "cuda"]
+        plans = (plan for plan in PLANS if plan.offload == "none" or self.device.type == "cuda")
+        self.plans = [checkpoint.suited(plan, model) for plan in plans]
         if any(
             getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.parts.modules.values()
         ):
@@ -184,6 +185,7 @@ class _Adviser:
         Raises:
             EstimateError: it cannot be told.
         """
+        plan = checkpoint.suited(plan, self._model)
         return self.twin.estimate(plan, self.tokens, batch=self.batch, explained=len(self._request.kept.positions))
 
     def at_once(self, plan: MemoryPlan) -> int:
@@ -217,16 +219,17 @@ class _Adviser:
         if self.has_plenty and self.plans[0].checkpoint == "none":
             return self.plans[0]
         if self.free is None or not checkpointable:
-            return MemoryPlan("layer") if checkpointable else MemoryPlan("none")
+            return checkpoint.suited(MemoryPlan("layer" if checkpointable else "none"), self._model)
         found: list[MemoryEstimate] = []
         for plan in self.plans:
             estimate = self.try_estimate(plan)
             if estimate is not None:
                 found.append(estimate)
-                if plan == PLANS[0] and estimate.activations <= AUTO_SHARE * self.free:
+                if plan.checkpoint == "none" and estimate.activations <= AUTO_SHARE * self.free:
                     return plan  # nothing is faster
         if not found:
-            return MemoryPlan("layer")  # nothing can be told of this model: as little as any model can do with
+            # Nothing can be told of this model: as little as any model can do with.
+            return checkpoint.suited(MemoryPlan("layer"), self._model)
         best = fastest([one for one in found if one.activations <= AUTO_SHARE * self.free])
         if best is not None:
             return best.plan
@@ -383,7 +386,7 @@ def run(
         model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id, per), rules, engine
     )
     if isinstance(chosen, MemoryPlan):
-        plan = chosen
+        plan = checkpoint.suited(chosen, model)
         adviser.check(plan)
     else:
         plan = adviser.choose()
@@ -408,8 +411,7 @@ def run(
         if isinstance(result, str):
             _release(ids.device)
             raise adviser.error(f"out of memory twice ({result})", leaner, adviser.try_estimate(leaner))
-        plan = leaner
-    words = plan.describe(pinned=ids.device.type == "cuda") + (", chosen by auto" if memory == "auto" else "")
+    words = result.plan.describe(pinned=ids.device.type == "cuda") + (", chosen by auto" if memory == "auto" else "")
     return dataclasses.replace(result, memory=words)
 
 

@@ -31,7 +31,8 @@ class MemoryPlan:
         mlp_tile: run the MLP, and the norm in front of it, this many tokens at a time where they run again; None for
             all at once. The last tile is shorter where the tiles do not divide the prompt.
         head: ``"explained"`` runs the head, and the last layer's attention and MLP, for the explained positions only;
-            ``"all"`` runs the last layer for every position.
+            ``"all"`` runs the last layer for every position. It takes the place of the other where a user's hook or
+            code, or a wrapper, may read what is computed at other positions.
 
     Raises:
         TypeError: a flag that is not a bool, a tile that is not an integer.

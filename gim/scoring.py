@@ -21,7 +21,8 @@ from gim.intercept.session import Session, session_of, stack_of
 from gim.nonfinite import first_nonfinite_gradient, refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
-from gim.parts.calling import Kept, Prepared, Rows
+from gim.parts.calling import Kept, MadeOfLogitsError, Prepared, Rows
+from gim.parts.layers import stream
 from gim.parts.parameters import frozen_parameters, named_parameters
 from gim.plan import MemoryPlan
 from gim.rules import Rules
@@ -167,9 +168,29 @@ def run(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("explain cannot run under torch.inference_mode(): gradients do not exist there")
     parts = anatomy.of(model)
-    if parts.head == "class":
-        # A class is read off a token of the model's choice, so the last layer runs for all of them.
-        plan = dataclasses.replace(plan, head="all")
+    plan = checkpoint.suited(plan, model)
+    try:
+        return _run(model, parts, request, baseline_id, rules, plan, progress, strict, engine, at_once)
+    except MadeOfLogitsError:
+        if plan.head == "all":
+            raise
+    plan = dataclasses.replace(plan, head="all")
+    return _run(model, parts, request, baseline_id, rules, plan, progress, strict, engine, at_once)
+
+
+def _run(
+    model: nn.Module,
+    parts: Anatomy,
+    request: Request,
+    baseline_id: int,
+    rules: Rules,
+    plan: MemoryPlan,
+    progress: Progress | None,
+    strict: bool,
+    engine: Engine,
+    at_once: int,
+) -> Result:
+    """:func:`run` under exactly this plan."""
     # One explanation of a model at a time: a plan and frozen weights are the model's, not a thread's.
     with (
         stack_of(model).exclusive,
@@ -493,8 +514,8 @@ def _reporting(parts: Anatomy, progress: Progress, backwards: int) -> Iterator[N
 
     def watch(index: int) -> Callable[..., None]:
         def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = inputs[0] if inputs else named.get("hidden_states")
-            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden = stream(inputs, named)
+            if hidden is not None and hidden.requires_grad:
                 # The gradient of a layer's input exists once the layer's backward is done.
                 hidden.register_hook(lambda _: count(index))
 

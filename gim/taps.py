@@ -14,6 +14,7 @@ from gim.intercept.flow import mark, origin
 from gim.intercept.gates import Changes
 from gim.intercept.session import Session, session_of
 from gim.parts import anatomy
+from gim.parts.layers import stream_at
 from gim.targets import Per
 
 #: Tokens whose numbers are multiplied at once: whole products in float32 may be larger than what the backward keeps.
@@ -80,10 +81,13 @@ class Taps:
             try:
                 if self._per == "head" or not torch.is_grad_enabled():
                     return forward(*inputs, **named)
-                if inputs:
-                    inputs = (self._stream(index, inputs[0]), *inputs[1:])
+                at = stream_at(inputs, named)
+                if isinstance(at, str):
+                    named = {**named, at: self._stream(index, named[at])}
                 else:
-                    named = {**named, "hidden_states": self._stream(index, named.get("hidden_states"))}
+                    at = at or 0
+                    seen = self._stream(index, inputs[at] if inputs else None)
+                    inputs = (*inputs[:at], seen, *inputs[at + 1 :])
                 return forward(*inputs, **named)
             finally:
                 self._inside.pop()

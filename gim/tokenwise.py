@@ -87,7 +87,7 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
             continue
         alone = maps_each_token(child, width, dtype)
         if alone is not None:
-            hooked = any(has_hooks(module) for one, module in inside.items() if one)
+            hooked = has_global_hooks() or any(has_hooks(module) for one, module in inside.items() if one)
             found.append(MLP(name, child, HOOKED if hooked else "" if alone else OUTLIERS))
     return found or reason
 
@@ -110,7 +110,7 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
         return None
 
     def run(x: torch.Tensor) -> Any:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = forward(x.requires_grad_())
         return y.detach() if isinstance(y, torch.Tensor) else y
 
@@ -147,11 +147,25 @@ HOOKS = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a user has put a hook on a module itself; those of a library are its code."""
-    return any(_is_users(hook) for name in HOOKS for hook in module.__dict__[name].values())
+    return any(is_users(hook) for name in HOOKS for hook in module.__dict__[name].values())
 
 
-def _is_users(hook: Any) -> bool:
-    return home_of(hook).partition(".")[0] not in PLAIN
+def has_global_hooks() -> bool:
+    """Whether a user has put a hook on all modules at once, which no module says of itself."""
+    everywhere = (getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
+    return any(is_users(hook) for hooks in everywhere for hook in hooks.values())
+
+
+def sets_forward(module: nn.Module) -> bool:
+    """Whether a user has set the ``forward`` of a module; what accelerate sets to move tensors is none of theirs."""
+    own = original_forward(module)
+    of_class = getattr(own, "__func__", None) is type(module).forward
+    return not of_class and not accelerate.only_moves(module) and is_users(own)
+
+
+def is_users(function: Any) -> bool:
+    """Whether a function is neither torch's, transformers' nor this package's."""
+    return home_of(function).partition(".")[0] not in PLAIN
 
 
 def without_hooks(module: nn.Module) -> nn.Module | None:
@@ -163,7 +177,7 @@ def without_hooks(module: nn.Module) -> nn.Module | None:
     """
     own = original_forward(module)
     of_class = getattr(own, "__func__", None) is type(module).forward
-    if not of_class and not accelerate.only_moves(module) and (module._modules or _is_users(own)):
+    if not of_class and not accelerate.only_moves(module) and (module._modules or is_users(own)):
         return None
     copied = object.__new__(type(module))
     copied.__dict__.update({name: _apart(one) for name, one in module.__dict__.items()})
@@ -171,12 +185,16 @@ def without_hooks(module: nn.Module) -> nn.Module | None:
     if not of_class and not accelerate.only_moves(module):
         copied.__dict__["forward"] = own
     for name in HOOKS:
-        hooks = ((number, hook) for number, hook in module.__dict__[name].items() if not _is_users(hook))
+        hooks = ((number, hook) for number, hook in module.__dict__[name].items() if not is_users(hook))
         copied.__dict__[name] = OrderedDict(hooks)
     children = {name: None if one is None else without_hooks(one) for name, one in module._modules.items()}
     if any(one is not None and children[name] is None for name, one in module._modules.items()):
         return None
     copied.__dict__["_modules"] = children
+    if has_global_hooks():
+        if any(copied.__dict__[name] for name in HOOKS):
+            return None  # a library's hooks run in the same call as those
+        copied.__dict__["_compiled_call_impl"] = copied.forward  # what torch calls in place of hooks and ``forward``
     return copied
 
 
@@ -301,21 +319,22 @@ def run_again(
 
 
 class NormBefore:
-    """The norm whose output a layer's MLP takes, found as the model runs: the tensor itself is the proof.
+    """The norm whose output a layer's MLP takes, found as the model runs: the tensor itself is the proof, where nobody
+    has written into it or into what it was computed from, or has hung anything on its gradient.
 
     With it, a tile is a few tokens of the norm's input, and neither its output nor its gradient is ever whole.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[torch.Tensor, torch.Tensor, Forward] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor, Forward, tuple[int, int]] | None = None
 
     def watch(self, norm: nn.Module, forward: Forward, changes: Changes) -> None:
         """Remember what this norm was called with, until its MLP has asked; ``forward`` runs it, in a backward too."""
 
         def run(hidden: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
             y = forward(hidden, *others, **named)
-            if torch.is_grad_enabled() and not others and not named:
-                self._last = (hidden, y, forward)
+            if torch.is_grad_enabled() and hidden.requires_grad and not others and not named:
+                self._last = (hidden, y, forward, (hidden._version, y._version))
             return y
 
         changes.replace_forward(norm, run)
@@ -323,7 +342,12 @@ class NormBefore:
     def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Forward] | None:
         """The input and the forward of the norm that gave ``hidden``, or None where none did."""
         last, self._last = self._last, None
-        return (last[0], last[2]) if last is not None and last[1] is hidden else None
+        if last is None or last[1] is not hidden:
+            return None
+        source, y, forward, written_then = last
+        if (source._version, y._version) != written_then or y._backward_hooks or y.retains_grad:
+            return None
+        return source, forward
 
     def forget(self) -> None:
         """Hold no tensor any more."""

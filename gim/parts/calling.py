@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gim.parts.adapters import hugging_face, torch_modules
+from gim.parts.layers import stream
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,15 @@ class Call:
         positional, named = self.arguments(self.taken, self.model, rows.ids, rows.mask, rows.position_ids)
         prepared = Prepared(self, rows, kept, positional, named, narrow, leaves)
         keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
+        prepared.keeps = keeper is not None
         for core in self.cores:
             change = functools.partial(prepared.settings, core, outermost=core is self.cores[0], keeps=core is keeper)
             replace_forward(core, _called_with(core, change, prepared.see_head if core is keeper else None))
         return prepared
+
+
+class MadeOfLogitsError(ValueError):
+    """What is explained is made of the logits at every position, of which a few were computed."""
 
 
 class Prepared:
@@ -174,6 +180,8 @@ class Prepared:
         self._named = named
         self._leaves = leaves
         self._narrow = narrow
+        #: Whether a Hugging Face model inside can be asked for some logits only.
+        self.keeps = False
         self._asked = False
         self._narrowed: torch.Tensor | None = None
         self._proved = 0
@@ -184,8 +192,8 @@ class Prepared:
         longer: list[torch.Tensor] = []
 
         def see(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = inputs[0] if inputs else named.get("hidden_states")
-            if isinstance(hidden, torch.Tensor) and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
+            hidden = stream(inputs, named)
+            if hidden is not None and hidden.dim() == 3 and hidden.shape[1] > self._kept.tokens:
                 longer.append(hidden)
 
         with ExitStack() as hooks:
@@ -201,14 +209,15 @@ class Prepared:
         """The logits ``[B, K, V]`` at the explained positions; those of a classifier stand for the last of each row.
 
         Raises:
+            MadeOfLogitsError: a wrapper makes something of the logits, and the head was asked for a few of them.
             ValueError: which logits belong to which token cannot be told.
         """
         kept, logits = self._kept, self._logits_of(self.run())
-        if self._narrowed is not None and logits is not self._narrowed:
-            # A wrapper has made something of the logits, and what it would make of all of them is what is explained.
-            self._narrow = False
-            self._leaves.clear()
-            logits = self._logits_of(self.run())
+        if self.keeps and self._narrow and logits is not self._narrowed:
+            raise MadeOfLogitsError(
+                f"{type(self._call.model).__name__} gives other logits than the model inside, and what it makes of all "
+                "positions is what is explained, so they must be there: add head=all to the memory plan"
+            )
         if logits.dim() == 2:
             if not torch.isin(kept.positions, self._rows.last()).all():
                 raise ValueError(

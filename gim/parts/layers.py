@@ -5,7 +5,31 @@ It decides what a plan runs apart, never what a rule acts on; what is wrong here
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
 from torch import nn
+
+
+def stream_at(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | str | None:
+    """Which of a layer's arguments its hidden states ``[B, T, .., W]`` are: a place, or a name of the layer's choice.
+
+    Of several that could be, the first that a gradient is asked for; where none is, the first ``[B, T, W]``. None
+    where there is none.
+    """
+    given: chain[tuple[int | str, Any]] = chain(enumerate(inputs), named.items())
+    found = [(at, x) for at, x in given if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() >= 3]
+    asked = (at for at, x in found if x.requires_grad)
+    return next(asked, next((at for at, x in found if x.dim() == 3), None))
+
+
+def stream(inputs: Sequence[Any], named: Mapping[str, Any]) -> torch.Tensor | None:
+    """The hidden states ``[B, T, .., W]`` that a layer is called with, however; None where it is called with none."""
+    at = stream_at(inputs, named)
+    found: torch.Tensor | None = None if at is None else inputs[at] if isinstance(at, int) else named[at]
+    return found
 
 
 def attentions(module: nn.Module) -> list[nn.Module]:

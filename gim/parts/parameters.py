@@ -20,11 +20,23 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that no layer keeps its input for one."""
-    asking = [one for _, one in named_parameters(anatomy.of(model).modules) if one.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
+    """Inside, no parameter asks for a gradient, so that no layer keeps its input for one.
+
+    Raises:
+        ValueError: a parameter was made where gradients do not exist; names it.
+    """
+    asking = []
+    for name, parameter in named_parameters(anatomy.of(model).modules):
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), and no gradient goes through it: make or load the "
+                "model outside"
+            )
+        if parameter.requires_grad:
+            asking.append(parameter)
     try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in asking:

@@ -23,6 +23,7 @@ from gim.parts.adapters.hugging_face import as_before
 from gim.parts.calling import Kept, Rows
 from gim.plan import MemoryPlan
 from tests.families import SHARED, SPECIAL, VOCABULARY, ids, make
+from tests.head import heads_run
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 BASELINE = 3
@@ -324,9 +325,9 @@ def test_a_wrapper_around_an_encoder_or_a_classifier_changes_nothing() -> None:
 def test_the_head_runs_on_the_explained_positions_through_a_wrapper() -> None:
     model = make("llama")
     seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
-    for wrapped in (Anything(model), Bare(model), Soft(model)):
-        explain(wrapped, prompts()[0], memory="none")
+    with heads_run(model, seen):
+        for wrapped in (Anything(model), Bare(model), Soft(model)):
+            explain(wrapped, prompts()[0], memory="none")
     assert seen == [1, 1, 1]
 
 
@@ -359,6 +360,23 @@ class Centred(Anything):
         return None, logits - 0.1 * logits.mean(1, keepdim=True)
 
 
+class Weighed(Anything):
+    """Weighs the logits by those at a place from where no gradient comes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(*args, **kwargs)
+        out.logits = out.logits * out.logits[:, 1:2].detach().sigmoid()
+        return out
+
+
+class Around(Anything):
+    """Has a head of its own, which sees what the last layer gives at a place from where no gradient comes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.inner.model(*args, **kwargs).last_hidden_state
+        return self.inner.lm_head(hidden * hidden[:, 1:2].detach().sigmoid())
+
+
 class Closing(Anything):
     """Gives the logits at the last column alone."""
 
@@ -372,10 +390,13 @@ def test_what_a_wrapper_makes_of_the_logits_is_explained() -> None:
     assert_close64(explain(Warm(model), row), 0.5 * want, "by itself", FLOAT64_MODEL_RELATIVE)
     assert_close64(explain(Closing(model), row), want, "the last", FLOAT64_MODEL_RELATIVE)
     mean = torch.stack([alone(model, row, at) for at in range(LONG)]).mean(0)
-    got = explain(Centred(model), row, memory="none+head=all")
-    assert_close64(got, want - 0.1 * mean, "together", FLOAT64_MODEL_RELATIVE)
-    with pytest.raises(gim.UnsupportedModelError, match="depends on the last layer at other positions"):
-        explain(Centred(model), row, memory="none")
+    for plan in ("none+head=all", "none", "layer", "auto"):
+        got = explain(Centred(model), row, memory=plan)
+        assert_close64(got, want - 0.1 * mean, f"together, {plan}", FLOAT64_MODEL_RELATIVE)
+    for plan in ("none", "layer"):
+        for outer in (Weighed(model), Around(model)):
+            got, want = explain(outer, row, memory=plan), explain(outer, row, memory="none+head=all")
+            assert_close64(got, want, f"{type(outer).__name__}, {plan}", FLOAT64_MODEL_RELATIVE)
 
 
 def test_logits_that_cannot_be_told_are_an_error() -> None:

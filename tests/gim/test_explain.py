@@ -16,6 +16,7 @@ from gim.targets import Continuation, Contrast, Token
 from gim_kernels.budget import largest_error
 from tests import eager
 from tests.families import ids, make, text_model, tokenizer
+from tests.head import heads_run
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 PROMPT = "The cat sat on the mat"
@@ -111,11 +112,10 @@ def test_shapes_follow_gim_explain() -> None:
 
 def test_only_the_explained_positions_go_through_the_head(model: Any, tok: Any) -> None:
     widths: list[int] = []
-    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
-    gim.attribute(model, tok, PROMPT)
-    gim.attribute(model, tok, PROMPT, target=Contrast(5, 6))
-    gim.attribute(model, tok, PROMPT, target=Continuation([5, 6, 7]))
-    handle.remove()
+    with heads_run(model, widths):
+        gim.attribute(model, tok, PROMPT)
+        gim.attribute(model, tok, PROMPT, target=Contrast(5, 6))
+        gim.attribute(model, tok, PROMPT, target=Continuation([5, 6, 7]))
     assert widths == [1, 1, 3]
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gim
 from gim import memory, offload, scoring
@@ -22,6 +23,7 @@ from gim.inputs import check_ids
 from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, HEADS, MLP_TILE, OFFLOADS, PLANS, MemoryPlan
 from gim_kernels import blockwise
+from gim_kernels.budget import relative_error
 from tests.families import FAMILIES, ids, make
 from tests.gim.test_models import state
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
@@ -157,19 +159,137 @@ def _shared_mlp(model: Any) -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
 
 
+def _sharing_with_the_last(part: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        setattr(model.model.layers[0], part, getattr(model.model.layers[2], part))
+
+    return change
+
+
+def _last_layer_first(model: Any) -> None:
+    model.model.layers[0] = model.model.layers[2]
+
+
 def _computed_weights(model: Any) -> None:
     for layer in model.model.layers:
         nn.utils.parametrize.register_parametrization(layer.mlp.gate_proj, "weight", Twice())
         nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
 
 
-@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights])
+#: Parts that an earlier layer shares with the last, whose own run at the explained positions alone.
+SHARED_WITH_THE_LAST = [
+    _last_layer_first,
+    *map(_sharing_with_the_last, ("mlp", "self_attn", "input_layernorm", "post_attention_layernorm")),
+]
+
+
+@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights, *SHARED_WITH_THE_LAST])
 def test_models_built_otherwise_equal_their_full_forward(change: Callable[[Any], None]) -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     change(model)
     want = explain(model, tokens, EVERYTHING)
     for plan in SOME:
         close(explain(model, tokens, plan), want, plan.name)
+
+
+class Scaling(LlamaDecoderLayer):
+    """Writes into what its norm gives, or was given, before its MLP reads what it gave."""
+
+    written: ClassVar[str]
+
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        hidden = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *others, **named)[0]
+        source = hidden * 1.5
+        normed = self.post_attention_layernorm(source)
+        {"output": normed, "input": source}[self.written].mul_(1.7)
+        return hidden + source + self.mlp(normed)
+
+
+def _writing(written: str) -> Callable[[Any], None]:
+    def change(layer: Any) -> None:
+        layer.__class__ = type("Scaling", (Scaling,), {"written": written})
+
+    return change
+
+
+STEER = torch.linspace(0.0, 1.0, 48, dtype=torch.float64)
+#: What may happen to what a norm gives before the MLP behind it reads it.
+BETWEEN: dict[str, Callable[[Any], Any]] = {
+    "code writes into it": _writing("output"),
+    "code writes into what it was computed from": _writing("input"),
+    "a hook on the norm": lambda layer: layer.post_attention_layernorm.register_forward_hook(
+        lambda _, __, out: (out.add_(STEER), None)[1]
+    ),
+    "a hook on the MLP": lambda layer: layer.mlp.register_forward_pre_hook(
+        lambda _, given: (given[0].mul_(1.5), None)[1]
+    ),
+    "a hook on its gradient": lambda layer: layer.post_attention_layernorm.register_forward_hook(
+        lambda _, __, out: (out.register_hook(lambda grad: grad * STEER), None)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BETWEEN)
+def test_what_happens_between_a_norm_and_its_mlp_is_kept(how: str) -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    plain = explain(model, tokens, EVERYTHING)
+    BETWEEN[how](model.model.layers[1])
+    want = explain(model, tokens, EVERYTHING)
+    assert relative_error(want.scores, plain.scores) > 1e-3
+    for name in ("mlp", "mlp+tile=5", "layer+attention+tile=5", "layer"):
+        close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
+
+
+def test_a_gradient_that_a_norms_output_retains_is_whole() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    kept: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, __: Any, out: torch.Tensor) -> None:
+        out.retain_grad()
+        kept.append(out)
+
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(hook)
+    found = []
+    for name in ("none", "mlp", "mlp+tile=5"):
+        kept.clear()
+        explain(model, tokens, MemoryPlan.parse(name))
+        assert kept[0].grad is not None, name
+        found.append(kept[0].grad)
+    assert_close64(found[1], found[0], "mlp", relative=FLOAT64_PLAN_RELATIVE)
+    assert_close64(found[2], found[0], "mlp+tile=5", relative=FLOAT64_PLAN_RELATIVE)
+
+
+class ByName(LlamaDecoderLayer):
+    """Hands its hidden states to its own code under a name of its choice, behind an argument that is none."""
+
+    def __call__(self, hidden_states: torch.Tensor, **named: Any) -> Any:
+        return super().__call__(turned=named.pop("position_embeddings"), x=hidden_states, **named)
+
+    def forward(self, *, turned: Any, x: torch.Tensor, **named: Any) -> Any:
+        return super().forward(x, position_embeddings=turned, **named)
+
+
+def test_layers_may_call_their_hidden_states_by_any_name() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    want = explain(model, tokens, EVERYTHING)
+    asked: list[tuple[str, int, int]] = []
+    explain(model, tokens, MemoryPlan(), progress=lambda *said: asked.append(said))
+    by_layer = _layers_of(model)
+    for layer in model.model.layers:
+        layer.__class__ = ByName
+    for plan in SOME:
+        close(explain(model, tokens, plan), want, plan.name)
+    told: list[tuple[str, int, int]] = []
+    explain(model, tokens, MemoryPlan(), progress=lambda *said: told.append(said))
+    assert told == asked and ("backward", 3, 3) in told
+    assert torch.equal(_layers_of(model), by_layer)
+
+
+def _layers_of(model: Any) -> torch.Tensor:
+    """Scores of what each layer reads, under a plan that runs layers again."""
+    found = memory.run(*request(model), memory="layer", progress=None, per="layer").inside
+    assert found is not None
+    return found
 
 
 def test_an_mlp_whose_forward_was_set_is_named() -> None:
@@ -280,14 +400,171 @@ def test_a_tile_holds_a_few_tokens_of_the_norms_input() -> None:
     assert shapes == 3 * [LENGTH] + 2 * [8, 8, 3, LENGTH]
 
 
+class Mixing(nn.Module):
+    """A norm that mixes tokens."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return y + y.mean(1, keepdim=True)
+
+
 def test_the_last_layer_may_not_reach_other_positions() -> None:
     model, tokens = make("llama"), ids(1, LENGTH)
     # A model whose last norm mixes tokens: what is explained then depends on the last layer everywhere.
-    model.model.norm.register_forward_hook(lambda _, __, y: y + y.mean(1, keepdim=True))
+    model.model.norm = Mixing(model.model.norm)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2: .* other positions .* head=all"):
         explain(model, tokens, MemoryPlan("none"))
     want = explain(model, tokens, EVERYTHING)
     close(explain(model, tokens, MemoryPlan("layer", True, head="all")), want, "head=all")
+
+
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(1, keepdim=True).detach()
+
+
+def _behind(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_hook(
+        lambda _, __, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+    )
+
+
+def _in_front(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_pre_hook(lambda _, given: (change(given[0]),))
+
+
+def _behind_the_body(module: nn.Module, change: Any) -> Any:
+    return module.register_forward_hook(
+        lambda _, __, out: out.__setitem__("last_hidden_state", change(out.last_hidden_state))
+    )
+
+
+def _for_all(module: nn.Module, change: Any) -> Any:
+    return nn.modules.module.register_module_forward_hook(
+        lambda one, _, out: change(out) if one is module else None, always_call=False
+    )
+
+
+def _in_front_for_all(module: nn.Module, change: Any) -> Any:
+    return nn.modules.module.register_module_forward_pre_hook(
+        lambda one, given: (change(given[0]),) if one is module else None
+    )
+
+
+class _Set:
+    """A ``forward`` that the user has set, to be taken away like a hook."""
+
+    def __init__(self, module: nn.Module, change: Any) -> None:
+        self.module, own = module, module.forward
+        module.__dict__["forward"] = lambda *given, **named: change(own(*given, **named))
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+
+
+LAST = "model.layers.2"
+#: Where a user may read what the last layer gives: in it, or behind it.
+READ: dict[str, tuple[str, Callable[[nn.Module, Any], Any]]] = {
+    "layer": (LAST, _behind),
+    "attention": (f"{LAST}.self_attn", _behind),
+    "attention's product": (f"{LAST}.self_attn.o_proj", _behind),
+    "before attention's product": (f"{LAST}.self_attn.o_proj", _in_front),
+    "MLP": (f"{LAST}.mlp", _behind),
+    "before the MLP's last map": (f"{LAST}.mlp.down_proj", _in_front),
+    "norm": (f"{LAST}.post_attention_layernorm", _in_front),
+    "final norm": ("model.norm", _in_front),
+    "body": ("model", _behind_the_body),
+    "head": ("lm_head", _in_front),
+    "logits": ("lm_head", _behind),
+    "for all modules": (f"{LAST}.self_attn.o_proj", _for_all),
+    "before all modules": (f"{LAST}.mlp.down_proj", _in_front_for_all),
+    "set on the final norm": ("model.norm", _Set),
+    "set on attention's product": (f"{LAST}.self_attn.o_proj", _Set),
+}
+
+
+@pytest.mark.parametrize("where", READ)
+def test_what_a_user_reads_of_the_last_layer_is_there(where: str) -> None:
+    """Read without a gradient, zeros in its place would tell nobody."""
+    model, tokens = make("llama"), ids(2, LENGTH)
+    plain = explain(model, tokens, EVERYTHING)
+    name, put = READ[where]
+    seen: list[torch.Tensor] = []
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach().clone())
+        return _centred(x)
+
+    handle = put(model.get_submodule(name), change)
+    try:
+        want = explain(model, tokens, EVERYTHING)
+        own = seen[0]
+        assert relative_error(want.scores, plain.scores) > 1e-4
+        for plan in ("none", "layer+attention", "layer"):
+            seen.clear()
+            got = explain(model, tokens, MemoryPlan.parse(plan))
+            close(got, want, plan)
+            assert got.plan.head == "all"
+            assert_close64(seen[0], own, plan, relative=FLOAT64_PLAN_RELATIVE)
+        found = memory.run(*request(model), memory="auto", progress=None)
+        assert found.plan == EVERYTHING and "last layer at every position" in found.memory
+        (told,) = gim.estimate_memory(model, LENGTH, plans=[MemoryPlan("layer")])
+        assert told.plan == MemoryPlan("layer", head="all")
+    finally:
+        handle.remove()
+    assert explain(model, tokens, MemoryPlan()).plan.head == "explained"
+
+
+def test_a_hook_before_the_last_layer_reads_nothing_of_it() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    _behind(model.model.layers[1], _centred)
+    _in_front(model.model.embed_tokens, lambda tokens: tokens)
+    got = explain(model, tokens, MemoryPlan())
+    assert got.plan.head == "explained"
+    close(got, explain(model, tokens, EVERYTHING), "none")
+
+
+def test_a_hook_for_all_modules_sees_no_numbers_of_ours_and_mlps_run_whole() -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    shown: set[tuple[int, ...]] = set()
+    mixing = model.model.layers[1].mlp.down_proj
+
+    def hook(module: nn.Module, _: Any, out: Any) -> Any:
+        if isinstance(module, nn.Linear):
+            shown.add(tuple(out.shape[:2]))
+        return out + out[:, 2:3] if module is mixing else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        want = explain(model, tokens, EVERYTHING)
+        for plan in SOME:
+            close(explain(model, tokens, plan), want, plan.name)
+    finally:
+        handle.remove()
+    assert shown == {(2, LENGTH)}
+
+
+def test_plans_that_run_mlps_in_parts_are_refused_by_name_under_autocast() -> None:
+    model, tokens = make("llama", torch.float32), ids(1, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = explain(model, tokens, EVERYTHING).scores
+        for plan in ("mlp", "layer+tile=5"):
+            with pytest.raises(ValueError, match=r"runs MLPs in parts, which is not done under torch\.autocast"):
+                explain(model, tokens, MemoryPlan.parse(plan))
+        for plan in ("none", "layer", "layer+attention"):
+            got = explain(model, tokens, MemoryPlan.parse(plan)).scores
+            assert relative_error(got, want) < 0.05, plan
+
+
+def test_a_model_of_inference_mode_is_named_and_left_as_it_was() -> None:
+    with torch.inference_mode():
+        model = make("llama")
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight was made under torch\.inference_mode\(\)"):
+        explain(model, ids(1, LENGTH), MemoryPlan())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_offloading_reuses_its_buffers() -> None:
