@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from functools import wraps as wraps_of
 from typing import Any
 
 import pytest
@@ -238,3 +239,29 @@ def test_a_full_backward_hook_keeps_the_inputs_of_a_module_apart() -> None:
         grads.append(torch.autograd.grad(y.sum(), x)[0])
         model.gated.register_full_backward_hook(lambda *_: None)
     assert torch.equal(*grads)
+
+
+def test_a_forward_that_is_set_inside_is_the_models_code_whatever_it_wraps() -> None:
+    """A hook on that module stays a hook."""
+
+    def attributed(wraps: bool, hook: bool) -> tuple[torch.Tensor, AppliedReport]:
+        model = make("llama", torch.float64)
+        mlp = model.model.layers[1].mlp
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+            return out
+
+        x = model.model.embed_tokens(ids(1, 7)).detach().requires_grad_()
+        with gim.GIM(model) as report:
+            if wraps:
+                mlp.forward = wraps_of(mlp.forward)(forward)
+            if hook:
+                put(model, "after", COMPUTED["gate"][0])
+            loss = model(inputs_embeds=x, use_cache=False).logits[0, -1, 7]
+        return torch.autograd.grad(loss, x)[0], report
+
+    for hook in (False, True):
+        (want, plain), (got, report) = attributed(wraps=False, hook=hook), attributed(wraps=True, hook=hook)
+        assert_close64(got, want, f"wrapped, hook={hook}")
+        assert report.complete and report.counts() == plain.counts()
