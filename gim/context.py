@@ -20,7 +20,7 @@ from gim.intercept.flow import take_as_inputs, take_as_weights
 from gim.intercept.frames import Frame, running
 from gim.intercept.gates import Gate
 from gim.intercept.proof import Proof
-from gim.intercept.session import Session, stack_of
+from gim.intercept.session import Session, Stack, stack_of
 from gim.intercept.values import ARGUMENTS_DEEP, collect
 from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
@@ -160,17 +160,14 @@ class GIM:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         modules = anatomy.of(self.model).modules
         check_engine(self.engine, self.model)
-        refuse_unsupported_placement(modules)
-        _refuse_dropout(modules)
         stack = stack_of(self.model)
         session = Session(self.rules, self.strict, stack, self.engine)
         session.check_no_graph = functools.partial(checkpoints.refuse_reentrant, session)
         # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
         weakref.finalize(self, session.close)
-        interface.prepare(modules, stack)
         session.proof = Proof(self.model, session)
         stack.run, stack.leaf = forward_pass, fused.call
-        stack.install(modules)
+        _install(modules, stack)
         self._session = session
         session.open()
         return session.report
@@ -191,9 +188,22 @@ class GIM:
                 )
 
 
+def _install(modules: Mapping[str, nn.Module], stack: Stack) -> None:
+    """Put gates before the modules that a stack's model consists of."""
+    refuse_unsupported_placement(modules)
+    _refuse_dropout(modules)
+    interface.prepare(modules, stack)
+    stack.install(modules)
+
+
 def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A forward pass of a session's model, or of one of its modules, from outside."""
-    refuse_context_parallelism(gate.stack.modules)
+    model = gate.stack.model()
+    assert model is not None, "it is being called"
+    modules = anatomy.of(model).modules
+    if not gate.stack.consists_of(modules):  # some were exchanged since the context was opened
+        _install(modules, gate.stack)
+    refuse_context_parallelism(modules)
     _refuse_forward_mode()
     compiled.EAGER.hold()
     again = torch._C._current_graph_task_id() != -1  # a checkpoint's second run has been seen in its first
@@ -204,8 +214,7 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
         running.frames.pop()
         held = []  # while it runs
         if torch.is_grad_enabled():
-            modules = gate.stack.modules.values()
-            weights = (x for one in modules for kept in (one._parameters, one._buffers) for x in kept.values())
+            weights = (x for one in modules.values() for kept in (one._parameters, one._buffers) for x in kept.values())
             held += take_as_weights(x for x in weights if x is not None)
             held += take_as_inputs(_arguments(gate, inputs, named))
         with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named) as seen:

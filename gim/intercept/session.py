@@ -8,6 +8,7 @@ innermost session that its own task or thread has opened, and none where it has 
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -237,7 +238,7 @@ class Stack:
         self.run: Callable[..., Any]
         #: Called with the gate of a module that holds no other, its frame and its one argument, and what calls it.
         self.leaf: Callable[[Gate, Frame, Any], Any]
-        self._gated: list[weakref.ref[nn.Module]] = []
+        self._gated: list[weakref.ref[Gate]] = []
         self._lock = threading.RLock()
 
     def innermost(self) -> Session | None:
@@ -249,17 +250,22 @@ class Stack:
         self.modules = modules
         with self._lock:
             for name, module in modules.items():
-                if isinstance(module, torch.jit.ScriptModule) or self._gate(module) is not None:
-                    continue
-                self._gated.append(weakref.ref(module))
-                module.__dict__["forward"] = Gate(module, name, self)
+                gate = self._gate(module)
+                if gate is None:
+                    gate = module.__dict__["forward"] = Gate(module, name, self)
+                    self._gated.append(weakref.ref(gate))
+                gate.name = name
+
+    def consists_of(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether these, by name, are the modules that have gates."""
+        return self.modules.keys() == modules.keys() and all(map(operator.is_, self.modules.values(), modules.values()))
 
     def forget(self, session: Session | None = None) -> None:
         """Leave out a session, and take the gates away with the last."""
         with self._lock:
             self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
             if not self.sessions:
-                self.modules = {}
+                self.modules, self.configs = {}, {}
                 undo_all(self._gated, self._ungate)
 
     def _gate(self, module: nn.Module) -> Gate | None:
@@ -274,13 +280,13 @@ class Stack:
                 found = getattr(found, "__dict__", {}).get(CHANGED)
         return None
 
-    def _ungate(self, held: weakref.ref[nn.Module]) -> None:
-        module = held()
-        gate = None if module is None else self._gate(module)
-        if module is None or gate is None:
+    def _ungate(self, held: weakref.ref[Gate]) -> None:
+        gate = held()
+        if gate is None:
             return
         gate.gone = True
-        top = module.__dict__["forward"]
+        module = gate.module
+        top = module.__dict__.get("forward")
         if top is gate:
             put_back(module, "forward", gate)
             return
@@ -288,7 +294,7 @@ class Stack:
             top = top.own
         if isinstance(top, Gate):
             top.own = gate.own
-        # Under a plan's forward it stays, and is no more once that is put back.
+        # Under another forward, a plan's or the user's own, it stays, and is no more once that is put back.
 
 
 _stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
