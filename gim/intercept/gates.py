@@ -128,6 +128,17 @@ def _itself(x: Any) -> Any:
     return x
 
 
+def interrupted(error: BaseException, stack: Stack) -> set[str]:
+    """Names of the modules of a stack that were running when an error was raised."""
+    names, traceback = set[str](), error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code is Gate.enter.__code__ and frame.f_locals["self"].stack is stack:
+            names.add(frame.f_locals["self"].name)
+        traceback = traceback.tb_next
+    return names
+
+
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """A module's own ``forward``, without what stands before it."""
     forward: Any = module.forward

@@ -11,7 +11,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ class Session:
         self.called: set[tuple[type, Any]] = set()
         #: Names of the modules that ran in the forward pass.
         self.ran: set[str] = set()
+        #: What forward passes that an error ended had left unreached by then.
+        self.early: list[tuple[str, str]] = []
+        #: Whether an error has ended one, and how many came to their end.
+        self.stopped, self.passes = False, 0
         #: How often a rule was applied, second runs of checkpoints included.
         self.fired = 0
         #: What was applied last.
@@ -136,13 +140,22 @@ class Session:
         """The output of an attention that runs, shown to whoever asks."""
         return out if self.see_heads is None else self.see_heads(out)
 
-    def without_values(self) -> list[tuple[str, str]]:
-        """Name and reason of attention whose weights met no values, since this was last asked."""
+    def without_values(self, but: Collection[str] = ()) -> list[tuple[str, str]]:
+        """Name and reason of attention whose weights met no values, since this was last asked, but in some modules."""
         waiting, self._waiting = self._waiting, {}
         if self.rules.v_scale == 1.0:
             return []
         reason = "brings its attention weights to its values in a way that gim does not know, so v_scale is not applied"
-        return [(name, reason) for name in dict.fromkeys(waiting.values())]
+        return [(name, reason) for name in dict.fromkeys(waiting.values()) if name not in but]
+
+    def ended(self, error: BaseException, missing: list[tuple[str, str]]) -> None:
+        """Report what a forward pass that an error ended had left unreached; where strict, it is raised on closing."""
+        self.stopped = True
+        text = f"a forward pass was ended by {type(error).__name__}: only what ran before was looked at"
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+        self.early += missing
+        self.report.unsupported.extend(pair for pair in missing if pair not in self.report.unsupported)
 
     def rename(self, row: Application, how: str) -> None:
         """Say in other words how a part was recognised."""
