@@ -14,13 +14,13 @@ import torch._dynamo.eval_frame
 from torch import nn
 from torch.autograd import forward_ad
 
-from gim.applied import AppliedReport
+from gim.applied import AppliedReport, UnsupportedModelError
 from gim.intercept import checkpoints, compiled, fused, interface
 from gim.intercept.flow import take_as_inputs, take_as_weights
 from gim.intercept.frames import Frame, running
-from gim.intercept.gates import Gate
-from gim.intercept.proof import Proof
-from gim.intercept.session import Session, stack_of
+from gim.intercept.gates import Gate, interrupted
+from gim.intercept.proof import Proof, Run
+from gim.intercept.session import Session, Stack, stack_of
 from gim.intercept.values import ARGUMENTS_DEEP, collect
 from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
@@ -82,6 +82,8 @@ class GIM:
     and raises.
 
     A forward pass follows the innermost context that its own thread or task has opened, in whatever order they close.
+    A forward pass that an error ends is looked at as far as it ran: what no rule had reached is in the report at once,
+    and an error on closing, unless one leaves the context anyway.
     Only what runs inside the ``forward`` of the model or of one of its modules is touched, and nothing of a hook of
     yours.
     A copy or a pickle made inside is independent of the context, and after it the model is as it was, bit for bit.
@@ -160,17 +162,14 @@ class GIM:
             raise RuntimeError("this GIM context is already open: make another for a nested one")
         modules = anatomy.of(self.model).modules
         check_engine(self.engine, self.model)
-        refuse_unsupported_placement(modules)
-        _refuse_dropout(modules)
         stack = stack_of(self.model)
         session = Session(self.rules, self.strict, stack, self.engine)
         session.check_no_graph = functools.partial(checkpoints.refuse_reentrant, session)
         # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
         weakref.finalize(self, session.close)
-        interface.prepare(modules, stack)
         session.proof = Proof(self.model, session)
         stack.run, stack.leaf = forward_pass, fused.call
-        stack.install(modules)
+        _install(modules, stack)
         self._session = session
         session.open()
         return session.report
@@ -184,36 +183,65 @@ class GIM:
         session, self._session = self._session, None
         if session is not None:
             session.close()
-            if session.ran and not session.report.forwards:
-                session.report.notes.append(
-                    f"no forward of {type(self.model).__name__} itself ran, only of modules in it: what its other code "
-                    "computes follows no rule"
+            report, name = session.report, type(self.model).__name__
+            if session.passes and not report.forwards:
+                report.notes.append(
+                    f"no forward of {name} itself ran, only of modules in it: what its other code computes follows no "
+                    "rule"
                 )
+            elif not report.forwards and exception is None and not session.stopped:
+                report.notes.append(f"no forward of {name} ran inside: nothing was looked at")
+            if exception is None:
+                session.add_unsupported(session.early)
+
+
+def _install(modules: Mapping[str, nn.Module], stack: Stack) -> None:
+    """Put gates before the modules that a stack's model consists of."""
+    refuse_unsupported_placement(modules)
+    _refuse_dropout(modules)
+    interface.prepare(modules, stack)
+    stack.install(modules)
 
 
 def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A forward pass of a session's model, or of one of its modules, from outside."""
-    refuse_context_parallelism(gate.stack.modules)
+    model = gate.stack.model()
+    assert model is not None, "it is being called"
+    modules = anatomy.of(model).modules
+    if not gate.stack.consists_of(modules):  # some were exchanged since the context was opened
+        _install(modules, gate.stack)
+    refuse_context_parallelism(modules)
     _refuse_forward_mode()
     compiled.EAGER.hold()
     again = torch._C._current_graph_task_id() != -1  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.
     proof = session.proof if session.proves and torch.is_grad_enabled() and not again else None
 
+    seen = Run(whole=gate.name == "")
+
     def run(frame: Frame) -> Any:
         running.frames.pop()
         held = []  # while it runs
         if torch.is_grad_enabled():
-            modules = gate.stack.modules.values()
-            weights = (x for one in modules for kept in (one._parameters, one._buffers) for x in kept.values())
+            weights = (x for one in modules.values() for kept in (one._parameters, one._buffers) for x in kept.values())
             held += take_as_weights(x for x in weights if x is not None)
             held += take_as_inputs(_arguments(gate, inputs, named))
-        with nullcontext() if proof is None else proof.watching(gate.name, gate.module, inputs, named) as seen:
-            found = gate.enter(frame, inputs, named)
-        return found, seen
+        with nullcontext() if proof is None else proof.watching(seen, gate.name, gate.module, inputs, named):
+            return gate.enter(frame, inputs, named)
 
-    out, seen = session.inside(gate.name, gate.module, run)
+    try:
+        out = session.inside(gate.name, gate.module, run)
+    except UnsupportedModelError:
+        session.without_values()
+        session.stopped = True
+        raise
+    except BaseException as error:
+        if not again:
+            missing = session.without_values(interrupted(error, gate.stack))
+            session.ended(error, missing if proof is None else missing + proof.unreached(seen))
+        raise
     if not again:
+        session.passes += 1
         session.report.forwards += gate.name == ""
         session.add_unsupported(session.without_values())
     if proof is not None:

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-_CALL = nn.Module._call_impl.__code__
+#: A call of a module.
+CALL = nn.Module._call_impl.__code__
 #: What runs hooks, and ``forward`` between them: the call itself and the functions in it.
-_CALLING = {_CALL, *(one for one in _CALL.co_consts if isinstance(one, CodeType))}
+CALLING = {CALL, *(one for one in CALL.co_consts if isinstance(one, CodeType))}
 
 
 class Callers:
@@ -30,10 +31,10 @@ class Callers:
         """Whether a hook on a module runs. What cannot be told to be one is the module's own code."""
         ran: CodeType | None = None
         for frame in _stack():
-            if frame.f_code not in _CALLING:
+            if frame.f_code not in CALLING:
                 ran = frame.f_code
-            elif frame.f_code is _CALL and id(module := frame.f_locals["self"]) in self._names:
-                return any(ran is _code(hook) for hook in _hooks(module))
+            elif frame.f_code is CALL and id(module := frame.f_locals["self"]) in self._names:
+                return is_hook_of(module, ran)
         return False
 
     def where(self) -> tuple[str, str]:
@@ -56,6 +57,11 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def is_hook_of(module: nn.Module, code: CodeType | None) -> bool:
+    """Whether a hook on a module begins with some code."""
+    return code is not None and any(code is code_of(hook) for hook in _hooks(module))
+
+
 def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
@@ -63,7 +69,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from torch_module._global_forward_hooks.values()
 
 
-def _code(hook: Any) -> CodeType | None:
+def code_of(hook: Any) -> CodeType | None:
     """The code that a call of a hook begins with."""
     while isinstance(hook, functools.partial):
         hook = hook.func

@@ -201,8 +201,10 @@ def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
         gate.leaf = False
         return _inner(gate, frame, x)
     with paused():  # what is asked here of tensors is no code of the module's
-        key = None if _others_modes() else _key(gate, x)
-        learns = key is not None and key not in _known and x.requires_grad and torch.is_grad_enabled()
+        # Where no gradient flows through a norm, none is seen in its code, so none is known there from before either.
+        lives = isinstance(x, torch.Tensor) and (x.requires_grad or not torch.is_grad_enabled())
+        key = _key(gate, x) if lives and not _others_modes() else None
+        learns = key is not None and key not in _known and torch.is_grad_enabled()
     norm, row = None if key is None else _known.get(key), None
     if torch.is_grad_enabled():
         checkpoints.follow(frame.session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from gim.intercept.callers import CALLING
 from gim.intercept.frames import Frame, running
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ CHANGED = "_gim_before"
 class Gate:
     """Stands before the ``forward`` of one module and says that it runs.
 
-    It is an attribute of the instance. A copy or a pickle of the module gets the module's own ``forward`` in its place.
+    It is an attribute of the instance. A copy or a pickle of the module gets the module's own ``forward`` in its place;
+    a shallow copy, which holds what its original holds, gets it once it is called.
     """
 
     def __init__(self, module: nn.Module, name: str, stack: Stack) -> None:
@@ -34,7 +37,7 @@ class Gate:
         self.module = module
         own = module.__dict__.get("forward")
         # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
-        ours = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
+        ours = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
         self.own = None if ours else own
         #: Whether its stack has taken it away.
         self.gone = False
@@ -49,6 +52,12 @@ class Gate:
         return self.inner
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        called = self._called(sys._getframe(1))
+        if self.gone or called is not self.module:
+            leave(called, self)
+            if called is not self.module:
+                return called.forward(*inputs, **named)
+            return (self.inner if self.own is None else self.own)(*inputs, **named)
         frames = running.frames
         if type(self.own) is not Gate and frames and frames[-1].session.stack is self.stack:
             return self.within(frames[-1].session, inputs, named)  # a part of what runs
@@ -58,6 +67,14 @@ class Gate:
         if not any(one.session is session for one in reversed(frames)):
             return gate.stack.run(session, gate, inputs, named)
         return gate.within(session, inputs, named)
+
+    def _called(self, caller: types.FrameType) -> nn.Module:
+        """The module that is called: the gate's, or a shallow copy of it, which has its hooks in common with it."""
+        if caller.f_code not in CALLING:
+            return self.module
+        module: nn.Module = caller.f_locals["self"]
+        copied = module.__dict__.get("forward") is self and module._forward_hooks is self.module._forward_hooks
+        return module if copied else self.module
 
     def session(self) -> Session | None:
         """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""
@@ -109,6 +126,17 @@ class Gate:
 
 def _itself(x: Any) -> Any:
     return x
+
+
+def interrupted(error: BaseException, stack: Stack) -> set[str]:
+    """Names of the modules of a stack that were running when an error was raised."""
+    names, traceback = set[str](), error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code is Gate.enter.__code__ and frame.f_locals["self"].stack is stack:
+            names.add(frame.f_locals["self"].name)
+        traceback = traceback.tb_next
+    return names
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
@@ -185,6 +213,15 @@ def undo_all(held: list[T], undo: Callable[[T], None]) -> None:
 
 
 _MISSING = object()
+
+
+def leave(module: nn.Module, gate: Gate) -> None:
+    """Take a gate away where it stands before a module that it is not for, or not any more."""
+    if module.__dict__.get("forward") is gate:
+        own: Any = gate
+        while isinstance(own, Gate) and (own.gone or own.module is not module):
+            own = own.own
+        put_back(module, "forward", _MISSING if own is None else own)
 
 
 def put_back(module: nn.Module, name: str, before: Any) -> None:

@@ -7,22 +7,31 @@ hooks of a module in the module's call and beside its ``forward``, before which 
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import CodeType, FrameType
 
 from torch import nn
 
-from gim.intercept.gates import Gate
+from gim.intercept.callers import CALL, CALLING, is_hook_of
+from gim.intercept.gates import CHANGED, Gate
 
-_CALL = nn.Module._call_impl.__code__
 _FORWARD = Gate.__call__.__code__
 
 
 def hooked() -> bool:
-    """Whether a hook runs: a gated module is being called, and what it runs is not behind its gate."""
+    """Whether a hook runs: a module is being called, and what it runs is not behind its gate.
+
+    Before some modules no gate stands: one that is made on the way, one whose ``forward`` has just been set. There, a
+    hook is what the module knows as one.
+    """
     frame: FrameType | None = sys._getframe(1)
+    ran: CodeType | None = None
     while frame is not None and frame.f_code is not _FORWARD:
-        if frame.f_code is _CALL and _gated(frame.f_locals["self"]):
-            return True
+        if frame.f_code not in CALLING:
+            ran = frame.f_code
+        elif frame.f_code is CALL:
+            module = frame.f_locals["self"]
+            if _gated(module) or is_hook_of(module, ran):
+                return True
         frame = frame.f_back
     return False
 
@@ -31,5 +40,5 @@ def _gated(module: nn.Module) -> bool:
     """Whether a gate stands before a module's ``forward``, or behind what a memory plan has put there."""
     forward = module.__dict__.get("forward")
     while forward is not None and not isinstance(forward, Gate):
-        forward = getattr(forward, "__wrapped__", None)
+        forward = getattr(forward, "__dict__", {}).get(CHANGED)
     return forward is not None

@@ -28,7 +28,8 @@ IMPLEMENTATION = "gim"
 
 @functools.cache
 def _telling(cls: Any) -> Any:
-    """The class of configs of a class that can be told what to say; a copy or a pickle is of the class itself."""
+    """The class of configs of a class that can be told what to say; it says that it is the class itself, and so is a
+    copy or a pickle."""
 
     def implementation(self: Any) -> Any:
         frames = running.frames
@@ -44,7 +45,12 @@ def _telling(cls: Any) -> Any:
 
     named = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     told = property(implementation, cls._attn_implementation.fset)
-    return type(cls.__name__, (cls,), {**named, "_attn_implementation": told, "__reduce_ex__": reduce})
+    named |= {"_attn_implementation": told, "__reduce_ex__": reduce, "__class__": property(lambda _: cls)}
+    return type(cls.__name__, (cls,), named)
+
+
+#: Of any object, whatever it says of itself.
+_class: Any = vars(object)["__class__"]
 
 
 class _Told:
@@ -62,14 +68,14 @@ class _Told:
         with self._lock:
             own, tokens = self._open.setdefault(id(config), (type(config), set()))
             tokens.add(token)
-            object.__setattr__(config, "__class__", _telling(own))
+            _class.__set__(config, _telling(own))
 
     def release(self, config: Any, token: object) -> None:
         with self._lock:
             own, tokens = self._open.get(id(config), (None, set[object]()))
             tokens.discard(token)
             if own is not None and not tokens:
-                object.__setattr__(config, "__class__", own)
+                _class.__set__(config, own)
                 self._open.pop(id(config), None)
 
 
@@ -82,7 +88,7 @@ def prepare(modules: Mapping[str, nn.Module], stack: Stack) -> None:
     callers = tuple(cls for cls in classes if _calls_torch(cls))
     if not callers and not any(uses_interface(cls) for cls in classes):
         return
-    configs = {
+    configs = stack.configs | {  # those of modules that have gone since may be in use on another thread
         id(config): config
         for module in modules.values()
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")

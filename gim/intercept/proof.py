@@ -6,10 +6,11 @@ reaches a part that the watched one did not.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,15 @@ import torch
 from torch import nn
 
 from gim.applied import Part
-from gim.intercept.gates import original_forward
+from gim.intercept.callers import code_of
+from gim.intercept.gates import interrupted, original_forward
 from gim.intercept.session import Session
 from gim.intercept.watch import NO_GATE, NO_NORM, PART_OF, STOPS, Finding, Watch
 from gim.parts import anatomy
 from gim.rules import Rules
 
 #: How many kinds of forward passes of one model are remembered; each module that is called from outside has its own.
-_KINDS = 1024
+_KINDS = 256
 #: How many ways through a model's code are remembered of each kind.
 _WAYS = 63
 _SIMPLE = frozenset({bool, str, float})
@@ -33,13 +35,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What a watched forward told: the parts of the report that it reached, what the watch found and noted, and which
-    functions of torch the code of which class called."""
+    """What a watched forward told: the parts of the report that it reached, what the watch found and noted, which
+    functions of torch the code of which class called, and the names of the modules that ran."""
 
     reached: frozenset[tuple[Part, str, str]]
     found: tuple[Finding, ...]
     noted: tuple[Finding, ...]
     calls: frozenset[tuple[type, Any]]
+    ran: frozenset[str]
 
 
 class _Kind:
@@ -47,21 +50,22 @@ class _Kind:
 
     def __init__(self) -> None:
         self.verdicts: list[_Verdict] = []
+        #: What all of them told together: of experts, each forward takes others.
+        self.known = _together([])
         #: Other ways that were gone: what was reached and which modules ran. Until they are known, all is watched.
         self.awaited: list[tuple[frozenset[tuple[Part, str, str]], set[str]]] = []
 
-    def add(self, verdict: _Verdict) -> None:
-        """Enter what a watched forward told."""
-        self.verdicts = [*self.verdicts[-_WAYS:], verdict]
-        self.awaited = [way for way in self.awaited[-_WAYS:] if self.of(*way) is None]
+    @property
+    def is_proved(self) -> bool:
+        """Whether no way is awaited, and the last forward that was watched had nothing left to find: what is found may
+        have been put right since."""
+        return bool(self.verdicts) and not self.awaited and not self.verdicts[-1].found
 
-    def all(self) -> _Verdict:
-        """What all of them told together: of experts, each forward takes others."""
-        found = [one for verdict in self.verdicts for one in verdict.found]
-        noted = [one for verdict in self.verdicts for one in verdict.noted]
-        reached = frozenset[tuple[Part, str, str]]().union(*(verdict.reached for verdict in self.verdicts))
-        calls = frozenset[tuple[type, Any]]().union(*(verdict.calls for verdict in self.verdicts))
-        return _Verdict(reached, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(noted)), calls)
+    def add(self, verdict: _Verdict) -> None:
+        """Enter what a watched forward told, in place of what those found that were refused."""
+        self.verdicts = [*(one for one in self.verdicts[-_WAYS:] if not one.found), verdict]
+        self.known = _together(self.verdicts)
+        self.awaited = [way for way in self.awaited[-_WAYS:] if self.of(*way) is None]
 
     def of(self, reached: frozenset[tuple[Part, str, str]], ran: set[str]) -> _Verdict | None:
         """What watched forwards told that reached the same, but in modules that did not run now."""
@@ -69,10 +73,18 @@ class _Kind:
         def knows(one: _Verdict) -> bool:
             return reached <= one.reached and not any(row[1] in ran for row in one.reached - reached)
 
-        found = next((one for one in reversed(self.verdicts) if knows(one)), None)
-        if found is None and len(self.verdicts) > 1 and knows(all_of_them := self.all()):
-            return all_of_them
-        return found
+        if not ran <= self.known.ran:
+            return None
+        return next((one for one in (*reversed(self.verdicts), self.known) if knows(one)), None)
+
+
+def _together(verdicts: list[_Verdict]) -> _Verdict:
+    found = [one for verdict in verdicts for one in verdict.found]
+    noted = [one for verdict in verdicts for one in verdict.noted]
+    reached = frozenset[tuple[Part, str, str]]().union(*(verdict.reached for verdict in verdicts))
+    calls = frozenset[tuple[type, Any]]().union(*(verdict.calls for verdict in verdicts))
+    ran = frozenset[str]().union(*(verdict.ran for verdict in verdicts))
+    return _Verdict(reached, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(noted)), calls, ran)
 
 
 #: Beside the models and not in them, so that no copy of a model takes over what was seen of another.
@@ -100,7 +112,14 @@ class Proof:
 
     def __init__(self, model: nn.Module, session: Session) -> None:
         self._model = weakref.ref(model)
+        self._stack = session.stack
         self._rules = session.rules
+        self._wanted: dict[Part, bool] = {
+            "attention": session.rules.modifies_attention,
+            "norm": session.rules.freeze_norm,
+            "gated_mlp": session.rules.modifies_gated_mlps,
+        }
+        self._early = session.early
         self._report = session.report
         self._ran = session.ran
         self._called = session.called
@@ -108,41 +127,54 @@ class Proof:
         self.runs_new_code = False
 
     @contextmanager
-    def watching(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterator[Run]:
+    def watching(
+        self, run: Run, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> Iterator[None]:
         """Around a forward pass of the model, or of one of its modules from outside: watch it, unless one of its kind
-        has been."""
-        run, model = Run(whole=name == ""), self._model()
+        has been. What is seen until an error ends it is told of it too, but of no other."""
+        model = self._model()
         assert model is not None, "it is being called"
         key = name, _kind_of(module, self._rules, inputs, named)
         with _lock:
             kinds = _verdicts.setdefault(model, {})
-            kind = kinds.setdefault(key, _Kind())
-            if len(kinds) > _KINDS:  # hooks that come and go make new kinds for ever
-                del kinds[next(iter(kinds))]
+            kind = kinds[key] = kinds.pop(key) if key in kinds else _Kind()
+            if len(kinds) > _KINDS:
+                del kinds[next(iter(kinds))]  # that was not asked for the longest
         before = self._calls()
         self._ran.clear()
         self._called.clear()
         self.runs_new_code = False
-        if kind.awaited or not kind.verdicts:
-            with Watch(anatomy.of(model).modules, given=(inputs, named)) as watch:
-                yield run
-            run.verdict = _Verdict(self._reached_since(before), watch.found, watch.noted, frozenset(self._called))
-            kind.add(run.verdict)
-        else:
-            yield run
-            self._compare(run, kind, self._reached_since(before))
-        self._report.watched = run.verdict is not None
+        watch = None if kind.is_proved else Watch(anatomy.of(model).modules, given=(inputs, named))
+        ended = True
+        try:
+            with watch or nullcontext():
+                yield
+            ended = False
+        except BaseException as error:
+            self._ran.difference_update(interrupted(error, self._stack))
+            run.whole = False
+            raise
+        finally:
+            reached = self._reached_since(before)
+            if watch is None:
+                self._compare(run, kind, reached)
+            else:
+                found = tuple(one for one in watch.found if self._acts(one))
+                run.verdict = _Verdict(reached, found, watch.noted, frozenset(self._called), frozenset(self._ran))
+                if not ended:
+                    kind.add(run.verdict)
+            self._report.watched = run.verdict is not None
 
     def _compare(self, run: Run, kind: _Kind, reached: frozenset[tuple[Part, str, str]]) -> None:
         """Find what is known of a forward that was not watched; nothing where none that was watched went its way."""
-        known = kind.all()
+        known = kind.known
         new = self._called - known.calls
         self.runs_new_code = bool(new)
         run.verdict = None if new else kind.of(reached, self._ran)
         if run.verdict is not None:
             return
         kind.awaited.append((reached, set(self._ran)))
-        more = sorted({name for _, name, _ in reached - known.reached})
+        more = sorted({name for _, name, _ in reached - known.reached} | self._ran - known.ran)
         if more:
             self._note(f"a forward pass reached {_several(more)}, which no watched one did: the next are watched again")
             return
@@ -163,24 +195,22 @@ class Proof:
             kind, line, operator = place
             modules = dict.fromkeys(one.module for one in verdict.noted if (one.kind, one.place, one.operator) == place)
             self._note(f"{kind} ({operator}, {line}): no rule is about it; in {_several(list(modules))}")
-        rules = self._rules
-        wanted: dict[Part, bool] = {
-            "attention": rules.modifies_attention,
-            "norm": rules.freeze_norm,
-            "gated_mlp": rules.modifies_gated_mlps,
-        }
-        for each in wanted:
-            if wanted[each] and run.whole:
+        for each in self._wanted:
+            if self._wanted[each] and run.whole:
                 self._report.note_absent(each)
-        told = [name for name, _ in self._report.unsupported]
+        told = [pair[0] for pair in self._report.unsupported if pair not in self._early]
         missing: dict[tuple[str, str], None] = {}
         for one in verdict.found:
-            part = PART_OF.get(one.kind)
-            always = one.kind in ("dropout", STOPS)
-            acts = wanted[part] if part is not None else always or any(wanted.values())
-            if acts and not any(one.module == name or one.module.startswith(f"{name}.") for name in told):
+            if not any(one.module == name or one.module.startswith(f"{name}.") for name in told):
                 missing[one.module or type(model).__name__, f"{one}, {_consequence(one)}"] = None
         return list(missing)
+
+    def _acts(self, finding: Finding) -> bool:
+        """Whether what was found concerns the rules that were asked for."""
+        part = PART_OF.get(finding.kind)
+        if part is not None:
+            return self._wanted[part]
+        return finding.kind in ("dropout", STOPS) or any(self._wanted.values())
 
     def _note(self, words: str) -> None:
         if words not in self._report.notes:
@@ -225,15 +255,15 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
         _simple(config) if config is not None else (),
         tuple(map(_sketch, inputs)),
         tuple((name, _sketch(one)) for name, one in sorted(named.items())),
-        tuple(nn.modules.module._global_forward_hooks),
-        tuple(nn.modules.module._global_forward_pre_hooks),
+        tuple(map(_hook, nn.modules.module._global_forward_hooks.values())),
+        tuple(map(_hook, nn.modules.module._global_forward_pre_hooks.values())),
         tuple(_kind_of_module(one) for one in anatomy.of(module).modules.values()),
     )
 
 
 def _kind_of_module(module: nn.Module) -> Any:
     held = module.__dict__
-    hooks = tuple(_hook(number, hook) for name in _HOOKS for number, hook in held[name].items())
+    hooks = tuple([_hook(hook) for name in _HOOKS for hook in held[name].values()])
     return (
         type(module),
         _code(original_forward(module)),
@@ -251,9 +281,19 @@ def _kind_of_weight(weight: torch.Tensor) -> Any:
     return (weight.dtype, weight.requires_grad, *_simple(weight), *kept)
 
 
-def _hook(number: int, hook: Any) -> Any:
-    """The package's own hooks by their code, since each session has its own; a user's by its handle."""
-    return _code(hook) if str(getattr(hook, "__module__", "")).startswith("gim.") else number
+def _hook(hook: Any) -> Any:
+    """A hook by its code and by the kind of what it was made with, since many are made anew for each forward."""
+    given: list[Any] = []
+    while isinstance(hook, functools.partial):
+        given += [*hook.args, *hook.keywords.values()]
+        hook = hook.func
+    function = getattr(hook, "__func__", hook)
+    given += [getattr(hook, "__self__", None), *(getattr(function, "__defaults__", None) or ())]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            given.append(cell.cell_contents)
+    switches = [(name, one) for name, one in getattr(hook, "__dict__", {}).items() if isinstance(one, bool | str)]
+    return (code_of(hook), type(hook), *switches, *[code_of(one) or _sketch(one) for one in given])
 
 
 def _code(function: Any) -> Any:

@@ -8,9 +8,10 @@ innermost session that its own task or thread has opened, and none where it has 
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class Session:
         self.called: set[tuple[type, Any]] = set()
         #: Names of the modules that ran in the forward pass.
         self.ran: set[str] = set()
+        #: What forward passes that an error ended had left unreached by then.
+        self.early: list[tuple[str, str]] = []
+        #: Whether an error has ended one, and how many came to their end.
+        self.stopped, self.passes = False, 0
         #: How often a rule was applied, second runs of checkpoints included.
         self.fired = 0
         #: What was applied last.
@@ -151,15 +156,23 @@ class Session:
         """The output of an attention that runs, shown to whoever asks."""
         return out if self.see_heads is None else self.see_heads(out)
 
-    def without_values(self) -> list[tuple[str, str]]:
-        """Name and reason of attention whose weights met no values, since this was last asked."""
+    def without_values(self, but: Collection[str] = ()) -> list[tuple[str, str]]:
+        """Name and reason of attention whose weights met no values, since this was last asked, but in some modules."""
         waiting, self._waiting = self._waiting, {}
         if self.rules.v_scale == 1.0:
             return []
         reason = "brings its attention weights to its values in a way that gim does not know, so v_scale is not applied"
-        return [
-            (name, reason) for name in dict.fromkeys(name for name, lives in waiting.values() if lives() is not None)
-        ]
+        names = dict.fromkeys(name for name, lives in waiting.values() if lives() is not None)
+        return [(name, reason) for name in names if name not in but]
+
+    def ended(self, error: BaseException, missing: list[tuple[str, str]]) -> None:
+        """Report what a forward pass that an error ended had left unreached; where strict, it is raised on closing."""
+        self.stopped = True
+        text = f"a forward pass was ended by {type(error).__name__}: only what ran before was looked at"
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+        self.early += missing
+        self.report.unsupported.extend(pair for pair in missing if pair not in self.report.unsupported)
 
     def rename(self, row: Application, how: str) -> None:
         """Say in other words how a part was recognised."""
@@ -255,7 +268,7 @@ class Stack:
         self.run: Callable[..., Any]
         #: Called with the gate of a module that holds no other, its frame and its one argument, and what calls it.
         self.leaf: Callable[[Gate, Frame, Any], Any]
-        self._gated: list[weakref.ref[nn.Module]] = []
+        self._gated: list[weakref.ref[Gate]] = []
         self._lock = threading.RLock()
 
     def innermost(self) -> Session | None:
@@ -267,17 +280,22 @@ class Stack:
         self.modules = modules
         with self._lock:
             for name, module in modules.items():
-                if isinstance(module, torch.jit.ScriptModule) or self._gate(module) is not None:
-                    continue
-                self._gated.append(weakref.ref(module))
-                module.__dict__["forward"] = Gate(module, name, self)
+                gate = self._gate(module)
+                if gate is None:
+                    gate = module.__dict__["forward"] = Gate(module, name, self)
+                    self._gated.append(weakref.ref(gate))
+                gate.name = name
+
+    def consists_of(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether these, by name, are the modules that have gates."""
+        return self.modules.keys() == modules.keys() and all(map(operator.is_, self.modules.values(), modules.values()))
 
     def forget(self, session: Session | None = None) -> None:
         """Leave out a session, and take the gates away with the last."""
         with self._lock:
             self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
             if not self.sessions:
-                self.modules = {}
+                self.modules, self.configs = {}, {}
                 undo_all(self._gated, self._ungate)
 
     def _gate(self, module: nn.Module) -> Gate | None:
@@ -292,13 +310,13 @@ class Stack:
                 found = getattr(found, "__dict__", {}).get(CHANGED)
         return None
 
-    def _ungate(self, held: weakref.ref[nn.Module]) -> None:
-        module = held()
-        gate = None if module is None else self._gate(module)
-        if module is None or gate is None:
+    def _ungate(self, held: weakref.ref[Gate]) -> None:
+        gate = held()
+        if gate is None:
             return
         gate.gone = True
-        top = module.__dict__["forward"]
+        module = gate.module
+        top = module.__dict__.get("forward")
         if top is gate:
             put_back(module, "forward", gate)
             return
@@ -306,7 +324,7 @@ class Stack:
             top = top.own
         if isinstance(top, Gate):
             top.own = gate.own
-        # Under a plan's forward it stays, and is no more once that is put back.
+        # Under another forward, a plan's or the user's own, it stays, and is no more once that is put back.
 
 
 _stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()

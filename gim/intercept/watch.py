@@ -573,7 +573,7 @@ class Watch(TorchDispatchMode):
             return
         flows = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors)
         if part is not None and self._live and not flows:
-            if not self._callers.is_hook():
+            if not torch.is_grad_enabled() and not self._callers.is_hook():
                 self._withheld.append(self._finding(kind, operator))
             return  # where no gradient flows through an operator, no rule is missing
         if (part is not None or kind == "opaque operator") and to is None and self._callers.is_hook():

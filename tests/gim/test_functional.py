@@ -924,6 +924,11 @@ def test_scripted_modules_are_refused(compiled: Any) -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), compiled(nn.LayerNorm(WIDTH))).double()
     with pytest.raises(UnsupportedModelError, match=r"1: norm \(native_layer_norm"), gim.GIM(model):
         model(inputs())
+    root = compiled(nn.LayerNorm(WIDTH)).double()
+    before = set(root.__dict__)
+    with pytest.raises(UnsupportedModelError, match=r"Module: norm \(native_layer_norm"), gim.GIM(root):
+        root(inputs())
+    assert set(root.__dict__) == before
 
 
 def test_a_hugging_face_model_inside_a_plain_one() -> None:

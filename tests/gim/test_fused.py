@@ -378,3 +378,15 @@ def test_no_tensor_is_kept() -> None:
     trace.add(F.silu, (x,), {}, y)
     del y
     assert len(trace._slots) == 1
+
+
+def test_a_norm_that_no_gradient_flows_through_is_the_same_known_or_not() -> None:
+    """What ran before in a process must not decide what a report says, or whether a model is refused."""
+    model, told = build(LlamaRMSNorm(WIDTH), torch.float64), []
+    model[:2].requires_grad_(False)
+    for needs in (False, True, False):
+        x = torch.randn(1, 3, WIDTH, dtype=torch.float64, requires_grad=needs)
+        with gim.GIM(model, rules="FREEZE_ONLY", strict=False) as report:
+            model(x)
+        told.append((report.counts()["norm"], report.unsupported))
+    assert told[0] == told[2] == ((0, 0), []) and told[1] == ((1, 1), [])

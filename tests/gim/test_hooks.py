@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from functools import wraps as wraps_of
 from typing import Any
 
 import pytest
@@ -273,3 +274,29 @@ def test_the_gradient_of_an_activations_output_is_there_for_who_asks(act: nn.Mod
     assert len(want) == len(got) == 2 - zero
     for one, other in zip(got, want, strict=True):
         assert_close64(one, other, "outside a context", FLOAT64_MODEL_RELATIVE)
+
+
+def test_a_forward_that_is_set_inside_is_the_models_code_whatever_it_wraps() -> None:
+    """A hook on that module stays a hook."""
+
+    def attributed(wraps: bool, hook: bool) -> tuple[torch.Tensor, AppliedReport]:
+        model = make("llama", torch.float64)
+        mlp = model.model.layers[1].mlp
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+            return out
+
+        x = model.model.embed_tokens(ids(1, 7)).detach().requires_grad_()
+        with gim.GIM(model) as report:
+            if wraps:
+                mlp.forward = wraps_of(mlp.forward)(forward)
+            if hook:
+                put(model, "after", COMPUTED["gate"][0])
+            loss = model(inputs_embeds=x, use_cache=False).logits[0, -1, 7]
+        return torch.autograd.grad(loss, x)[0], report
+
+    for hook in (False, True):
+        (want, plain), (got, report) = attributed(wraps=False, hook=hook), attributed(wraps=True, hook=hook)
+        assert_close64(got, want, f"wrapped, hook={hook}")
+        assert report.complete and report.counts() == plain.counts()

@@ -275,3 +275,167 @@ def test_forwards_on_two_threads_of_one_context_are_both_watched() -> None:
         ended.set()
         other.join()
     assert report.counts()["gated_mlp"] == (1, 2)
+
+
+class StoppedError(Exception):
+    """What a hook ends a forward by."""
+
+
+class Attending(torch.nn.Module):
+    """Attention that no rule reaches, unless it is told to attend in another way, and a map that can be hooked."""
+
+    def __init__(self, attend: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.attend, self.map = attend, torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.map(self.attend(x))
+
+
+def _by_hand(x: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(x @ x.mT)
+    return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def _by_torch(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x @ x.mT, -1) @ x
+
+
+def attending(attend: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+    """A model, its input, and what went into its map when a hook there stopped the forward."""
+    model, seen = torch.nn.Sequential(Attending(attend), torch.nn.Linear(WIDTH, 1)), list[torch.Tensor]()
+
+    def stop(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        seen.append(inputs[0])
+        raise StoppedError
+
+    model[0].map.register_forward_pre_hook(stop)
+    return model, torch.randn(1, 4, WIDTH, requires_grad=True), seen
+
+
+def test_what_a_stopped_forward_left_unreached_is_an_error_on_closing() -> None:
+    model, x, seen = attending(_by_hand)
+    with pytest.raises(UnsupportedModelError, match="0: softmax over keys"), gim.GIM(model) as report:
+        with pytest.raises(StoppedError):
+            model(x)
+        assert not report.complete and report.unsupported[0][0] == "0"
+        seen[0].sum().backward()
+    assert any("ended by StoppedError" in note for note in report.notes)
+    with pytest.raises(StoppedError), gim.GIM(model) as report:  # an error that leaves the context is not hidden
+        model(x)
+    assert not report.complete
+    with gim.GIM(model, strict=False) as report:
+        for _ in range(2):
+            with pytest.raises(StoppedError):
+                model(x)
+            assert [name for name, _ in report.unsupported] == ["0"]
+    model[0].map._forward_pre_hooks.clear()
+    with pytest.raises(UnsupportedModelError, match="0: softmax over keys"), gim.GIM(model):
+        model(x)
+
+
+def test_a_forward_that_was_stopped_stands_for_no_other() -> None:
+    """Not even after one of its context was reported: the whole one is watched, and is an error."""
+    model, x, _ = attending(_by_torch)
+    model[1] = Attending(_by_hand)
+    with pytest.raises(UnsupportedModelError, match="1: softmax over keys"), gim.GIM(model) as report:
+        with pytest.raises(StoppedError):
+            model(x)
+        assert report.complete
+        model[0].map._forward_pre_hooks.clear()
+        model(x)
+    model[1] = torch.nn.Linear(WIDTH, 1)
+    model[0].map.register_forward_pre_hook(lambda *_: None)
+    with gim.GIM(model) as report:
+        assert watches(model, lambda: model(x)) and not watches(model, lambda: model(x))
+    assert report.complete
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_forward_that_is_stopped_within_a_part_lacks_nothing(warm: bool) -> None:
+    """Weights that were yet to meet their values, and a norm that was yet to come."""
+
+    class Halves(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.going = torch.nn.Identity(), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.layer_norm(self.drop(torch.softmax(x @ x.mT, -1)) @ x, (WIDTH,))
+
+    halves = Halves()
+
+    def stop(*_: Any) -> None:
+        if not halves.going:
+            raise StoppedError
+
+    halves.drop.register_forward_hook(stop)
+    model, x = torch.nn.Sequential(halves), torch.randn(1, 4, WIDTH, requires_grad=True)
+    with gim.GIM(model) as report:
+        if warm:
+            halves.going = True
+            model(x)
+            halves.going = False
+        with pytest.raises(StoppedError):
+            model(x)
+        halves.going = True
+        model(x)
+    assert report.complete and report.watched
+
+
+def test_a_model_that_was_refused_and_put_right_passes() -> None:
+    for put_right in (_by_torch, _by_hand):
+        model, x, _ = attending(_by_hand)
+        model[0].map._forward_pre_hooks.clear()
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match="softmax over keys"), gim.GIM(model):
+                model(x)
+        model[0].attend = put_right
+        if put_right is _by_hand:
+            with pytest.raises(UnsupportedModelError, match="softmax over keys"), gim.GIM(model):
+                model(x)
+            continue
+        with gim.GIM(model) as report:
+            assert [watches(model, lambda model=model, x=x: model(x)) for _ in range(3)] == [True, False, False]
+        assert report.complete and report.watched
+
+
+def test_a_module_that_ran_in_no_watched_forward_is_watched() -> None:
+    """No rule acts in it and it calls what its like has called, so nothing else tells."""
+    model = torch.nn.Sequential(
+        Attending(_by_torch), torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH) for _ in "ab"])
+    )
+    x, which = torch.randn(1, 4, WIDTH, requires_grad=True), [0]
+    maps: Any = model[1]
+    maps.forward = lambda x: maps[which[0]](x)
+    with gim.GIM(model) as report:
+        model(x)
+        which[0] = 1
+        model(x)
+        assert not report.watched
+        assert watches(model, lambda: model(x)) and not watches(model, lambda: model(x))
+        which[0] = 0
+        assert not watches(model, lambda: model(x)) and report.watched
+
+
+def test_hooks_made_anew_for_each_forward_are_one_kind() -> None:
+    def scaled(by: float, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return lambda _, __, out: by * function(out)
+
+    model = llama()
+    with gim.GIM(model):
+        seen = []
+        for step in range(4):
+            with model.model.norm.register_forward_hook(scaled(1.0 + step, _as_it_is)):
+                seen.append(watches(model))
+        assert seen == [True, False, False, False]
+        with model.model.norm.register_forward_hook(scaled(1.0, _by_torch)):
+            assert watches(model)
+        with model.lm_head.register_forward_pre_hook(lambda *_: None):
+            assert watches(model)
+
+
+def test_a_context_in_which_nothing_ran_says_so() -> None:
+    with gim.GIM(llama()) as report:
+        pass
+    assert report.notes == ["no forward of LlamaForCausalLM ran inside: nothing was looked at"]

@@ -17,6 +17,7 @@ from torch._dynamo import eval_frame
 import gim
 from gim.intercept.gates import Changes
 from gim.intercept.session import session_of
+from tests import families
 from tests.oracle import assert_close64
 
 RULES = ("GIM", "GRADIENT", "ATTNLRP", "FREEZE_ONLY", "GIM_CONSTANT", "SCALES_ONLY")
@@ -157,3 +158,104 @@ def test_a_context_that_closes_before_a_plan_leaves_no_gate() -> None:
     context.__exit__(None, None, None)
     changes.close()
     assert state(model) == before
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """As ``nn.parallel.replicate`` makes them."""
+    made: nn.Module = module._replicate_for_data_parallel()
+    made._parameters = {}
+    return made
+
+
+@pytest.mark.parametrize("shallow", [copy.copy, replica])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_a_shallow_copy_made_inside_runs_what_it_holds(shallow: Any, hooks: bool) -> None:
+    model: Any = make()
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    if hooks:
+        model.gate.register_forward_hook(lambda *_: None)
+    weight, bias = 2 * model.gate.weight.detach(), torch.ones_like(model.gate.bias)
+    want = nn.functional.linear(x, weight, bias)
+
+    def copied() -> nn.Module:
+        one = shallow(model.gate)
+        one._parameters = {}
+        one.weight, one.bias = weight, bias
+        return one
+
+    with gim.GIM(model), gim.GIM(model.gate):
+        early, late = copied(), copied()
+        assert torch.equal(early(x), want)
+    for one in (early, late):
+        assert torch.equal(one(x), want)
+        assert "forward" not in one.__dict__
+
+
+def test_a_shallow_copy_keeps_a_forward_that_somebody_has_set(wanted: dict[str | None, torch.Tensor]) -> None:
+    model: Any = make()
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    model.gate.forward = lambda x: 3 * x
+    with gim.GIM(model):
+        copied = copy.copy(model.gate)
+        assert torch.equal(copied(x), 3 * x)
+        model.up.forward = model.gate.forward  # is no copy
+        assert torch.equal(model.up(x), 3 * x)
+    assert torch.equal(copied(x), 3 * x) and torch.equal(model.up(x), 3 * x)
+
+
+def test_a_forward_put_back_after_closing_is_the_modules_own(wanted: dict[str | None, torch.Tensor]) -> None:
+    model: Any = make()
+    before = state(model)
+    with gim.GIM(model):
+        own = model.norm.forward
+        model.norm.forward = lambda x: own(x)
+    assert torch.equal(gradient(model), wanted[None])
+    with gim.GIM(model, rules="GIM"):  # the gate that is gone stands behind
+        assert_close64(gradient(model), wanted["GIM"], "behind a forward of one's own")
+    model.norm.forward = own
+    assert torch.equal(gradient(model), wanted[None])
+    assert state(model) == before
+
+
+def test_modules_exchanged_inside_follow_the_rules() -> None:
+    def loss(model: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        x = torch.randn(1, 5, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits[0, -1, 7], x)
+        return grad
+
+    def other() -> Any:
+        return families.make("llama", torch.float64, seed=1)
+
+    exchanged = {
+        "layers.1": lambda model: model.layers.__setitem__(1, other().model.layers[1]),
+        "self_attn": lambda model: setattr(model.layers[1], "self_attn", other().model.layers[1].self_attn),
+        "order": lambda model: setattr(model, "layers", nn.ModuleList(reversed(model.layers))),
+    }
+    for name, exchange in exchanged.items():
+        early, late = families.make("llama", torch.float64), families.make("llama", torch.float64)
+        exchange(early.model)
+        with gim.GIM(early) as want:
+            expected = loss(early)
+        with gim.GIM(late) as report:
+            loss(late)
+            exchange(late.model)
+            assert_close64(loss(late), expected, name)
+        assert report.complete and want.complete
+        assert all("forward" not in one.__dict__ for one in late.modules())
+        assert type(late.config) is type(early.config)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_config_is_pickled_and_copied_inside_a_forward(protocol: int) -> None:
+    model, found = families.make("llama", torch.float64), []
+
+    def hook(*_: Any) -> None:
+        assert model.config._attn_implementation == "gim"
+        found.extend([pickle.loads(pickle.dumps(model.config, protocol)), copy.copy(model.config)])
+
+    model.model.layers[0].register_forward_hook(hook)
+    with gim.GIM(model):
+        model(torch.tensor([[1, 2, 3]]))
+    assert [type(one) for one in found] == [type(model.config)] * 2
+    assert all(one.to_dict() == model.config.to_dict() for one in found)
