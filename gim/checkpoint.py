@@ -482,7 +482,7 @@ def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
 def _inside(module: nn.Module, name: str) -> dict[str, nn.Module]:
     """A module and those in it, by name; other modules may hold them too, under another name."""
-    return {f"{name}.{own}" if own else name: one for own, one in module.named_modules()}
+    return {f"{name}.{own}" if own else name: one for own, one in anatomy.of(module).modules.items()}
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:
