@@ -15,7 +15,7 @@ from gim.answers import alone
 from gim.report import html, terminal
 from gim.report.pieces import Piece, pieces
 from gim.report.scale import LEVELS, Scale
-from gim.report.text import number, one_line
+from gim.report.text import fitting, number, one_line
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _TERMINAL_ROWS = 40
 #: Strongest tokens named for each token of an answer.
 _NAMED = 4
+#: Columns of a table of three that are its lines and the space beside them.
+_BORDERS = 8
+#: What stands before a sentence of an answer in it: sentences, and the tokens that the sentence begins with.
+_EARLIER = "answer's earlier tokens"
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,18 @@ class Said:
 
 @dataclass(frozen=True)
 class Parts:
-    """What each sentence of an answer owes to each named part of the prompt, and to the answer before it.
+    """What each sentence of an answer owes to each named part of the prompt, and to the answer's earlier tokens.
 
     Args:
         names: of the parts, the answer's own last.
+        measure: of which the scores are, in words.
         sentences: of the answer, as they are shown.
         scores: ``[sentences][names]``.
         largest: of their absolute values.
     """
 
     names: list[str]
+    measure: str
     sentences: list[str]
     scores: list[list[float]]
     largest: float
@@ -70,9 +76,10 @@ class Parts:
             return None
         table = answer.to_table("sentence", "segment")
         scores: list[list[float]] = table.scores.tolist()
-        names = [*(span.name for span in table.prompt), *("the answer before it" for _ in table.answer)]
+        names = [*(span.name for span in table.prompt), *(_EARLIER for _ in table.answer)]
         largest = max((abs(score) for row in scores for score in row), default=0.0)
-        return cls(names, [one_line(span.text) for span in table.rows], scores, largest)
+        measure = MEASURE_NAMES[answer.targets[0].measure]
+        return cls(names, measure, [one_line(span.text) for span in table.rows], scores, largest)
 
 
 def page(answer: AnswerAttribution, *, top: int = 20) -> str:
@@ -148,6 +155,7 @@ class AnswerReport:
         yield Text()
         parts = Parts.of(answer)
         if parts is not None:
+            yield Text(f"What each sentence of the answer owes to which part: {parts.measure}", style="bold")
             yield _parts(parts, options.max_width)
             yield Text()
         yield terminal.view(answer.prompt, top=self.top)
@@ -155,24 +163,30 @@ class AnswerReport:
 
 def _parts(parts: Parts, width: int) -> Table:
     """The parts' scores for each sentence of the answer; parts stand below one another, for their names may be long."""
-    table = Table(
-        title="What each sentence of the answer owes to which part", title_justify="left", title_style="bold",
-        box=box.SIMPLE_HEAD, pad_edge=False,
-    )  # fmt: skip
-    table.add_column("sentence", ratio=2, no_wrap=True, overflow="ellipsis")
-    table.add_column("part", ratio=1, no_wrap=True, overflow="ellipsis", max_width=width // 3)
-    widest = max(len(number(score)) for row in parts.scores for score in row)
-    table.add_column("score", justify="right", no_wrap=True, min_width=max(5, widest))
-    for sentence, scores in zip(parts.sentences, parts.scores, strict=True):
-        for place, (name, score) in enumerate(zip(parts.names, scores, strict=True)):
-            last = place == len(scores) - 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    scores = [[number(score) for score in row] for row in parts.scores]
+    # A score is never cut, a part's name before a sentence is not, and a sentence has what is left.
+    room = width - max(cell_len("score"), *(len(score) for row in scores for score in row)) - _BORDERS
+    names = [_cut(one_line(name), room // 2) for name in parts.names]
+    room -= max(map(cell_len, [*names, "part"]))
+    for name in ("sentence", "part"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    for sentence, row, values in zip(parts.sentences, scores, parts.scores, strict=True):
+        for place, (name, score, value) in enumerate(zip(names, row, values, strict=True)):
             table.add_row(
-                Text(sentence if place == 0 else ""),
-                Text(one_line(name)),
-                Text(number(score), terminal.signed(score)),
-                end_section=last,
+                Text(_cut(sentence, room) if place == 0 else ""),
+                Text(name),
+                Text(score, terminal.signed(value)),
+                end_section=place == len(row) - 1,
             )
     return table
+
+
+def _cut(text: str, width: int) -> str:
+    """A text in at most so many columns, with a sign where it goes on."""
+    shown = fitting(text, width)
+    return shown if shown == text else fitting(text, width - 1) + "\u2026"
 
 
 def view(answer: AnswerAttribution, *, top: int = 10) -> AnswerReport:

@@ -17,6 +17,7 @@ from gim.report.facts import answer_facts, heading, method_facts, uncovered
 from gim.report.pieces import bins, context, pieces, strongest_sentences
 from gim.report.scale import DARK, LEVELS, LIGHT, Scale
 from gim.report.text import number, one_line, visible
+from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -81,6 +82,7 @@ def page(attribution: Attribution, *, top: int = 20, said: Said | None = None, m
             warnings=uncovered(attribution),
             notes=attribution.report.notes,
             label=heading(attribution),
+            measure=MEASURE_NAMES[attribution.target.measure],
             scale=scale,
             aligned=scale.aligned,
             levels=LEVELS,

@@ -17,6 +17,7 @@ from gim.report.facts import answer_facts, method_facts, uncovered
 from gim.report.pieces import Piece, bins, context, excerpts, pieces
 from gim.report.scale import LEVELS, LIGHT, Scale
 from gim.report.text import fitting, number, one_line, visible
+from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -42,6 +43,7 @@ class TerminalReport:
         yield self._table(scale, colour, options.max_width, options.ascii_only)
         yield Text()
         if attribution.segments:
+            yield Text(f"Parts of the prompt: {MEASURE_NAMES[attribution.target.measure]}", style="bold")
             yield self._segments(scale, options.max_width)
             yield Text()
         if len(attribution) <= MOST_TOKENS:
@@ -73,10 +75,7 @@ class TerminalReport:
 
     def _segments(self, scale: Scale, width: int) -> Table:
         """What each named part of the text adds up to."""
-        table = Table(
-            title="Parts of the prompt", title_justify="left", title_style="bold", box=None, pad_edge=False,
-            show_header=False,
-        )  # fmt: skip
+        table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(no_wrap=True, style="dim")

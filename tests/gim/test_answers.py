@@ -520,6 +520,39 @@ def test_views_show_every_token_of_an_answer_and_no_character_twice(model: Any) 
     assert continued.target.tokens == (shown[-1],) * 2 and continued.target.label == repr(2 * shown[-1])
 
 
+def printed(found: Any, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(found)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+def test_the_table_of_parts_has_every_score_whole(model: Any, width: int) -> None:
+    said = " the rat and the mat and the cat and the rat and the mat and the cat and the rat. It sat."
+    named = {"a passage with a long name": (0, 11), "b": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=said, segments=named)
+    _, shown = printed(found, width).split("What each sentence of")
+    wanted = [f"{score:+.3g}" for row in found.to_table("sentence", "segment").scores.tolist() for score in row]
+    lines = shown.split("sentence ")[1].splitlines()[2:]
+    assert [line.split()[-1] for line in lines if re.search(r"[-+][\d.e-]+ *$", line)][: len(wanted)] == [
+        one if one != "+0" else "0" for one in wanted
+    ]
+    assert "It sat." in shown and max(map(len, lines)) <= width
+
+
+def test_every_table_of_parts_names_its_measure(model: Any) -> None:
+    """Rows of an answer are logits, and the whole of it is not."""
+    named = {"first": (0, 11), "second": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=named)
+    shown, page = printed(found, 100), found.to_html()
+    assert "owes to which part: logit" in shown and "Parts of the prompt: log-odds" in shown
+    for title, measure in (("owes to which part", "Logit"), ("Parts of the prompt", "Log-odds")):
+        assert f'<th class="r">{measure}</th>' in page.split(f"{title}</h2>")[1].split("</thead>")[0]
+    # Of the first sentence there is no answer before it, but its own tokens.
+    for view in (shown, page):
+        assert "earlier tokens" in view and "the answer before it" not in view
+
+
 def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), PROMPT, answer="</script><b>\u202e")
     page = found.to_html()
@@ -579,7 +612,7 @@ def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
     for sentence, scores in zip(wanted.rows, wanted.scores.tolist(), strict=True):
         assert sentence.text in out.out and sentence.text in page
         assert all(f"{score:+.3g}" in out.out and f"{score:+.3g}" in page for score in scores if score)
-    assert out.out.count("first") > 1 and "the answer before it" in out.out
+    assert out.out.count("first") > 1 and "answer's earlier tokens" in out.out
 
     chat = [{"role": "user", "content": PROMPT}]
     assert run(*common, str(tmp_path / "c.json"), "--chat").code == 0
