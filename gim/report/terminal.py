@@ -157,7 +157,18 @@ class TerminalReport:
         table.add_column("at", justify="right", no_wrap=True)
         table.add_column("in context", ratio=1, no_wrap=True, overflow="ellipsis")
         room = max(8, (width - 50) // 2)
-        for token in self.attribution.top(self.top):
+        ranked = self.attribution.top(self.top)
+        numbers = [
+            max(map(cell_len, [head, *cells]))
+            for head, cells in (
+                ("#", [str(token.rank) for token in ranked]),
+                ("score", [scale.aligned(token.score) for token in ranked]),
+                ("at", [f"{token.position:,}" for token in ranked]),
+            )
+        ]
+        # What surrounds a token is cut before a number is.
+        left = width - sum(numbers) - (6 if width < 60 else 12 + 14)
+        for token in ranked:
             found = context(self.attribution, token, room)
             style = signed(token.score)
             bar = ("#" if ascii_only else "\u2588") * round(
@@ -167,11 +178,9 @@ class TerminalReport:
             if width >= 60:
                 cells.append(Text(bar, style=style))
             word = found.token if colour else f"[{found.token}]"
-            cells += [
-                f"{token.position:,}",
-                Text.assemble((found.before, "dim"), (word, f"bold {style}"), (found.after, "dim")),
-            ]
-            table.add_row(*cells)
+            where = Text.assemble((found.before, "dim"), (word, f"bold {style}"), (found.after, "dim"))
+            where.truncate(max(1, left), overflow="ellipsis")
+            table.add_row(*cells, f"{token.position:,}", where)
         return table
 
 
