@@ -15,7 +15,7 @@ from gim.answers import alone
 from gim.report import html, terminal
 from gim.report.pieces import Piece, pieces
 from gim.report.scale import LEVELS, Scale
-from gim.report.text import fitting, number, one_line
+from gim.report.text import number, one_line, shortened
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _parts(parts: Parts, width: int) -> Table:
     scores = [[number(score) for score in row] for row in parts.scores]
     # A score is never cut, a part's name before a sentence is not, and a sentence has what is left.
     room = width - max(cell_len("score"), *(len(score) for row in scores for score in row)) - _BORDERS
-    names = [_cut(one_line(name), room // 2) for name in parts.names]
+    names = [shortened(one_line(name), room // 2) for name in parts.names]
     room -= max(map(cell_len, [*names, "part"]))
     for name in ("sentence", "part"):
         table.add_column(name, no_wrap=True)
@@ -175,18 +175,12 @@ def _parts(parts: Parts, width: int) -> Table:
     for sentence, row, values in zip(parts.sentences, scores, parts.scores, strict=True):
         for place, (name, score, value) in enumerate(zip(names, row, values, strict=True)):
             table.add_row(
-                Text(_cut(sentence, room) if place == 0 else ""),
+                Text(shortened(sentence, room) if place == 0 else ""),
                 Text(name),
                 Text(score, terminal.signed(value)),
                 end_section=place == len(row) - 1,
             )
     return table
-
-
-def _cut(text: str, width: int) -> str:
-    """A text in at most so many columns, with a sign where it goes on."""
-    shown = fitting(text, width)
-    return shown if shown == text else fitting(text, width - 1) + "\u2026"
 
 
 def view(answer: AnswerAttribution, *, top: int = 10) -> AnswerReport:

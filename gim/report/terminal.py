@@ -16,7 +16,7 @@ from rich.text import Text
 from gim.report.facts import answer_facts, method_facts, uncovered
 from gim.report.pieces import Piece, bins, context, excerpts, pieces
 from gim.report.scale import LEVELS, LIGHT, Scale
-from gim.report.text import fitting, number, one_line, visible
+from gim.report.text import fitting, number, one_line, shortened, visible
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ class TerminalReport:
         room = width - max(map(cell_len, names)) - max(map(cell_len, scores)) - 3
         for name, score, span in zip(names, scores, spans, strict=True):
             style = signed(span.score)
-            text = one_line(span.text)
-            shown = fitting(text, room)
-            shown = shown if shown == text else fitting(text, room - 1) + "\u2026"
-            table.add_row(Text(name), Text(score, style=style), Text(shown))
+            table.add_row(Text(name), Text(score, style=style), Text(shortened(one_line(span.text), room)))
         return table
 
     def _card(self) -> Panel:

@@ -553,6 +553,20 @@ def test_every_table_of_parts_names_its_measure(model: Any) -> None:
         assert "earlier tokens" in view and "the answer before it" not in view
 
 
+def test_a_long_answer_stands_once_on_every_view(model: Any) -> None:
+    """What is explained is its beginning in the heading, and its length beside its number."""
+    said = " the rat and the mat" * 12 + " and it is the end"
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=said)
+    page = found.to_html()
+    heading = page.split("</small>")[1].split("</h1>")[0]
+    assert 20 < len(heading) < 90 and heading.endswith("\u2026")
+    target = f"the whole answer, {len(found)} tokens, log-odds {found.prompt.target.value:.4g}"
+    assert f"<dt>Target</dt><dd>{target}</dd>" in page
+    shown = " ".join(printed(found, 80).split())
+    assert target in shown and shown.count("and it is the end") == 1
+    assert target in found._repr_html_()
+
+
 def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), PROMPT, answer="</script><b>\u202e")
     page = found.to_html()
