@@ -12,7 +12,7 @@ import torch
 
 from gim import saved
 from gim.attribution import Attribution, Span, data_frame
-from gim.files import written
+from gim.files import write_atomically, written
 from gim.segments import Range
 from gim.targets import Explained, NextToken
 
@@ -241,12 +241,16 @@ class AnswerAttribution:
         return written(answers.page(self, top=top), path)
 
     def to_png(self, path: str | os.PathLike[str], *, top: int = 15) -> None:
-        """Draw the prompt with its scores for the whole answer; arguments and errors as of
+        """Draw the answer, and the prompt with its scores for the whole answer; arguments and errors as of
         :meth:`gim.Attribution.to_png`."""
-        self.prompt.to_png(path, top=top)
+        from gim.report import answers
+
+        write_atomically(path, answers.png(self, top=top))
 
     def _repr_html_(self) -> str:
-        return self.prompt._repr_html_()
+        from gim.report import answers
+
+        return answers.cell(self)
 
     def __rich__(self) -> RenderableType:
         from gim.report import answers

@@ -6,13 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
 from gim.answers import alone
-from gim.report import html, terminal
+from gim.report import html, notebook, picture, terminal
 from gim.report.pieces import Piece, pieces
 from gim.report.scale import LEVELS, Scale
 from gim.report.text import number, one_line, shortened
@@ -84,6 +85,23 @@ class Parts:
 
 def page(answer: AnswerAttribution, *, top: int = 20) -> str:
     """One page that needs nothing else, as :func:`gim.report.html.page`; a token of the answer can be clicked."""
+    return html.page(answer.prompt, top=top, said=_said(answer))
+
+
+def png(answer: AnswerAttribution, *, top: int = 15) -> bytes:
+    """A picture, as :func:`gim.report.picture.png`, with the answer first and its table of parts."""
+    return picture.png(answer.prompt, top=top, said=_said(answer))
+
+
+def cell(answer: AnswerAttribution) -> str:
+    """A piece of HTML for a notebook, as :func:`gim.report.notebook.cell`, with the answer first."""
+    said, template = _said(answer), html.environment().get_template("answer.html.j2")
+    macros: Any = template.module
+    after = None if said.table is None else Markup(macros.parts(said.table))
+    return notebook.cell(answer.prompt, before=Markup(macros.answer(said)), after=after)
+
+
+def _said(answer: AnswerAttribution) -> Said:
     rows = [answer.row(place) for place in range(len(answer))]
     whole = Scale.of(answer.prompt)
     data: dict[str, Any] = {
@@ -92,13 +110,12 @@ def page(answer: AnswerAttribution, *, top: int = 20) -> str:
         "whole": {"limit": whole.limit, "scores": _rounded(answer.prompt.scores.tolist())},
         "rows": [{"limit": Scale.of(row).limit, "scores": _rounded(row.scores.tolist())} for row in rows],
     }
-    said = Said(
+    return Said(
         pieces=list(pieces(alone(answer))),
         lines=[_line(answer, place) for place in range(len(answer))],
         data=json.dumps(data, separators=(",", ":"), allow_nan=False),
         table=Parts.of(answer),
     )
-    return html.page(answer.prompt, top=top, said=said)
 
 
 def _rounded(scores: list[float]) -> list[float]:

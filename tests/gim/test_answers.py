@@ -8,8 +8,10 @@ import re
 import warnings
 from collections import UserList
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import matplotlib.axes as axis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from gim import circuits, memory, scoring
 from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
+from gim.report import picture
 from gim.report.scale import Scale
 from gim.targets import MEASURES, Continuation, Contrast
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
@@ -571,7 +574,37 @@ def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), PROMPT, answer="</script><b>\u202e")
     page = found.to_html()
     assert "</script><b>" not in page and "\u202e" not in page
-    assert found.prompt._repr_html_() == found._repr_html_()
+    cell = found._repr_html_()
+    assert "</script><b>" not in cell and "\u202e" not in cell and "&lt;" in cell
+
+
+def test_pictures_and_notebooks_begin_with_the_answer(model: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    named = {"first": (0, 11), "second": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=named)
+    cell = found._repr_html_()
+    places = [cell.index(one) for one in (" rat</span>", " mat</span>", "owes to which part: logit", "Likeliest")]
+    assert places == sorted(places), places
+    drawn: list[str] = []
+    for name, place in (("text", 2), ("set_title", 0)):
+        own = getattr(axis.Axes, name)
+
+        def write(self: Any, *given: Any, own: Any = own, place: int = place, **named: Any) -> Any:
+            drawn.append(given[place])
+            return own(self, *given, **named)
+
+        monkeypatch.setattr(axis.Axes, name, write)
+    found.to_png(tmp_path / "a.png")
+    parts = ["The answer", "The prompt", "What each sentence of the answer owes to which part: logit", "first"]
+    parts += ["Scores along the prompt, by token", "Strongest tokens, in context"]
+    at = [drawn.index(one) for one in parts]
+    assert at == sorted(at) and max(at) < next(i for i, one in enumerate(drawn) if one.startswith("Likeliest"))
+
+
+def test_a_picture_marks_what_is_set_aside(answer: gim.AnswerAttribution) -> None:
+    aside = replace(answer.prompt, template=(*(False for _ in answer.prompt.tokens[1:]), True))
+    (row,) = picture._picture_rows(aside, Scale.of(aside))
+    assert [cell.level is None for cell in row] == [*aside.aside] and aside.aside[-1]
+    assert picture.png(aside) != picture.png(answer.prompt)
 
 
 def test_the_command_line_keeps_what_is_finished(
