@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: What an axis of a table can be made of.
 Unit = Literal["token", "word", "sentence", "segment"]
+#: How the note begins that a report has of an answer whose attribution was cut.
+INTERRUPTED = "interrupted: "
 
 
 @dataclass(frozen=True, eq=False)

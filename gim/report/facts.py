@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gim.answers import INTERRUPTED
 from gim.report.text import number, one_line, shortened
 from gim.targets import MEASURE_NAMES
 
@@ -47,6 +48,7 @@ def answer_facts(attribution: Attribution) -> list[tuple[str, str]]:
         facts.append(
             ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
         )
+    facts += [("Note", note) for note in attribution.report.notes if note.startswith(INTERRUPTED)]
     if any(attribution.aside):
         facts.append(("Set aside", _set_aside(attribution)))
     return facts

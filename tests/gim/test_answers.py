@@ -146,6 +146,10 @@ def test_a_cut_answer_is_the_answers_beginning(model: Any, monkeypatch: pytest.M
     with pytest.raises(gim.AnswerInterrupted) as raised:
         gim.attribute(model, made, PROMPT, answer=ANSWER, progress=interrupt)
     cut = raised.value.attribution
+    note = f"interrupted: the first {len(cut)} of {len(given)} tokens of the answer are explained"
+    assert any(one.startswith(note) for one in cut.prompt.report.notes)
+    for view in (printed(cut, 200), cut.to_html(), cut.to_json(), cut._repr_html_()):
+        assert note in view
     want = gim.attribute(model, made, PROMPT, answer=given[: len(cut)])
     assert 0 < len(cut) < len(given) and (cut.answer, cut.tokens, cut.offsets) == (
         want.answer,
@@ -613,13 +617,16 @@ def test_the_command_line_keeps_what_is_finished(
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
 
+    report = replace(answer.prompt.report, notes=["interrupted: the first 4 of 9 tokens of the answer"])
+    answer = replace(answer, prompt=replace(answer.prompt, report=report))
+
     def cut(*_: Any, **__: Any) -> None:
         raise gim.AnswerInterrupted(answer)
 
     monkeypatch.setattr("gim.attribute", cut, raising=False)
     kept = str(tmp_path / "a.json")
     out = run("explain", "--model", str(tmp_path / "model"), "-p", PROMPT, "--answer", ANSWER, "--json", kept)
-    assert out.code == 130 and "What each token was made of" in out.out
+    assert out.code == 130 and "What each token was made of" in out.out and report.notes[0] in out.err
     assert gim.AnswerAttribution.from_json(kept) == answer
 
 
