@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from gim.answers import alone
 from gim.report import html, notebook, picture, terminal
+from gim.report.facts import answer_facts
 from gim.report.pieces import Piece, pieces
 from gim.report.scale import LEVELS, Scale
 from gim.report.text import number, one_line, shortened
@@ -40,14 +42,18 @@ class Said:
 
     Args:
         pieces: of the answer, as of a prompt.
+        blocks: them as a page has them, line by line.
         lines: for each what it is made of, in words.
-        data: the numbers as JSON: of each token the scores of what stands before it and where its colour is full, and
-            the same of the whole answer.
+        facts: for each the facts of it that stand on top of a page.
+        data: the numbers as JSON: of each token the scores of what stands before it, as they are shown, and where its
+            colour is full.
         table: of the prompt's parts and the answer's sentences.
     """
 
     pieces: list[Piece]
+    blocks: list[Markup]
     lines: list[str]
+    facts: list[list[tuple[str, str]]]
     data: str
     table: Parts | None
 
@@ -103,24 +109,37 @@ def cell(answer: AnswerAttribution) -> str:
 
 def _said(answer: AnswerAttribution) -> Said:
     rows = [answer.row(place) for place in range(len(answer))]
-    whole = Scale.of(answer.prompt)
     data: dict[str, Any] = {
         "prompt": len(answer.prompt),
         "levels": LEVELS,
-        "whole": {"limit": whole.limit, "scores": _rounded(answer.prompt.scores.tolist())},
         "rows": [{"limit": Scale.of(row).limit, "scores": _rounded(row.scores.tolist())} for row in rows],
     }
+    shown = list(pieces(alone(answer)))
     return Said(
-        pieces=list(pieces(alone(answer))),
+        pieces=shown,
+        blocks=_blocks(shown),
         lines=[_line(answer, place) for place in range(len(answer))],
+        facts=[answer_facts(row) for row in rows],
         data=json.dumps(data, separators=(",", ":"), allow_nan=False),
         table=Parts.of(answer),
     )
 
 
+def _blocks(shown: Sequence[Piece]) -> list[Markup]:
+    """An answer's text in blocks, as :func:`gim.report.html.lines`, whose tokens are buttons."""
+    blocks: list[list[str]] = [[]]
+    for piece in shown:
+        text = html.with_line_ends(piece.text)
+        button = f'<span id="a{piece.position}" role="button" tabindex="0" aria-pressed="false">{text}</span>'
+        blocks[-1].append(text if piece.position is None else button)
+        if piece.in_text and piece.text.endswith("\n"):
+            blocks.append([])
+    return [Markup("".join(block)) for block in blocks if block]
+
+
 def _rounded(scores: list[float]) -> list[float]:
-    """Four digits, which is more than a page shows."""
-    return [float(f"{score:.4g}") for score in scores]
+    """The digits that are shown: more would be rounded again."""
+    return [float(f"{score:.3g}") for score in scores]
 
 
 def _line(answer: AnswerAttribution, place: int) -> str:

@@ -45,9 +45,10 @@ def answer_facts(attribution: Attribution) -> list[tuple[str, str]]:
     """What stands on top of every picture: what is explained, what else may come next, what is not ranked."""
     facts = [("Target", target(attribution))]
     if attribution.next_tokens:
-        facts.append(
-            ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
-        )
+        # Of an answer they are those of its first token.
+        name = "Likeliest first" if attribution.target.kind == "answer" else "Likeliest"
+        likely = [f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens]
+        facts.append((name, ", ".join(likely)))
     facts += [("Note", note) for note in attribution.report.notes if note.startswith(INTERRUPTED)]
     if any(attribution.aside):
         facts.append(("Set aside", _set_aside(attribution)))

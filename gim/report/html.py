@@ -137,7 +137,7 @@ def lines(attribution: Attribution, scale: Scale, prefix: str = "t") -> list[Mar
     blocks: list[Markup] = []
     parts: list[str] = []
     for piece in pieces(attribution):
-        shown = _with_line_ends(piece.text)
+        shown = with_line_ends(piece.text)
         if piece.position is None:
             parts.append(shown)
         else:
@@ -166,7 +166,7 @@ def level_class(level: int) -> str:
     return f"p{level}" if level > 0 else f"n{-level}" if level < 0 else ""
 
 
-def _with_line_ends(text: str) -> str:
+def with_line_ends(text: str) -> str:
     """Escaped text; before each line feed an element that a style sheet shows as a sign and nobody copies."""
     return str(escape(visible(text))).replace("\n", "<b></b>\n")
 

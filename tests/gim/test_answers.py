@@ -15,6 +15,7 @@ import matplotlib.axes as axis
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +25,9 @@ from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
 from gim.report import picture
+from gim.report.facts import answer_facts
 from gim.report.scale import Scale
+from gim.report.text import one_line
 from gim.targets import MEASURES, Continuation, Contrast
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.gim.test_cli import run
@@ -504,7 +507,10 @@ def test_a_page_of_an_answer(answer: gim.AnswerAttribution, tmp_path: Any) -> No
     for place, row in enumerate(data["rows"]):
         want = answer.row(place)
         assert row["limit"] == Scale.of(want).limit
-        assert row["scores"] == pytest.approx(want.scores.tolist(), rel=1e-3)
+        # As the page shows them, so that nothing is rounded twice.
+        assert row["scores"] == [float(f"{score:.3g}") for score in want.scores.tolist()]
+        for name, value in answer_facts(want):
+            assert f"<dt>{name}</dt><dd>{escape(one_line(value))}</dd>" in page
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -553,7 +559,7 @@ def test_every_table_of_parts_names_its_measure(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=named)
     shown, page = printed(found, 100), found.to_html()
     assert "owes to which part: logit" in shown and "Parts of the prompt: log-odds" in shown
-    for title, measure in (("owes to which part", "Logit"), ("Parts of the prompt", "Log-odds")):
+    for title, measure in (("owes to which part", "Logit"), ("Parts of the prompt for the whole answer", "Log-odds")):
         assert f'<th class="r">{measure}</th>' in page.split(f"{title}</h2>")[1].split("</thead>")[0]
     # Of the first sentence there is no answer before it, but its own tokens.
     for view in (shown, page):
@@ -572,6 +578,14 @@ def test_a_long_answer_stands_once_on_every_view(model: Any) -> None:
     shown = " ".join(printed(found, 80).split())
     assert target in shown and shown.count("and it is the end") == 1
     assert target in found._repr_html_()
+
+
+def test_line_ends_of_an_answer_can_be_chosen_and_lines_have_their_direction(model: Any) -> None:
+    found = gim.attribute(model, tokenizer(), PROMPT, answer="one\n\ntwo")
+    page = found.to_html().split('id="answer"')[1].split("<p")[0]
+    assert page.count('<div dir="auto">') == 2 + ("\n" in found.tokens)
+    assert all("<b></b>" in one for one in re.findall(r'<span id="a\d+"[^>]*>(.*?)</span>', page, re.S) if "\n" in one)
+    assert page.count("<b></b>") == 2
 
 
 def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
