@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from rich import box
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -146,14 +147,52 @@ def _line(answer: AnswerAttribution, place: int) -> str:
     """One token of an answer: its number, how likely it was, and its strongest tokens."""
     target = answer.targets[place]
     words = f"{target.label}: {MEASURE_NAMES[target.measure]} {target.value:.4g}"
-    likely = next((one for one in answer.next_tokens[place] if one.token_id == target.token_ids[0]), None)
-    if likely is not None:
-        words += f", {100 * likely.probability:.3g} %"
+    probability = _probability(answer, place)
+    if probability is not None:
+        words += f", {100 * probability:.3g} %"
     return f"{words}. {_strongest(answer, place)}"
 
 
+def _probability(answer: AnswerAttribution, place: int) -> float | None:
+    """How likely the model held a token of an answer; None where neither the likeliest tokens nor its number tell."""
+    target = answer.targets[place]
+    found = [one.probability for one in answer.next_tokens[place] if one.token_id == target.token_ids[0]]
+    if not found and target.measure == "logprob":
+        return exp(target.value)
+    if not found and target.measure == "logodds":
+        return 1 / (1 + exp(-target.value)) if target.value > -700 else 0.0
+    return found[0] if found else None
+
+
 def _strongest(answer: AnswerAttribution, place: int) -> str:
-    return ", ".join(f"{token.token!r} {number(token.score)}" for token in answer.row(place).top(_NAMED))
+    return ", ".join(token + rest for token, rest in _placed(answer, place))
+
+
+def _placed(answer: AnswerAttribution, place: int) -> list[tuple[str, str]]:
+    """The strongest tokens of a row, with where each stands and its score: two may say the same."""
+    first = len(answer.prompt)
+    return [
+        (
+            one_line(repr(token.token)),
+            f" at {token.position if token.position < first else f'answer {token.position - first}'} "
+            f"{number(token.score)}",
+        )
+        for token in answer.row(place).top(_NAMED)
+    ]
+
+
+def _fitting(items: list[tuple[str, str]], room: int) -> str:
+    """As many items as there is room for, each whole; of the first the token is cut where it does not fit."""
+    shown = ""
+    for token, rest in items:
+        longer = f"{shown}, {token}{rest}" if shown else token + rest
+        if cell_len(longer) > room:
+            break
+        shown = longer
+    if not shown and items:
+        token, rest = items[0]
+        shown = shortened(token, max(1, room - cell_len(rest))) + rest
+    return shown
 
 
 @dataclass(frozen=True)
@@ -177,14 +216,16 @@ class AnswerReport:
         table.add_column("strongest before it", no_wrap=True)
         tokens = [piece.text for piece in pieces(alone(answer)) if piece.position is not None]
         rows = [
-            (one_line(token), f"{target.value:.4g}", one_line(_strongest(answer, place)))
-            for place, (token, target) in enumerate(zip(tokens[:_TERMINAL_ROWS], answer.targets, strict=False))
+            (one_line(token), f"{target.value:.4g}")
+            for token, target in zip(tokens[:_TERMINAL_ROWS], answer.targets, strict=False)
         ]
-        taken = max(cell_len(token) for token, *_ in rows) + max(len(measure), *(len(x) for _, x, _ in rows))
-        for token, value, strongest in rows:
-            room = max(12, options.max_width - taken - 8)
-            shown = strongest if cell_len(strongest) <= room else set_cell_size(strongest, room - 1) + "\u2026"
-            table.add_row(Text(token, style="bold"), value, Text(shown))
+        # A token of the answer is cut before a number is.
+        taken = max(len(measure), *(len(value) for _, value in rows))
+        most = max(8, (options.max_width - taken - _BORDERS) // 3)
+        taken += min(most, max(len("token"), *(cell_len(token) for token, _ in rows)))
+        for place, (token, value) in enumerate(rows):
+            items = _fitting(_placed(answer, place), options.max_width - taken - _BORDERS)
+            table.add_row(Text(shortened(token, most), style="bold"), value, Text(items))
         yield table
         if len(answer) > _TERMINAL_ROWS:
             yield Text(f"and {len(answer) - _TERMINAL_ROWS:,} more tokens", style="dim")

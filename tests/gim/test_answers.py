@@ -553,6 +553,29 @@ def test_the_table_of_parts_has_every_score_whole(model: Any, width: int) -> Non
     assert "It sat." in shown and max(map(len, lines)) <= width
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_what_tokens_were_made_of_has_whole_numbers_and_places(answer: gim.AnswerAttribution, width: int) -> None:
+    shown = printed(answer, width).split("strongest before it")[1].splitlines()[2 : 2 + len(answer)]
+    first = len(answer.prompt)
+    for place, line in enumerate(shown):
+        items = [
+            f"at {one.position if one.position < first else f'answer {one.position - first}'} {one.score:+.3g}"
+            for one in answer.row(place).top(4)
+        ]
+        found = re.findall(r"at (?:answer )?\d+ [-+][^ ,]+", line)
+        assert found and found == items[: len(found)], line
+        assert "\u2026" not in line or len(found) == 1
+        assert width < 120 or len(found) == 4
+
+
+@pytest.mark.parametrize("measure", ["logprob", "logodds"])
+def test_a_token_that_is_not_likely_has_its_probability(model: Any, measure: Any) -> None:
+    made = tokenizer()
+    before, least = made(PROMPT).input_ids, model(torch.tensor([made(PROMPT).input_ids])).logits[0, -1].softmax(-1)
+    found = gim.attribute(model, made, PROMPT, answer=[int(least.argmin())], measure=measure)
+    assert before and f", {100 * float(least.min()):.3g} %. " in found.to_html()
+
+
 def test_every_table_of_parts_names_its_measure(model: Any) -> None:
     """Rows of an answer are logits, and the whole of it is not."""
     named = {"first": (0, 11), "second": (11, 22)}
