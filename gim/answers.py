@@ -14,7 +14,7 @@ from gim import saved
 from gim.attribution import Attribution, Span, data_frame
 from gim.files import write_atomically, written
 from gim.segments import Range
-from gim.targets import Explained, NextToken
+from gim.targets import Explained, NextToken, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -119,7 +119,11 @@ class AnswerAttribution:
 
         Raises:
             IndexError: there is no such token.
+            TypeError: a place that is no whole number.
         """
+        given, place = place, whole_number(place)
+        if isinstance(place, bool) or not isinstance(place, int):
+            raise TypeError(f"place must be a whole number, got {given!r:.80}")
         if not -len(self) <= place < len(self):
             raise IndexError(f"place must be in {-len(self)}..{len(self) - 1}, got {place}")
         place %= len(self)

@@ -127,6 +127,7 @@ def _class_number(model: nn.Module, target: Any) -> Any:
 def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | None) -> int:
     """The index of the token whose output is explained."""
     if position is not None:
+        position = target_kinds.whole_number(position)
         if isinstance(position, bool) or not isinstance(position, int):
             raise TypeError(f"position must be an integer, got {type(position).__name__}")
         if not -len(ids) <= position < len(ids):
