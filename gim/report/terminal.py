@@ -33,13 +33,16 @@ class TerminalReport:
 
     attribution: Attribution
     top: int = 10
+    #: Whether it says what is explained; not where that stands above.
+    explained: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         attribution = self.attribution
         scale = Scale.of(attribution)
         colour = console.color_system is not None and not console.no_color
-        yield self._grid(answer_facts(attribution))
-        yield Text()
+        if self.explained:
+            yield facts_grid(answer_facts(attribution))
+            yield Text()
         yield self._table(scale, colour, options.max_width, options.ascii_only)
         yield Text()
         if attribution.segments:
@@ -65,14 +68,6 @@ class TerminalReport:
         yield Text()
         yield self._card()
 
-    def _grid(self, facts: Sequence[tuple[str, str]]) -> Table:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in facts:
-            grid.add_row(name, Text(one_line(value), style="bold" if name == "Target" else ""))
-        return grid
-
     def _segments(self, scale: Scale, width: int) -> Table:
         """What each named part of the text adds up to."""
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -89,7 +84,7 @@ class TerminalReport:
         return table
 
     def _card(self) -> Panel:
-        grid = self._grid(method_facts(self.attribution))
+        grid = facts_grid(method_facts(self.attribution))
         for warning in uncovered(self.attribution):
             grid.add_row(Text("Not covered", style="bold red"), Text(one_line(warning), style="red"))
         for note in self.attribution.report.notes:
@@ -179,6 +174,16 @@ class TerminalReport:
             where.truncate(max(1, left), overflow="ellipsis")
             table.add_row(*cells, f"{token.position:,}", where)
         return table
+
+
+def facts_grid(facts: Sequence[tuple[str, str]]) -> Table:
+    """Facts below one another."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(one_line(value), style="bold" if name == "Target" else ""))
+    return grid
 
 
 def _terminal_style(level: int) -> str:
