@@ -46,6 +46,11 @@ class Single:
         model, tokenizer = asked.model, asked.tokenizer
         ids, offsets, text = [*asked.ids], [*asked.offsets], asked.text
         head = anatomy.of(model).head
+        if head == "class of each token":
+            raise ValueError(
+                f"model must say a token or a class of the whole text, and {type(model).__name__} says a {head}, which "
+                "cannot be explained: open gim.GIM(model), and take the gradient of the logit you mean"
+            )
         chosen = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
         if measure is not None:
             chosen = dataclasses.replace(chosen, measure=measure)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from markupsafe import escape
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim import circuits, memory, scoring
@@ -510,12 +510,21 @@ def test_bytes_are_no_ids() -> None:
 
 
 def test_models_that_give_no_answers() -> None:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertForMaskedLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     encoder = BertForMaskedLM(BertConfig(vocab_size=320, **sizes)).eval()
     with pytest.raises(ValueError, match="answer needs a model that says the next token, and BertForMaskedLM says"):
         gim.attribute(encoder, tokenizer(), PROMPT, answer=ANSWER)
+
+
+def test_classes_of_tokens_are_no_tokens() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    tagger = BertForTokenClassification(BertConfig(vocab_size=320, **sizes)).eval()
+    for given in ({}, {"target": 1}, {"answer": ANSWER}):
+        arguments: Any = given
+        with pytest.raises(ValueError, match="BertForTokenClassification says a?.*class of each token"):
+            gim.attribute(tagger, tokenizer(), PROMPT, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ looks
