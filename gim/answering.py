@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gim.answers import AnswerAttribution
+from gim.answers import INTERRUPTED, AnswerAttribution
 from gim.asked import Asked, Wanted, tokens_of
 from gim.inputs import check_room
 from gim.parts import anatomy
@@ -61,6 +61,9 @@ def attribute(
     finished = len(result.scores) - 1
     if finished == len(ids):
         return _of(asked, text, ids, spans, result, single, whole)
+    result.report.notes.append(
+        f"{INTERRUPTED}the first {finished:,} of {len(ids):,} tokens of the answer are explained, and it ends there"
+    )
     text, spans = text[: max(end for _, end in spans[:finished])], spans[:finished]
     raise AnswerInterrupted(_of(asked, text, ids[:finished], spans, result, single, whole))
 

@@ -12,9 +12,9 @@ import torch
 
 from gim import saved
 from gim.attribution import Attribution, Span, data_frame
-from gim.files import written
+from gim.files import write_atomically, written
 from gim.segments import Range
-from gim.targets import Explained, NextToken
+from gim.targets import Explained, NextToken, whole_number
 
 if TYPE_CHECKING:
     import pandas
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: What an axis of a table can be made of.
 Unit = Literal["token", "word", "sentence", "segment"]
+#: How the note begins that a report has of an answer whose attribution was cut.
+INTERRUPTED = "interrupted: "
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,11 @@ class AnswerAttribution:
 
         Raises:
             IndexError: there is no such token.
+            TypeError: a place that is no whole number.
         """
+        given, place = place, whole_number(place)
+        if isinstance(place, bool) or not isinstance(place, int):
+            raise TypeError(f"place must be a whole number, got {given!r:.80}")
         if not -len(self) <= place < len(self):
             raise IndexError(f"place must be in {-len(self)}..{len(self) - 1}, got {place}")
         place %= len(self)
@@ -241,12 +247,16 @@ class AnswerAttribution:
         return written(answers.page(self, top=top), path)
 
     def to_png(self, path: str | os.PathLike[str], *, top: int = 15) -> None:
-        """Draw the prompt with its scores for the whole answer; arguments and errors as of
+        """Draw the answer, and the prompt with its scores for the whole answer; arguments and errors as of
         :meth:`gim.Attribution.to_png`."""
-        self.prompt.to_png(path, top=top)
+        from gim.report import answers
+
+        write_atomically(path, answers.png(self, top=top))
 
     def _repr_html_(self) -> str:
-        return self.prompt._repr_html_()
+        from gim.report import answers
+
+        return answers.cell(self)
 
     def __rich__(self) -> RenderableType:
         from gim.report import answers

@@ -47,6 +47,8 @@ def encode(prompt: Any, tokenizer: Any, template_arguments: Mapping[str, Any] | 
         ValueError: an empty prompt, one without tokens, a slow tokenizer, a chat that cannot be rendered, template
             arguments for a text.
     """
+    if isinstance(prompt, list | tuple) and not prompt:
+        raise ValueError("prompt must be text, messages with role and content, or a list of such, got an empty list")
     is_chat = not isinstance(prompt, str)
     if template_arguments is not None and not is_chat:
         raise ValueError("template_arguments are for a chat, and prompt is text")

@@ -46,6 +46,11 @@ class Single:
         model, tokenizer = asked.model, asked.tokenizer
         ids, offsets, text = [*asked.ids], [*asked.offsets], asked.text
         head = anatomy.of(model).head
+        if head == "class of each token":
+            raise ValueError(
+                f"model must say a token or a class of the whole text, and {type(model).__name__} says a {head}, which "
+                "cannot be explained: open gim.GIM(model), and take the gradient of the logit you mean"
+            )
         chosen = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
         if measure is not None:
             chosen = dataclasses.replace(chosen, measure=measure)
@@ -127,6 +132,7 @@ def _class_number(model: nn.Module, target: Any) -> Any:
 def _position(model: nn.Module, tokenizer: Any, ids: list[int], position: int | None) -> int:
     """The index of the token whose output is explained."""
     if position is not None:
+        position = target_kinds.whole_number(position)
         if isinstance(position, bool) or not isinstance(position, int):
             raise TypeError(f"position must be an integer, got {type(position).__name__}")
         if not -len(ids) <= position < len(ids):

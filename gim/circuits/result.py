@@ -109,9 +109,11 @@ class Circuit:
         """The ``n`` strongest edges, strongest first, as they are scored; nothing is pruned.
 
         Raises:
-            ValueError: the scores are of nodes, or ``n`` is more than there are edges.
+            ValueError: the scores are of nodes, or ``n`` is below 1 or more than there are edges.
         """
         self._need_edges("top")
+        if n == 0:
+            raise ValueError("n must be at least 1, got 0")
         check_count(n, self.count, "edges")
         values = (self.scores.abs() if absolute else self.scores).masked_fill(~self.graph.edges, -torch.inf)
         places = values.flatten().argsort(descending=True, stable=True)[:n].tolist()
@@ -121,8 +123,10 @@ class Circuit:
         """The ``n`` strongest writers and their scores; of edges, the sum over each one's.
 
         Raises:
-            ValueError: ``n`` is more than there are writers.
+            ValueError: ``n`` is below 1 or more than there are writers.
         """
+        if n == 0:
+            raise ValueError("n must be at least 1, got 0")
         check_count(n, self.graph.writers, "nodes")
         scores = self.scores if self.level == "node" else self.scores.sum(1)
         places = (scores.abs() if absolute else scores).argsort(descending=True, stable=True)[:n].tolist()

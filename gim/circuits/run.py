@@ -147,11 +147,15 @@ def attribute(
     _check(level, grouped, memory)
     _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, seed=seed)
+    _check_progress(progress)
     chosen = get_rules(rules)
     _check_model(model)
     with anatomy.held(model) as parts:
         given = read(pairs, tokenizer, seed=seed, limit=limit)
         encoded = encode(model, given, tokenizer)
+        for one, where in zip(encoded, given.places, strict=True):
+            if one.clean == one.corrupted:
+                raise ValueError(f"{where}: clean and corrupted are the same tokens, so nothing tells them apart")
         found = probe.find(model, torch.tensor(encoded[0].clean, device=parts.device))
         graph = found.graph(grouped=grouped)
         scorer = Scorer(model, found, graph.ungrouped(), chosen, metric, level, ig_steps, memory, engine)
@@ -307,6 +311,7 @@ def faithfulness(
     metric = _metric(metric)
     _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, skip=skip, seed=seed)
+    _check_progress(progress)
     _check_model(model)
     with anatomy.held(model) as parts:
         encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip), tokenizer)
@@ -417,6 +422,11 @@ def _metric(metric: Any) -> Metric:
 def _key(metric: Metric) -> str:
     """What tells a metric from another: one of our own its name, a function of the user's its code too."""
     return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
+
+
+def _check_progress(progress: object) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
 
 
 def _check_numbers(least: int, **given: Any) -> None:

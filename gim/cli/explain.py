@@ -156,6 +156,15 @@ def command(
                     )
                 except gim.AnswerInterrupted as error:
                     attribution, finished = error.attribution, False
+        if not finished:
+            from rich.console import Console
+            from rich.text import Text
+
+            from gim.answers import INTERRUPTED
+
+            for note in attribution.prompt.report.notes:
+                if note.startswith(INTERRUPTED):
+                    Console(stderr=True).print(Text(note), soft_wrap=True)
         deliver(outputs, writers(attribution, top), lambda: show(attribution, top))
     if not finished:
         raise typer.Exit(130)

@@ -144,6 +144,8 @@ def evaluate(
     """
     for module in ("scipy.stats", "pandas"):
         need(module)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
     wanted = _measures(measures)
     _check(protocol, grid, batch_tokens, seed, limit, forward_dtype)
     _check_model(model)

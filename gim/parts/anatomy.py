@@ -19,9 +19,13 @@ from gim.parts.adapters import hugging_face, torch_modules
 from gim.parts.calling import Call
 from gim.parts.hidden_states import device_of
 
-Head = Literal["next token", "masked token", "class"]
+Head = Literal["next token", "masked token", "class", "class of each token"]
 #: What transformers says in the names of its classes of what logits are of.
-HEADS: tuple[tuple[str, Head], ...] = (("ForSequenceClassification", "class"), ("ForMaskedLM", "masked token"))
+HEADS: tuple[tuple[str, Head], ...] = (
+    ("ForSequenceClassification", "class"),
+    ("ForMaskedLM", "masked token"),
+    ("ForTokenClassification", "class of each token"),
+)
 
 
 @dataclass(frozen=True)

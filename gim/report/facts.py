@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gim.report.text import number
+from gim.answers import INTERRUPTED
+from gim.report.text import number, one_line, shortened
 from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
@@ -19,19 +20,36 @@ _KINDS = {
 }
 
 
+#: Columns of what is explained; an answer may have thousands, and stands below.
+_HEADING = 60
+
+
 def heading(attribution: Attribution) -> str:
-    """What is explained, in a few words."""
-    return _KINDS.get(attribution.target.kind, "{}").format(attribution.target.label)
+    """What is explained, in a few words: of a long answer or continuation its beginning."""
+    label = attribution.target.label
+    if attribution.target.kind in ("answer", "continuation"):
+        label = shortened(one_line(label), _HEADING)
+    return _KINDS.get(attribution.target.kind, "{}").format(label)
+
+
+def target(attribution: Attribution) -> str:
+    """What is explained and its number; an answer is named by its length, for it stands beside."""
+    explained = attribution.target
+    count = len(explained.token_ids)
+    tokens = f"{count:,} token{'s' if count > 1 else ''}"
+    named = f"the whole answer, {tokens}" if explained.kind == "answer" else heading(attribution)
+    return f"{named}, {MEASURE_NAMES[explained.measure]} {explained.value:.4g}"
 
 
 def answer_facts(attribution: Attribution) -> list[tuple[str, str]]:
     """What stands on top of every picture: what is explained, what else may come next, what is not ranked."""
-    target = attribution.target
-    facts = [("Target", f"{heading(attribution)}, {MEASURE_NAMES[target.measure]} {target.value:.4g}")]
+    facts = [("Target", target(attribution))]
     if attribution.next_tokens:
-        facts.append(
-            ("Likeliest", ", ".join(f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens))
-        )
+        # Of an answer they are those of its first token.
+        name = "Likeliest first" if attribution.target.kind == "answer" else "Likeliest"
+        likely = [f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens]
+        facts.append((name, ", ".join(likely)))
+    facts += [("Note", note) for note in attribution.report.notes if note.startswith(INTERRUPTED)]
     if any(attribution.aside):
         facts.append(("Set aside", _set_aside(attribution)))
     return facts

@@ -17,6 +17,7 @@ from gim.report.facts import answer_facts, heading, method_facts, uncovered
 from gim.report.pieces import bins, context, pieces, strongest_sentences
 from gim.report.scale import DARK, LEVELS, LIGHT, Scale
 from gim.report.text import number, one_line, visible
+from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -81,6 +82,7 @@ def page(attribution: Attribution, *, top: int = 20, said: Said | None = None, m
             warnings=uncovered(attribution),
             notes=attribution.report.notes,
             label=heading(attribution),
+            measure=MEASURE_NAMES[attribution.target.measure],
             scale=scale,
             aligned=scale.aligned,
             levels=LEVELS,
@@ -135,7 +137,7 @@ def lines(attribution: Attribution, scale: Scale, prefix: str = "t") -> list[Mar
     blocks: list[Markup] = []
     parts: list[str] = []
     for piece in pieces(attribution):
-        shown = _with_line_ends(piece.text)
+        shown = with_line_ends(piece.text)
         if piece.position is None:
             parts.append(shown)
         else:
@@ -164,7 +166,7 @@ def level_class(level: int) -> str:
     return f"p{level}" if level > 0 else f"n{-level}" if level < 0 else ""
 
 
-def _with_line_ends(text: str) -> str:
+def with_line_ends(text: str) -> str:
     """Escaped text; before each line feed an element that a style sheet shows as a sign and nobody copies."""
     return str(escape(visible(text))).replace("\n", "<b></b>\n")
 

@@ -71,18 +71,25 @@ class Map:
             return cls(
                 "Heads by layer",
                 "Each head's output times its gradient, over all tokens. Rows are layers, columns heads.",
-                *("layer", layers, heads, scores, places, [False] * len(layers), scale),
+                *("layer \\ head", layers, heads, scores, places, [False] * len(layers), scale),
             )
         count = len(found.attribution)
         largest = found.scores.abs().amax(0).tolist() if layers else [0.0] * count
-        best = sorted(range(count), key=lambda place: (found.aside[place], -largest[place]))[:most]
+        best = sorted(range(count), key=lambda place: (found.aside[place], -largest[place]))
+        # Rows that are set aside are blank: they come only where there are no words.
+        best = [place for place in best if not found.aside[place]][:most] or best[:most]
         chosen = sorted(best)
         tokens = found.attribution.tokens
-        which = f"The {len(chosen)} strongest of {count:,} tokens" if len(chosen) < count else "Every token"
+        words = sum(not aside for aside in found.aside)
+        which = "Every token"
+        if len(chosen) < words:
+            which = f"The {len(chosen)} strongest of {count:,} tokens"
+        elif len(chosen) < count:
+            which = f"Every token but the {count - words:,} set aside"
         return cls(
             "Tokens by layer",
             f"The stream that each layer reads at a token's place, times its gradient. {which}, in their order.",
-            "token",
+            "token \\ layer",
             [one_line(tokens[place]) for place in chosen],
             layers,
             [[row[place] for row in scores] for place in chosen],
@@ -139,6 +146,8 @@ class LayerwiseReport:
         room = options.max_width - width - 2
         each = 2 if 2 * len(shown.columns) <= room else 1
         columns = shown.columns[: room // each]
+        yield terminal.facts_grid(answer_facts(self.found.attribution))
+        yield Text()
         yield Text(shown.title, style="bold")
         yield Text(shown.hint, style="dim")
         if len(columns) < len(shown.columns):
@@ -157,7 +166,7 @@ class LayerwiseReport:
         yield Text()
         yield _strongest(self.found, self.top)
         yield Text()
-        yield terminal.view(self.found.attribution, top=self.top)
+        yield terminal.TerminalReport(self.found.attribution, self.top, explained=False)
 
 
 def _numbers(names: Sequence[str], each: int) -> str:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 MOST_TOKENS = 1000
 
 
-def cell(attribution: Attribution, before: Markup | None = None) -> str:
+def cell(attribution: Attribution, before: Markup | None = None, after: Markup | None = None) -> str:
     """A piece of HTML for a notebook: facts, the strongest tokens and the text, with styles that stay inside.
 
     Args:
         attribution: what to show.
-        before: HTML to stand above the text.
+        before, after: HTML to stand above the text and below it.
 
     Returns:
         HTML without a script; of a long prompt it has the strongest sentences only.
@@ -70,6 +70,7 @@ def cell(attribution: Attribution, before: Markup | None = None) -> str:
             ramps=ramps,
             scale=scale,
             before=before,
+            after=after,
             parts=parts,
             is_whole=len(attribution) <= MOST_TOKENS,
             count=len(attribution),

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gim.report.facts import answer_facts, method_facts, uncovered
-from gim.report.pieces import bins, context, excerpts, pieces
-from gim.report.scale import LIGHT, Scale
-from gim.report.text import number, one_line, visible
+from gim.report.pieces import Piece, bins, context, excerpts, pieces
+from gim.report.scale import LEVELS, LIGHT, Scale
+from gim.report.text import number, one_line, shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gim.attribution import Attribution, RankedToken
+    from gim.report.answers import Parts, Said
 
 # Prompts of at most this many characters are drawn whole; of longer ones the strongest sentences.
 _PICTURE_CHARACTERS = 2000
@@ -41,26 +42,31 @@ _PICTURE_FONTS = (
 )
 PICTURE_INK = LIGHT.text
 PICTURE_SOFT = "#5b606b"
+#: Behind tokens that are set aside, as on a page.
+_PICTURE_ASIDE = "#ececea"
 _PICTURE_POSITIVE = "#d9711c"
 _PICTURE_NEGATIVE = "#3383c4"
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A part of one row of monospaced text: its first column, its width in columns, and its step of colour."""
+    """A part of one row of monospaced text: its first column, its width in columns, and its step of colour; None of
+    what is set aside."""
 
     column: int
     width: int
     text: str
-    level: int
+    level: int | None
 
 
-def png(attribution: Attribution, *, top: int = 15) -> bytes:
-    """A picture: facts, scores along the prompt, the strongest tokens, and the text or its strongest sentences.
+def png(attribution: Attribution, *, top: int = 15, said: Said | None = None) -> bytes:
+    """A picture: what is explained, the text or its strongest sentences, scores along the prompt, the strongest tokens,
+    and facts.
 
     Args:
         attribution: what to show.
         top: bars of the strongest tokens.
+        said: the answer that the attribution is of, to stand first.
 
     Returns:
         The content of a PNG file.
@@ -71,27 +77,45 @@ def png(attribution: Attribution, *, top: int = 15) -> bytes:
     scale = Scale.of(attribution)
     ranked = attribution.top(top)
     named = [*answer_facts(attribution), *method_facts(attribution)[:5]]
-    facts = [f"{name}: {one_line(value)}" for name, value in named]
+    first, *facts = [f"{name}: {one_line(value)}" for name, value in named]
     facts += [f"Not covered: {one_line(warning)}" for warning in uncovered(attribution)]
+    facts += [f"Note: {one_line(note)}" for note in attribution.report.notes]
     rows = _picture_rows(attribution, scale)
-    # Heights of the four parts in inches; a row of text has a fifth of one.
-    heights = [0.16 * len(facts) + 0.1, 1.25, 0.19 * max(1, len(ranked)) + 0.1, 0.2 * max(1, len(rows)) + 0.1]
-    gaps = [0.2, 0.3, 0.5, 0.4]
-    total = sum(heights) + sum(gaps) + 0.35
+    is_whole = len(attribution.text) <= _PICTURE_CHARACTERS
+    text = "The prompt" if is_whole else "Strongest sentences of the prompt, in the order of the text"
+    # The height of each part in inches, the gap above it, and what draws it; a row of text has a fifth of one.
+    shown: list[tuple[float, float, Callable[[Axes, list[str]], None]]] = [
+        (0.2, 0.26, lambda axes, _: draw_facts(axes, [first]))
+    ]
+    if said is not None:
+        answer = _wrapped([said.pieces], lambda _: 0)
+        shown.append((0.3, _rows_height(answer), lambda axes, fonts: _draw_rows(axes, answer, "The answer", fonts)))
+    shown.append((0.4, _rows_height(rows), lambda axes, fonts: _draw_rows(axes, rows, text, fonts)))
+    if said is not None and said.table is not None:
+        table = _table_rows(said.table)
+        title = f"What each sentence of the answer owes to which part: {said.table.measure}"
+        shown.append((0.4, _rows_height(table), lambda axes, fonts: _draw_rows(axes, table, title, fonts)))
+    height = 0.19 * max(1, len(ranked)) + 0.1
+    shown += [
+        (0.4, 1.25, lambda axes, _: _draw_along(axes, attribution, scale)),
+        (0.5, height, lambda axes, fonts: _draw_top(axes, attribution, ranked, fonts)),
+        (0.3, 0.16 * len(facts) + 0.1, lambda axes, _: draw_facts(axes, facts, bold=0)),
+    ]
+    total = sum(gap + size for gap, size, _ in shown) + 0.35
 
     def draw(figure: Figure, monospace: list[str]) -> None:
         upper = total
-        areas = []
-        for gap, size in zip(gaps, heights, strict=True):
+        for gap, size, draw_part in shown:
             upper -= gap + size
-            areas.append(figure.add_axes((0.06, upper / total, 0.91, size / total)))
-        draw_facts(areas[0], facts)
-        _draw_along(areas[1], attribution, scale)
-        _draw_top(areas[2], attribution, ranked, monospace)
-        _draw_rows(areas[3], rows, len(attribution.text) <= _PICTURE_CHARACTERS, monospace)
-        figure.text(0.06, 0.12 / total, scale.describe(), fontsize=6.5, color=PICTURE_SOFT)
+            draw_part(figure.add_axes((0.06, upper / total, 0.91, size / total)), monospace)
+        words = scale.describe() + (" Grey tokens are set aside." if any(attribution.aside) else "")
+        figure.text(0.06, 0.12 / total, words, fontsize=6.5, color=PICTURE_SOFT)
 
     return drawn(total, draw)
+
+
+def _rows_height(rows: Sequence[object]) -> float:
+    return 0.2 * max(1, len(rows)) + 0.1
 
 
 def drawn(height: float, draw: Callable[[Figure, list[str]], None]) -> bytes:
@@ -143,14 +167,22 @@ def _picture_rows(attribution: Attribution, scale: Scale) -> list[list[_Cell]]:
     is_whole = len(attribution.text) <= _PICTURE_CHARACTERS
     parts = [everything] if is_whole else excerpts(attribution, everything, 6, 60)
     scores, aside = attribution.scores.tolist(), attribution.aside
+    return _wrapped(parts, lambda position: None if aside[position] else scale.level(scores[position]))
+
+
+def _wrapped(parts: Sequence[Sequence[Piece]], level_of: Callable[[int], int | None]) -> list[list[_Cell]]:
+    """Parts of a text in rows of equal width, an empty one between two.
+
+    Args:
+        parts: what they consist of.
+        level_of: a token's step of colour; None for one that is set aside.
+    """
     rows: list[list[_Cell]] = []
     for part in parts:
         row: list[_Cell] = []
         column = 0
         for piece in part:
-            level = 0
-            if piece.position is not None and not aside[piece.position]:
-                level = scale.level(scores[piece.position])
+            level = 0 if piece.position is None else level_of(piece.position)
             for character in re.split("(\n)", visible(piece.text).replace("\t", "    ")):
                 if character == "\n":
                     rows.append([*row, _Cell(column, 1, "\u21b5", level)])
@@ -166,6 +198,18 @@ def _picture_rows(attribution: Attribution, scale: Scale) -> list[list[_Cell]]:
             rows.append(row)
         if part is not parts[-1]:
             rows.append([])
+    return rows
+
+
+def _table_rows(parts: Parts) -> list[list[_Cell]]:
+    """A row for each sentence of an answer, and one below it for each part of the prompt."""
+    rows: list[list[_Cell]] = []
+    for sentence, scores in zip(parts.sentences, parts.scores, strict=True):
+        rows.append([_Cell(0, _PICTURE_COLUMNS, shortened(sentence, _PICTURE_COLUMNS), 0)])
+        for name, score in zip(parts.names, scores, strict=True):
+            level = round(LEVELS * score / parts.largest) if parts.largest else 0
+            shown = number(score).rjust(9)
+            rows.append([_Cell(4, 9, shown, level), _Cell(15, 90, shortened(one_line(name), 90), 0)])
     return rows
 
 
@@ -185,7 +229,8 @@ def _chunks(text: str, room: int) -> Iterator[tuple[str, int]]:
     yield text[start:], used
 
 
-def draw_facts(axes: Axes, facts: Sequence[str]) -> None:
+def draw_facts(axes: Axes, facts: Sequence[str], *, bold: int = 1) -> None:
+    """Facts below one another, the first of them large and bold."""
     axes.set_axis_off()
     for index, fact in enumerate(facts):
         axes.text(
@@ -194,9 +239,9 @@ def draw_facts(axes: Axes, facts: Sequence[str]) -> None:
             fact if len(fact) < 150 else fact[:149] + "\u2026",
             transform=axes.transAxes,
             va="center",
-            fontsize=9 if index == 0 else 7.5,
-            fontweight="bold" if index == 0 else "normal",
-            color=PICTURE_INK if index == 0 else PICTURE_SOFT,
+            fontsize=9 if index < bold else 7.5,
+            fontweight="bold" if index < bold else "normal",
+            color=PICTURE_INK if index < bold else PICTURE_SOFT,
         )
 
 
@@ -233,10 +278,9 @@ def _draw_top(axes: Axes, attribution: Attribution, ranked: Sequence[RankedToken
         axes.text(0.63 + 0.3 * abs(token.score) / largest, row, number(token.score), va="center", fontsize=7.5)
 
 
-def _draw_rows(axes: Axes, rows: Sequence[Sequence[_Cell]], is_whole: bool, monospace: list[str]) -> None:
+def _draw_rows(axes: Axes, rows: Sequence[Sequence[_Cell]], title: str, monospace: list[str]) -> None:
     from matplotlib.patches import Rectangle
 
-    title = "The prompt" if is_whole else "Strongest sentences, in the order of the text"
     axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
     axes.set_axis_off()
     axes.set_xlim(0, _PICTURE_COLUMNS)
@@ -246,8 +290,8 @@ def _draw_rows(axes: Axes, rows: Sequence[Sequence[_Cell]], is_whole: bool, mono
     size = _PICTURE_WIDTH * axes.get_position().width * 72 / _PICTURE_COLUMNS / 0.602
     for index, row in enumerate(rows):
         for cell in row:
-            if cell.level:
-                colour = ramps[cell.level > 0][abs(cell.level) - 1]
+            if cell.level != 0:
+                colour = _PICTURE_ASIDE if cell.level is None else ramps[cell.level > 0][abs(cell.level) - 1]
                 axes.add_patch(Rectangle((cell.column, index + 0.05), cell.width, 0.9, facecolor=colour, linewidth=0))
             axes.text(
                 cell.column,
@@ -256,5 +300,5 @@ def _draw_rows(axes: Axes, rows: Sequence[Sequence[_Cell]], is_whole: bool, mono
                 va="center",
                 family=monospace,
                 fontsize=size,
-                color=PICTURE_INK,
+                color=PICTURE_SOFT if cell.level is None else PICTURE_INK,
             )

@@ -16,7 +16,8 @@ from rich.text import Text
 from gim.report.facts import answer_facts, method_facts, uncovered
 from gim.report.pieces import Piece, bins, context, excerpts, pieces
 from gim.report.scale import LEVELS, LIGHT, Scale
-from gim.report.text import fitting, number, one_line, visible
+from gim.report.text import fitting, number, one_line, shortened, visible
+from gim.targets import MEASURE_NAMES
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -32,16 +33,20 @@ class TerminalReport:
 
     attribution: Attribution
     top: int = 10
+    #: Whether it says what is explained; not where that stands above.
+    explained: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         attribution = self.attribution
         scale = Scale.of(attribution)
         colour = console.color_system is not None and not console.no_color
-        yield self._grid(answer_facts(attribution))
-        yield Text()
+        if self.explained:
+            yield facts_grid(answer_facts(attribution))
+            yield Text()
         yield self._table(scale, colour, options.max_width, options.ascii_only)
         yield Text()
         if attribution.segments:
+            yield Text(f"Parts of the prompt: {MEASURE_NAMES[attribution.target.measure]}", style="bold")
             yield self._segments(scale, options.max_width)
             yield Text()
         if len(attribution) <= MOST_TOKENS:
@@ -63,20 +68,9 @@ class TerminalReport:
         yield Text()
         yield self._card()
 
-    def _grid(self, facts: Sequence[tuple[str, str]]) -> Table:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in facts:
-            grid.add_row(name, Text(one_line(value), style="bold" if name == "Target" else ""))
-        return grid
-
     def _segments(self, scale: Scale, width: int) -> Table:
         """What each named part of the text adds up to."""
-        table = Table(
-            title="Parts of the prompt", title_justify="left", title_style="bold", box=None, pad_edge=False,
-            show_header=False,
-        )  # fmt: skip
+        table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(no_wrap=True, style="dim")
@@ -86,14 +80,11 @@ class TerminalReport:
         room = width - max(map(cell_len, names)) - max(map(cell_len, scores)) - 3
         for name, score, span in zip(names, scores, spans, strict=True):
             style = signed(span.score)
-            text = one_line(span.text)
-            shown = fitting(text, room)
-            shown = shown if shown == text else fitting(text, room - 1) + "\u2026"
-            table.add_row(Text(name), Text(score, style=style), Text(shown))
+            table.add_row(Text(name), Text(score, style=style), Text(shortened(one_line(span.text), room)))
         return table
 
     def _card(self) -> Panel:
-        grid = self._grid(method_facts(self.attribution))
+        grid = facts_grid(method_facts(self.attribution))
         for warning in uncovered(self.attribution):
             grid.add_row(Text("Not covered", style="bold red"), Text(one_line(warning), style="red"))
         for note in self.attribution.report.notes:
@@ -158,7 +149,18 @@ class TerminalReport:
         table.add_column("at", justify="right", no_wrap=True)
         table.add_column("in context", ratio=1, no_wrap=True, overflow="ellipsis")
         room = max(8, (width - 50) // 2)
-        for token in self.attribution.top(self.top):
+        ranked = self.attribution.top(self.top)
+        numbers = [
+            max(map(cell_len, [head, *cells]))
+            for head, cells in (
+                ("#", [str(token.rank) for token in ranked]),
+                ("score", [scale.aligned(token.score) for token in ranked]),
+                ("at", [f"{token.position:,}" for token in ranked]),
+            )
+        ]
+        # What surrounds a token is cut before a number is.
+        left = width - sum(numbers) - (6 if width < 60 else 12 + 14)
+        for token in ranked:
             found = context(self.attribution, token, room)
             style = signed(token.score)
             bar = ("#" if ascii_only else "\u2588") * round(
@@ -168,12 +170,20 @@ class TerminalReport:
             if width >= 60:
                 cells.append(Text(bar, style=style))
             word = found.token if colour else f"[{found.token}]"
-            cells += [
-                f"{token.position:,}",
-                Text.assemble((found.before, "dim"), (word, f"bold {style}"), (found.after, "dim")),
-            ]
-            table.add_row(*cells)
+            where = Text.assemble((found.before, "dim"), (word, f"bold {style}"), (found.after, "dim"))
+            where.truncate(max(1, left), overflow="ellipsis")
+            table.add_row(*cells, f"{token.position:,}", where)
         return table
+
+
+def facts_grid(facts: Sequence[tuple[str, str]]) -> Table:
+    """Facts below one another."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(one_line(value), style="bold" if name == "Target" else ""))
+    return grid
 
 
 def _terminal_style(level: int) -> str:

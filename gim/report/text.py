@@ -63,3 +63,9 @@ def fitting(text: str, width: int) -> str:
         if used > width:
             return text[:index]
     return text
+
+
+def shortened(text: str, width: int) -> str:
+    """A text in at most `width` columns, with a sign where it goes on."""
+    shown = fitting(text, width)
+    return shown if shown == text else fitting(text, width - 1) + "\u2026"

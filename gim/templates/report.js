@@ -25,7 +25,7 @@
     const copy = token.cloneNode(true);
     for (const end of copy.querySelectorAll("b")) end.replaceWith("\u21b5");
     word.textContent = token.dataset.s;
-    tip.replaceChildren(word, ` \u00b7 token ${position(token)} \u00b7 \u201c${copy.textContent.replaceAll("\n", "")}\u201d`);
+    tip.replaceChildren(word, ` \u00b7 ${token.id[0] === "a" ? "answer " : ""}token ${position(token)} \u00b7 \u201c${copy.textContent.replaceAll("\n", "")}\u201d`);
     if (token.classList.contains("s")) tip.append(" \u00b7 set aside, not on the scale");
     const at = token.getClientRects()[0] || token.getBoundingClientRect();
     const size = tip.getBoundingClientRect();
@@ -89,11 +89,27 @@
   // A whole answer: the prompt is coloured for the token of it that is chosen, else for all of it.
   const answer = document.getElementById("answer");
   if (answer) {
-    const { prompt, levels, whole, rows } = JSON.parse(document.getElementById("said").textContent);
-    const parts = [...answer.querySelectorAll("span")];
+    const { prompt, levels, rows } = JSON.parse(document.getElementById("said").textContent);
+    const parts = [...answer.querySelectorAll("span[role=button]")];
     const made = document.getElementById("made");
-    const lines = [...made.nextElementSibling.children];
-    const text = (score) => (score > 0 ? "+" : "") + Number(score.toPrecision(3)).toString().replace("-", "\u2212");
+    const rowsSaid = [...made.nextElementSibling.children];
+    const facts = document.getElementById("facts");
+    const legend = document.querySelector(".legend");
+    const ends = legend ? [legend.firstElementChild, legend.lastElementChild] : [];
+    // What the page says of the whole answer, to be put back as it was.
+    const first = {
+      facts: [...facts.childNodes], ends: ends.map((end) => end.textContent), made: made.textContent,
+      tokens: tokens.map((token) => [token.dataset.s, token.className]),
+    };
+    // A score of three digits as Python writes it.
+    const text = (score) => {
+      if (!score) return "0";
+      const power = Number(score.toExponential().split("e")[1]);
+      const shown = power < -4 || power > 2
+        ? score.toExponential().replace(/e([+-])(\d)$/, (_, sign, digit) => `e${sign}0${digit}`)
+        : String(score);
+      return (score > 0 ? "+" : "") + shown;
+    };
     const paint = (span, score, limit) => {
       const level = limit ? Math.round(levels * Math.max(-1, Math.min(1, score / limit))) : 0;
       for (const name of [...span.classList]) if (/^[pn]\d+$/.test(name)) span.classList.remove(name);
@@ -102,22 +118,35 @@
     let chosen = -1;
     const ask = (place) => {
       chosen = place === chosen ? -1 : place;
-      const { limit, scores } = chosen < 0 ? whole : rows[chosen];
-      for (const token of tokens) {
+      const { limit, scores } = chosen < 0 ? { limit: 0, scores: [] } : rows[chosen];
+      tokens.forEach((token, index) => {
+        if (chosen < 0) {
+          [token.dataset.s, token.className] = first.tokens[index];
+          return;
+        }
         token.dataset.s = text(scores[position(token)]);
         paint(token, scores[position(token)], limit);
-      }
+      });
       parts.forEach((part, index) => {
         part.setAttribute("aria-pressed", String(index === chosen));
-        paint(part, chosen < 0 ? 0 : scores[prompt + index] || 0, limit);
+        paint(part, scores[prompt + index] || 0, limit);
+        if (index < chosen) part.dataset.s = text(scores[prompt + index]);
+        else delete part.dataset.s;
       });
-      const legend = document.querySelector(".legend");
-      if (legend) {
-        legend.firstElementChild.textContent = `${text(-limit)} lowers it`;
-        legend.lastElementChild.textContent = `${text(limit)} raises it`;
-      }
-      made.textContent = chosen < 0 ? "Shown: the whole answer." : lines[chosen].textContent;
+      const full = Number(limit.toPrecision(3));
+      ends.forEach((end, index) => {
+        end.textContent = chosen < 0 ? first.ends[index]
+          : index ? `${text(full)} raises it` : `${text(-full)} lowers it`;
+      });
+      made.textContent = chosen < 0 ? first.made : rowsSaid[chosen].firstElementChild.textContent;
+      facts.replaceChildren(...(chosen < 0 ? first.facts
+        : [...rowsSaid[chosen].querySelectorAll("dt, dd")].map((one) => one.cloneNode(true))));
+      hide(null);
     };
+    answer.addEventListener("pointerover", (event) => { const token = tokenOf(event); if (token) show(token); });
+    answer.addEventListener("pointerout", (event) => hide(tokenOf(event)));
+    answer.addEventListener("focusin", (event) => { const token = tokenOf(event); if (token) show(token); });
+    answer.addEventListener("focusout", (event) => hide(tokenOf(event)));
     const asked = (event) => event.target.closest("span[role=button]");
     answer.addEventListener("click", (event) => { if (asked(event)) ask(parts.indexOf(asked(event))); });
     answer.addEventListener("keydown", (event) => {

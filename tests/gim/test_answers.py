@@ -8,20 +8,26 @@ import re
 import warnings
 from collections import UserList
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import matplotlib.axes as axis
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim import circuits, memory, scoring
 from gim.answering import WHOLE_ANSWER
 from gim.inputs import check_ids
 from gim.plan import PLANS, MemoryPlan
+from gim.report import picture
+from gim.report.facts import answer_facts
 from gim.report.scale import Scale
+from gim.report.text import one_line
 from gim.targets import MEASURES, Continuation, Contrast
 from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.gim.test_cli import run
@@ -143,6 +149,10 @@ def test_a_cut_answer_is_the_answers_beginning(model: Any, monkeypatch: pytest.M
     with pytest.raises(gim.AnswerInterrupted) as raised:
         gim.attribute(model, made, PROMPT, answer=ANSWER, progress=interrupt)
     cut = raised.value.attribution
+    note = f"interrupted: the first {len(cut)} of {len(given)} tokens of the answer are explained"
+    assert any(one.startswith(note) for one in cut.prompt.report.notes)
+    for view in (printed(cut, 200), cut.to_html(), cut.to_json(), cut._repr_html_()):
+        assert note in view
     want = gim.attribute(model, made, PROMPT, answer=given[: len(cut)])
     assert 0 < len(cut) < len(given) and (cut.answer, cut.tokens, cut.offsets) == (
         want.answer,
@@ -298,6 +308,10 @@ def test_an_answer_as_text_ids_and_rows(model: Any, answer: gim.AnswerAttributio
         assert [one.token_id for one in row.next_tokens] == likeliest.indices.tolist()
     with pytest.raises(IndexError, match="place must be in"):
         answer.row(len(given))
+    assert answer.row(np.int64(1)) == answer.row(1)  # type: ignore[arg-type]
+    for no_place in ("0", 1.5, True):
+        with pytest.raises(TypeError, match="place must be a whole number, got"):
+            answer.row(no_place)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("measure", [None, *MEASURES])
@@ -469,6 +483,25 @@ def test_what_is_too_long_is_refused_before_any_work(model: Any, name: str, monk
             ask(1)
 
 
+def test_arguments_that_do_not_fit_are_named(model: Any) -> None:
+    made = tokenizer()
+    with pytest.raises((TypeError, ValueError), match="prompt must be .* a list of such, got an empty list"):
+        gim.attribute(model, made, [])
+    at: Any = np.int64(2)
+    assert gim.attribute(model, made, PROMPT, position=at) == gim.attribute(model, made, PROMPT, position=2)
+    with pytest.raises(TypeError, match="progress must be a function or None, got 3"):
+        gim.evaluate(model, made, [PROMPT], progress=3)  # type: ignore[arg-type]
+    pair = circuits.Pair([5, 6, 7], [5, 8, 7], 9, 10)
+    with pytest.raises(TypeError, match="progress must be a function or None, got 3"):
+        circuits.attribute(model, [pair], progress=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"pairs\[1\]: clean and corrupted are the same tokens"):
+        circuits.attribute(model, [pair, circuits.Pair([5, 6], [5, 6], 9, 10)])
+    found = circuits.attribute(model, [pair])
+    for top in (found.top, found.top_nodes):
+        with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+            top(0)
+
+
 def test_bytes_are_no_ids() -> None:
     with pytest.raises(TypeError, match="tokens of a Continuation must be text or a list of token ids, got b'ab'"):
         Continuation(b"ab")
@@ -477,12 +510,21 @@ def test_bytes_are_no_ids() -> None:
 
 
 def test_models_that_give_no_answers() -> None:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertForMaskedLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     encoder = BertForMaskedLM(BertConfig(vocab_size=320, **sizes)).eval()
     with pytest.raises(ValueError, match="answer needs a model that says the next token, and BertForMaskedLM says"):
         gim.attribute(encoder, tokenizer(), PROMPT, answer=ANSWER)
+
+
+def test_classes_of_tokens_are_no_tokens() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    tagger = BertForTokenClassification(BertConfig(vocab_size=320, **sizes)).eval()
+    for given in ({}, {"target": 1}, {"answer": ANSWER}):
+        arguments: Any = given
+        with pytest.raises(ValueError, match="BertForTokenClassification says a?.*class of each token"):
+            gim.attribute(tagger, tokenizer(), PROMPT, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ looks
@@ -497,7 +539,10 @@ def test_a_page_of_an_answer(answer: gim.AnswerAttribution, tmp_path: Any) -> No
     for place, row in enumerate(data["rows"]):
         want = answer.row(place)
         assert row["limit"] == Scale.of(want).limit
-        assert row["scores"] == pytest.approx(want.scores.tolist(), rel=1e-3)
+        # As the page shows them, so that nothing is rounded twice.
+        assert row["scores"] == [float(f"{score:.3g}") for score in want.scores.tolist()]
+        for name, value in answer_facts(want):
+            assert f"<dt>{name}</dt><dd>{escape(one_line(value))}</dd>" in page
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -520,11 +565,119 @@ def test_views_show_every_token_of_an_answer_and_no_character_twice(model: Any) 
     assert continued.target.tokens == (shown[-1],) * 2 and continued.target.label == repr(2 * shown[-1])
 
 
+def printed(found: Any, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(found)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+def test_the_table_of_parts_has_every_score_whole(model: Any, width: int) -> None:
+    said = " the rat and the mat and the cat and the rat and the mat and the cat and the rat. It sat."
+    named = {"a passage with a long name": (0, 11), "b": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=said, segments=named)
+    _, shown = printed(found, width).split("What each sentence of")
+    wanted = [f"{score:+.3g}" for row in found.to_table("sentence", "segment").scores.tolist() for score in row]
+    lines = shown.split("sentence ")[1].splitlines()[2:]
+    assert [line.split()[-1] for line in lines if re.search(r"[-+][\d.e-]+ *$", line)][: len(wanted)] == [
+        one if one != "+0" else "0" for one in wanted
+    ]
+    assert "It sat." in shown and max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_what_tokens_were_made_of_has_whole_numbers_and_places(answer: gim.AnswerAttribution, width: int) -> None:
+    shown = printed(answer, width).split("strongest before it")[1].splitlines()[2 : 2 + len(answer)]
+    first = len(answer.prompt)
+    for place, line in enumerate(shown):
+        items = [
+            f"at {one.position if one.position < first else f'answer {one.position - first}'} {one.score:+.3g}"
+            for one in answer.row(place).top(4)
+        ]
+        found = re.findall(r"at (?:answer )?\d+ [-+][^ ,]+", line)
+        assert found and found == items[: len(found)], line
+        assert "\u2026" not in line or len(found) == 1
+        assert width < 120 or len(found) == 4
+
+
+@pytest.mark.parametrize("measure", ["logprob", "logodds"])
+def test_a_token_that_is_not_likely_has_its_probability(model: Any, measure: Any) -> None:
+    made = tokenizer()
+    before, least = made(PROMPT).input_ids, model(torch.tensor([made(PROMPT).input_ids])).logits[0, -1].softmax(-1)
+    found = gim.attribute(model, made, PROMPT, answer=[int(least.argmin())], measure=measure)
+    assert before and f", {100 * float(least.min()):.3g} %. " in found.to_html()
+
+
+def test_every_table_of_parts_names_its_measure(model: Any) -> None:
+    """Rows of an answer are logits, and the whole of it is not."""
+    named = {"first": (0, 11), "second": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=named)
+    shown, page = printed(found, 100), found.to_html()
+    assert "owes to which part: logit" in shown and "Parts of the prompt: log-odds" in shown
+    for title, measure in (("owes to which part", "Logit"), ("Parts of the prompt for the whole answer", "Log-odds")):
+        assert f'<th class="r">{measure}</th>' in page.split(f"{title}</h2>")[1].split("</thead>")[0]
+    # Of the first sentence there is no answer before it, but its own tokens.
+    for view in (shown, page):
+        assert "earlier tokens" in view and "the answer before it" not in view
+
+
+def test_a_long_answer_stands_once_on_every_view(model: Any) -> None:
+    """What is explained is its beginning in the heading, and its length beside its number."""
+    said = " the rat and the mat" * 12 + " and it is the end"
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=said)
+    page = found.to_html()
+    heading = page.split("</small>")[1].split("</h1>")[0]
+    assert 20 < len(heading) < 90 and heading.endswith("\u2026")
+    target = f"the whole answer, {len(found)} tokens, log-odds {found.prompt.target.value:.4g}"
+    assert f"<dt>Target</dt><dd>{target}</dd>" in page
+    shown = " ".join(printed(found, 80).split())
+    assert target in shown and shown.count("and it is the end") == 1
+    assert target in found._repr_html_()
+
+
+def test_line_ends_of_an_answer_can_be_chosen_and_lines_have_their_direction(model: Any) -> None:
+    found = gim.attribute(model, tokenizer(), PROMPT, answer="one\n\ntwo")
+    page = found.to_html().split('id="answer"')[1].split("<p")[0]
+    assert page.count('<div dir="auto">') == 2 + ("\n" in found.tokens)
+    assert all("<b></b>" in one for one in re.findall(r'<span id="a\d+"[^>]*>(.*?)</span>', page, re.S) if "\n" in one)
+    assert page.count("<b></b>") == 2
+
+
 def test_the_page_escapes_what_an_answer_says(model: Any) -> None:
     found = gim.attribute(model, tokenizer(), PROMPT, answer="</script><b>\u202e")
     page = found.to_html()
     assert "</script><b>" not in page and "\u202e" not in page
-    assert found.prompt._repr_html_() == found._repr_html_()
+    cell = found._repr_html_()
+    assert "</script><b>" not in cell and "\u202e" not in cell and "&lt;" in cell
+
+
+def test_pictures_and_notebooks_begin_with_the_answer(model: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    named = {"first": (0, 11), "second": (11, 22)}
+    found = gim.attribute(model, tokenizer(), PROMPT, answer=ANSWER, segments=named)
+    cell = found._repr_html_()
+    places = [cell.index(one) for one in (" rat</span>", " mat</span>", "owes to which part: logit", "Likeliest")]
+    assert places == sorted(places), places
+    drawn: list[str] = []
+    for name, place in (("text", 2), ("set_title", 0)):
+        own = getattr(axis.Axes, name)
+
+        def write(self: Any, *given: Any, own: Any = own, place: int = place, **named: Any) -> Any:
+            drawn.append(given[place])
+            return own(self, *given, **named)
+
+        monkeypatch.setattr(axis.Axes, name, write)
+    found.to_png(tmp_path / "a.png")
+    parts = ["The answer", "The prompt", "What each sentence of the answer owes to which part: logit", "first"]
+    parts += ["Scores along the prompt, by token", "Strongest tokens, in context"]
+    at = [drawn.index(one) for one in parts]
+    assert at == sorted(at) and max(at) < next(i for i, one in enumerate(drawn) if one.startswith("Likeliest"))
+
+
+def test_a_picture_marks_what_is_set_aside(answer: gim.AnswerAttribution) -> None:
+    aside = replace(answer.prompt, template=(*(False for _ in answer.prompt.tokens[1:]), True))
+    (row,) = picture._picture_rows(aside, Scale.of(aside))
+    assert [cell.level is None for cell in row] == [*aside.aside] and aside.aside[-1]
+    assert picture.png(aside) != picture.png(answer.prompt)
 
 
 def test_the_command_line_keeps_what_is_finished(
@@ -533,13 +686,16 @@ def test_the_command_line_keeps_what_is_finished(
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
 
+    report = replace(answer.prompt.report, notes=["interrupted: the first 4 of 9 tokens of the answer"])
+    answer = replace(answer, prompt=replace(answer.prompt, report=report))
+
     def cut(*_: Any, **__: Any) -> None:
         raise gim.AnswerInterrupted(answer)
 
     monkeypatch.setattr("gim.attribute", cut, raising=False)
     kept = str(tmp_path / "a.json")
     out = run("explain", "--model", str(tmp_path / "model"), "-p", PROMPT, "--answer", ANSWER, "--json", kept)
-    assert out.code == 130 and "What each token was made of" in out.out
+    assert out.code == 130 and "What each token was made of" in out.out and report.notes[0] in out.err
     assert gim.AnswerAttribution.from_json(kept) == answer
 
 
@@ -579,7 +735,7 @@ def test_the_command_line_explains_answers(model: Any, tmp_path: Any) -> None:
     for sentence, scores in zip(wanted.rows, wanted.scores.tolist(), strict=True):
         assert sentence.text in out.out and sentence.text in page
         assert all(f"{score:+.3g}" in out.out and f"{score:+.3g}" in page for score in scores if score)
-    assert out.out.count("first") > 1 and "the answer before it" in out.out
+    assert out.out.count("first") > 1 and "answer's earlier tokens" in out.out
 
     chat = [{"role": "user", "content": PROMPT}]
     assert run(*common, str(tmp_path / "c.json"), "--chat").code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from rich.console import Console
 from torch import nn
 
 import gim
@@ -18,6 +20,7 @@ from gim import scoring, taps
 from gim.estimate import Twin
 from gim.intercept.flow import origin
 from gim.plan import MemoryPlan
+from gim.report import layerwise
 from gim.targets import Per
 from tests import model_code
 from tests.eager import PRESETS
@@ -366,6 +369,19 @@ def test_a_long_prompt_shows_its_strongest_tokens(model: Any) -> None:
     page = found.to_html()
     assert f"The 40 strongest of {len(found.attribution)} tokens" in page
     assert f"layer {found.top(1)[0].layer}: " in page
+
+
+def test_a_map_is_of_words_and_stands_below_what_is_explained(model: Any) -> None:
+    found = gim.attribute(model, tokenizer(), TEXT, per="layer")
+    count = len(found.attribution)
+    attribution = dataclasses.replace(found.attribution, template=(True,) * (count - 3) + (False,) * 3)
+    shown = layerwise.Map.of(dataclasses.replace(found, attribution=attribution), 20)
+    assert len(shown.rows) == 3 - sum(attribution.special[-3:]) and not any(shown.aside)
+    assert "Every token but the" in shown.hint and shown.corner == "token \\ layer"
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(found)
+    text = console.export_text()
+    assert text.index("Target") < text.index("Tokens by layer") and text.count("Target") == 1
 
 
 def test_the_command_line(model: Any, tmp_path: Any) -> None:

@@ -399,6 +399,15 @@ def test_terminal_of_a_long_prompt_is_short_and_shows_the_strongest() -> None:
     assert bars[2:].index("█") == pytest.approx(98 * at / len(text), abs=1.5)
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_terminal_cuts_no_number(width: int) -> None:
+    text = "Oscar has a dog named Rocket. " * 40
+    result = attribution(text, [(-1) ** i * (400.0 + i) for i in range(len(cut(text)))])
+    shown = printed(result, width).split("Strongest tokens")[1]
+    for token in result.top(10):
+        assert re.search(rf" *{token.rank} +{re.escape(f'{token.score:+.1f}')} .*{token.position:,} ", shown), shown
+
+
 @pytest.mark.parametrize(
     "result", [attribution("", [], offsets=[]), attribution("a", [0.0]), attribution("x" * 4000, [0.0] * 800)]
 )
