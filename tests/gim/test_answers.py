@@ -308,10 +308,10 @@ def test_an_answer_as_text_ids_and_rows(model: Any, answer: gim.AnswerAttributio
         assert [one.token_id for one in row.next_tokens] == likeliest.indices.tolist()
     with pytest.raises(IndexError, match="place must be in"):
         answer.row(len(given))
-    assert answer.row(np.int64(1)) == answer.row(1)  # type: ignore[arg-type]
+    assert answer.row(np.int64(1)) == answer.row(1)
     for no_place in ("0", 1.5, True):
         with pytest.raises(TypeError, match="place must be a whole number, got"):
-            answer.row(no_place)  # type: ignore[arg-type]
+            answer.row(no_place)
 
 
 @pytest.mark.parametrize("measure", [None, *MEASURES])
@@ -490,10 +490,10 @@ def test_arguments_that_do_not_fit_are_named(model: Any) -> None:
     at: Any = np.int64(2)
     assert gim.attribute(model, made, PROMPT, position=at) == gim.attribute(model, made, PROMPT, position=2)
     with pytest.raises(TypeError, match="progress must be a function or None, got 3"):
-        gim.evaluate(model, made, [PROMPT], progress=3)  # type: ignore[arg-type]
+        gim.evaluate(model, made, [PROMPT], progress=3)
     pair = circuits.Pair([5, 6, 7], [5, 8, 7], 9, 10)
     with pytest.raises(TypeError, match="progress must be a function or None, got 3"):
-        circuits.attribute(model, [pair], progress=3)  # type: ignore[arg-type]
+        circuits.attribute(model, [pair], progress=3)
     with pytest.raises(ValueError, match=r"pairs\[1\]: clean and corrupted are the same tokens"):
         circuits.attribute(model, [pair, circuits.Pair([5, 6], [5, 6], 9, 10)])
     found = circuits.attribute(model, [pair])
