@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each stage on standard error, with its tokens per second; nothing where that is not a terminal."""
+def progress_bar(tokens: int, before: str = "") -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each stage on standard error, with its tokens per second; nothing where that is not a terminal.
+
+    Args:
+        tokens: of the prompt.
+        before: what happens before the first stage, to be shown while it does.
+    """
     from rich.console import Console
 
     err = Console(stderr=True)
@@ -36,19 +41,32 @@ def progress_bar(tokens: int) -> Iterator[Callable[[str, int, int], None] | None
         TimeElapsedColumn(),
         TextColumn("{task.fields[rate]}"),
     )
-    with Progress(*columns, console=err, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-        started: dict[str, float] = {}
+    bars = Progress(*columns, console=err, transient=True)
+    waiting = err.status(before) if before else None
+    tasks: dict[str, Any] = {}
+    # When each stage was first heard of, and how much of it was done then: nobody knows how long that took.
+    started: dict[str, tuple[float, int]] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-                started[stage] = time.perf_counter()
-            seconds = time.perf_counter() - started[stage]
-            rate = f"{tokens * done / total / seconds:,.0f} tokens/s" if done and total and seconds > 0 else ""
-            bars.update(tasks[stage], completed=done, total=total, rate=rate)
+    def report(stage: str, done: int, total: int) -> None:
+        if waiting is not None:
+            waiting.stop()
+        bars.start()
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, rate="")
+            started[stage] = time.perf_counter(), done
+        since, first = started[stage]
+        seconds = time.perf_counter() - since
+        rate = f"{tokens * (done - first) / total / seconds:,.0f} tokens/s" if done > first and seconds > 0 else ""
+        bars.update(tasks[stage], completed=done, total=total, rate=rate)
 
+    try:
+        if waiting is not None:
+            waiting.start()
         yield report
+    finally:
+        if waiting is not None:
+            waiting.stop()
+        bars.stop()
 
 
 def show(attribution: Shown, top: int) -> None:

@@ -139,7 +139,8 @@ def command(
             asked = [{"role": "user", "content": text}] if chat else text
             parts = _segments(segment, asked, tokenizer) if segment else None
             finished = True
-            with progress_bar(token_count(tokenizer, asked)) as progress:
+            before = "" if generate is None else "The model writes its answer"
+            with progress_bar(token_count(tokenizer, asked), before) as progress:
                 try:
                     attribution = gim.attribute(
                         loaded,

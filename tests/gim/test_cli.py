@@ -10,6 +10,8 @@ import re
 import resource
 import subprocess
 import sys
+import time
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
+import rich.progress
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -28,6 +32,7 @@ from gim import cli, demo, rules, targets
 from gim.attribution import Attribution
 from gim.circuits import Circuit
 from gim.circuits.graph import Graph
+from gim.cli import attributions
 from gim.cli.errors import UserError
 from gim.cli.output import deliver
 
@@ -190,6 +195,32 @@ def test_no_bar_unless_the_error_stream_is_a_terminal(
     assert quiet.err == ""
     assert "backward" in drawn.err
     assert "backward" not in drawn.out
+
+
+def test_a_bar_waits_with_a_line_and_has_no_rate_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was done before a stage was first heard of nobody knows how long it took."""
+    screen, clock = io.StringIO(), iter([0.0, 1e-9, 2.0])
+    make = rich.console.Console
+    monkeypatch.setattr(rich.console, "Console", lambda **_: make(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(attributions, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    rates: list[str] = []
+    update = rich.progress.Progress.update
+
+    def heard(bars: Any, *given: Any, **named: Any) -> None:
+        rates.append(named["rate"])
+        update(bars, *given, **named)
+
+    monkeypatch.setattr(rich.progress.Progress, "update", heard)
+    with attributions.progress_bar(100, "The model writes its answer") as report:
+        assert report is not None
+        for _ in range(200):  # it is drawn from another thread
+            if "The model writes its answer" in screen.getvalue():
+                break
+            time.sleep(0.05)
+        assert "The model writes its answer" in screen.getvalue()
+        report("backward", 1, 10)
+        report("backward", 3, 10)
+    assert rates[0] == "" and rates[1].endswith(" tokens/s") and float(rates[1].split()[0]) == 10
 
 
 def test_warnings_of_libraries_are_single_lines_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
