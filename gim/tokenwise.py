@@ -147,7 +147,8 @@ HOOKS = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a user has put a hook on a module itself; those of a library are its code."""
-    return any(is_users(hook) for name in HOOKS for hook in module.__dict__[name].values())
+    held = module.__dict__
+    return any(is_users(hook) for name in HOOKS if held[name] for hook in held[name].values())
 
 
 def has_global_hooks() -> bool:

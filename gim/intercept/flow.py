@@ -560,8 +560,26 @@ def adds(node: Any) -> bool:
 
 
 def _meets(node: Any) -> bool:
-    """Whether a node is a matrix product of two values that both depend on the input."""
+    """Whether a node is a matrix product of two values that both depend on the input, and neither is of scores."""
+    return _multiplies(node) and not any(map(_is_of_scores, _flowing(node)))
+
+
+def _multiplies(node: Any) -> bool:
     return kind_of(node)[0] == "linear" and len(_flowing(node)) > 1
+
+
+def _is_of_scores(node: Any) -> bool:
+    """Whether a node computes a function, number by number or by a softmax, of scores."""
+    todo, seen = [node], {node}
+    while todo:
+        one = todo.pop()
+        if _multiplies(one) and _of_edge(one, 0).scores:
+            return True
+        if kind_of(one)[0] in ("same", "piece", "pointwise", "product", "softmax"):
+            new = [each for each in _flowing(one) if each not in seen]
+            seen.update(new)
+            todo += new
+    return False
 
 
 def _is_of(node: Any, roots: frozenset[int]) -> bool:
@@ -583,7 +601,7 @@ def _behind(start: Any, roots: frozenset[int]) -> list[Any]:
         found.append(node)
         kind, _ = kind_of(node)
         ends = kind in ("leaf", "source", "attention", "opaque") or _meets(node) or _is_of(node, roots)
-        if ends or (kind == "linear" and not _of_edge(node, 0).scores):
+        if ends or (kind == "linear" and not _multiplies(node) and not _of_edge(node, 0).scores):
             continue
         new = [one for one in _flowing(node) if one not in seen]
         seen.update(new)

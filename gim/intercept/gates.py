@@ -52,12 +52,13 @@ class Gate:
         return self.inner
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        called = self._called(sys._getframe(1))
-        if self.gone or called is not self.module:
-            leave(called, self)
-            if called is not self.module:
-                return called.forward(*inputs, **named)
-            return (self.inner if self.own is None else self.own)(*inputs, **named)
+        caller = sys._getframe(1)
+        if self.gone or (caller.f_code in CALLING and caller.f_locals["self"] is not self.module):
+            called = self._called(caller)
+            if self.gone or called is not self.module:
+                leave(called, self)
+                own = self.inner if self.own is None else self.own
+                return (own if called is self.module else called.forward)(*inputs, **named)
         frames = running.frames
         if type(self.own) is not Gate and frames and frames[-1].session.stack is self.stack:
             return self.within(frames[-1].session, inputs, named)  # a part of what runs

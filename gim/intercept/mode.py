@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ _FIRST = (("input",), ("other", "mat1", "mat2", "tensor1", "end", "vec"), ("tens
 
 
 #: What code may call or not without computing other numbers.
-_TELLING_NOTHING = frozenset(["__get__", "_set_grad_enabled"])
+_TELLING_NOTHING = frozenset(["__get__", "__set__", "_set_grad_enabled"])
 
 
 def _by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -56,6 +57,8 @@ class Mode(TorchFunctionMode):
         super().__init__()
         self.session = session
         self._frames = running.frames  # of the one thread that it is on
+        #: Code of this package that has called functions in a module's place, as memory plans do.
+        self._ours: set[CodeType] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,8 +67,14 @@ class Mode(TorchFunctionMode):
         frame = self._frames[-1] if self._frames else None
         if frame is None or frame.session is not self.session:
             return func(*args, **named)
-        if func.__name__ not in _TELLING_NOTHING and sys._getframe(1).f_globals.get("__name__", "")[:4] != "gim.":
-            self.session.called.add((type(frame.module), func))
+        call, called = (type(frame.module), func), self.session.called
+        if call not in called and func.__name__ not in _TELLING_NOTHING:
+            caller = sys._getframe(1)
+            if caller.f_code not in self._ours:
+                if caller.f_globals.get("__name__", "").startswith("gim."):
+                    self._ours.add(caller.f_code)
+                else:
+                    called.add(call)
         handler = HANDLERS.get(func)
         if handler is None or hooked():
             out = func(*args, **named)

@@ -28,7 +28,7 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, scores: torch.Tensor, weights: torch.Tensor, dim: int, temperature: float | None
     ) -> torch.Tensor:
-        ctx.temperature, ctx.dim = temperature, dim
+        ctx.temperature, ctx.dim, ctx.dtype = temperature, dim, scores.dtype
         if temperature is not None:
             ctx.save_for_backward(scores)
         return weights.view_as(weights)
@@ -36,7 +36,8 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         if ctx.temperature is None:
-            return None, None, None, None
+            # Zeros, and not none at all: a hook of the user's on the scores is called with a gradient.
+            return grads[0].new_zeros(()).expand_as(grads[0]).to(ctx.dtype), None, None, None
         (scores,) = ctx.saved_tensors
         wide = torch.promote_types(scores.dtype, torch.float32)
         # A row that sees no key has no softmax, and passes no gradient on.

@@ -98,11 +98,6 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
     return node is not None and not type(node).name(node).endswith("NotImplemented")
 
 
-def _is_no_gate(a: Value, b: Value) -> bool:
-    """Whether two factors are one value, or one of them is what an attention gave."""
-    return a.source == b.source or a.mixed or b.mixed
-
-
 class Watch(TorchDispatchMode):
     """Inside, the operators of this thread are watched.
 
@@ -268,7 +263,7 @@ class Watch(TorchDispatchMode):
         if self._cuts or not (torch.is_grad_enabled() or kind == "own"):
             value = self._without(value, kind, name, tensors, values, outs)
         if self._withheld or self._hidden:
-            value = self._hide(value, tensors, values, outs)
+            value = self._hide(kind, value, tensors, values, outs)
         if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
             value.depth = max((one.depth for one in values), default=0) + mixes
@@ -308,7 +303,7 @@ class Watch(TorchDispatchMode):
         # The same numbers, so known by the same number.
         return value if (cut, lost) == (value.cut, value.map) else value.like(cut=cut, map=lost, id=value.id)
 
-    def _hide(self, value: Value, tensors: Tensors, values: list[Value], outs: Tensors) -> Value:
+    def _hide(self, kind: str, value: Value, tensors: Tensors, values: list[Value], outs: Tensors) -> Value:
         """The same value, which knows what was found on the way to it where no gradient flowed: a function of
         somebody's own, or code that a compiler made, gives the result a gradient afterwards."""
         found, self._withheld = self._withheld, []
@@ -316,7 +311,7 @@ class Watch(TorchDispatchMode):
             if one.hidden:
                 self._reveal(tensor, one)
                 found += [each for each in one.hidden if each not in found]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if (torch.is_grad_enabled() or kind == "own") and any(x.requires_grad for x in tensors):
             found = []  # what is a constant to an operator that has a gradient stays one
         if tuple(found) == value.hidden:
             return value
@@ -381,8 +376,6 @@ class Watch(TorchDispatchMode):
             others = [self._identity(one) for one in zip(tensors, values, strict=True) if one[1] is not first]
             return self._piece(first, (name, *others, *(str(a) for a in args if not isinstance(a, torch.Tensor))))
         if kind == "own":
-            if name == "gated" and len(deps) == 2 and _is_no_gate(*deps):
-                self._found.append(self._finding(NO_GATE, name))
             return Value(dep=True, mixed=name == "attention" or (first.mixed and "norm" in name))
         if kind == "linear":
             how = name, *(str(one) for one in args if not isinstance(one, torch.Tensor))
@@ -511,8 +504,6 @@ class Watch(TorchDispatchMode):
                 self._found.append(self._finding(NO_GATE, name))
             return a.like(act=True, top=name, stat=a.stat if b.stat else None)
         if (a.act or b.act) and flows:
-            if self._sites.acts("gated_mlp") and _is_no_gate(a, b):
-                self._found.append(self._finding(NO_GATE, name))
             if a.soft or b.soft or min(spans(x), spans(y)) < spans(out):
                 self._report("one factor for a row", name, to=self._noted)
             elif a.mixed or b.mixed:
@@ -573,7 +564,7 @@ class Watch(TorchDispatchMode):
             return
         flows = torch.is_grad_enabled() and any(x.requires_grad for x in self._tensors)
         if part is not None and self._live and not flows:
-            if not torch.is_grad_enabled() and not self._callers.is_hook():
+            if not self._callers.is_hook():
                 self._withheld.append(self._finding(kind, operator))
             return  # where no gradient flows through an operator, no rule is missing
         if (part is not None or kind == "opaque operator") and to is None and self._callers.is_hook():

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import gim
 from gim.applied import AppliedReport, Part, UnsupportedModelError
-from gim.intercept import fused, interface, mode, products
+from gim.intercept import fused, interface, mode, products, torch_attention
 from gim.intercept.mode import HANDLERS
 from gim.intercept.sites import SITES
 from gim.intercept.watch import Finding, Watch
@@ -574,11 +574,10 @@ def test_attention_weights_beside_the_output_are_reached(monkeypatch: pytest.Mon
     with gim.GIM(model) as report:
         model(IDS)
     assert report.complete and report.watched
-    monkeypatch.setattr(SITES, "acting", lambda rule: nullcontext())
-    with pytest.raises(UnsupportedModelError, match="softmax over keys"), gim.GIM(Torch("weights").eval()) as report:
-        model = Torch("weights").eval()
-        with gim.GIM(model):
-            model(IDS)
+    monkeypatch.setattr(torch_attention, "weights_of", lambda q, k, *_, **__: torch.softmax(q @ k.mT, -1))
+    model = Torch("weights").eval()
+    with pytest.raises(UnsupportedModelError, match="softmax over keys"), gim.GIM(model):
+        model(IDS)
 
 
 @pytest.mark.parametrize("what", ["products", "attention"])

@@ -207,10 +207,3 @@ def test_scores_that_no_rule_reaches_are_found(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(flow.Origin, "scores", property(lambda _: False))
     with pytest.raises(UnsupportedModelError, match="softmax over keys"):
         gradient(Attention(ATTENTIONS[name]).double().eval(), "TSG_ONLY")
-
-
-@pytest.mark.parametrize("name", [name for name in ATTENTIONS if "output gate" in name])
-def test_a_rule_that_acts_on_an_output_gate_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow, "_clean", lambda node: flow.kind_of(node)[0] != "leaf")
-    with pytest.raises(UnsupportedModelError, match="activation taken for a gate"):
-        gradient(Attention(ATTENTIONS[name]).double().eval(), "GIM")
