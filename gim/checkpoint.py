@@ -89,7 +89,7 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
         if id(written(module)) in before:
             return False
-        inside = (child for child in module._modules.values() if child is not None)
+        inside = [child for child in module._modules.values() if child is not None]
         return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
 
     return is_changed(model)

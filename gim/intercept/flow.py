@@ -385,9 +385,9 @@ def _operation(node: Any, output: int) -> tuple[Any, list[tuple[Any, int]]]:
         return None, edges[output : output + 1]
     if kind == "linear":
         live = [one for one in edges if one[0] is not None]
-        if len(live) > 1:
+        if live[1:]:
             live = [one for one in live if not _of_edge(*one).constant]
-        if weight is not None and len(live) == 1:
+        if weight is not None and live and not live[1:]:
             return weight, live
         if weight is None and name in ("Mm", "Bmm") and len(live) == len(edges) == 2:
             return name, live

@@ -16,9 +16,11 @@ def _map(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -
     """A value times a weight, and how; what is added to the product does not tell it from others."""
     out = func(*args, **named)
     first = 1 if func in _ADDING else 0
-    operands = (*args[first : first + 2], *(named.get(name) for name in ("weight", "vec") if name in named))[:2]
-    options = (item for item in named.items() if item[0] not in ("weight", "vec", "bias"))
-    flow.tell_weight(out, operands, func.__name__, *map(str, (*args[3:], *options)))
+    operands, how = args[first : first + 2], args[3:]
+    if named:
+        operands += tuple([named[name] for name in ("weight", "vec") if name in named])
+        how += tuple([item for item in named.items() if item[0] not in ("weight", "vec", "bias")])
+    flow.tell_weight(out, operands[:2], func.__name__, *map(str, how))
     return out
 
 

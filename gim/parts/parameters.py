@@ -25,19 +25,17 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a parameter was made where gradients do not exist; names it.
     """
-    asking = []
-    for name, parameter in named_parameters(anatomy.of(model).modules):
-        if parameter.is_inference():
-            raise ValueError(
-                f"{name} was made under torch.inference_mode(), and no gradient goes through it: make or load the "
-                "model outside"
-            )
-        if parameter.requires_grad:
-            asking.append(parameter)
+    asking = {name: one for name, one in named_parameters(anatomy.of(model).modules) if one.requires_grad}
+    made = next((name for name, one in asking.items() if one.is_inference()), None)
+    if made is not None:
+        raise ValueError(
+            f"{made} was made under torch.inference_mode(), and no gradient goes through it: make or load the model "
+            "outside"
+        )
     try:
-        for parameter in asking:
+        for parameter in asking.values():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in asking.values():
             parameter.requires_grad_(True)
