@@ -79,15 +79,15 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
     keeps = any("logits_to_keep" in parameters(core) for core in parts.cores)
     if not keeps and is_users(type(model).forward):
         return True  # all logits go to code that nobody knows
-    before = {id(layer) for _, layer in parts.layers[:-1]} - {id(layer) for _, layer in parts.layers[-1:]}
+    before = {layer for _, layer in parts.layers[:-1]} - {layer for _, layer in parts.layers[-1:]}
 
     embedding = parts.modules.get(parts._embedding or "-")
     if embedding is not None:
-        before.add(id(embedding))  # ids are read before any layer is
+        before.add(embedding)  # ids are read before any layer is
 
     def is_changed(module: nn.Module) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
-        if id(written(module)) in before:
+        if module in before or written(module) in before:
             return False
         inside = [child for child in module._modules.values() if child is not None]
         return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
