@@ -58,6 +58,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
         "parts.anatomy", "parts.calling", "parts.placement", "rules", "applied",
     ))),
     ("gim.intercept", ABOVE),
+    # Whose code runs is asked twice, so that one fault does not blind both handlers and the watch.
+    *((f"gim.intercept.{one}", ("gim.intercept.callers",)) for one in ("hooks", "gates", "mode", "session", "frames")),
     # Engines never import one another, nor what chooses among them.
     *(
         (f"gim_kernels.{one}", tuple(f"gim_kernels.{other}" for other in (*ENGINES, "engines") if other != one))

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 #: A call of a module.
-CALL = nn.Module._call_impl.__code__
+_CALL = nn.Module._call_impl.__code__
 #: What runs hooks, and ``forward`` between them: the call itself and the functions in it.
-CALLING = {CALL, *(one for one in CALL.co_consts if isinstance(one, CodeType))}
+_CALLING = {_CALL, *(one for one in _CALL.co_consts if isinstance(one, CodeType))}
 
 
 class Callers:
@@ -31,10 +31,10 @@ class Callers:
         """Whether a hook on a module runs. What cannot be told to be one is the module's own code."""
         ran: CodeType | None = None
         for frame in _stack():
-            if frame.f_code not in CALLING:
+            if frame.f_code not in _CALLING:
                 ran = frame.f_code
-            elif frame.f_code is CALL and id(module := frame.f_locals["self"]) in self._names:
-                return is_hook_of(module, ran)
+            elif frame.f_code is _CALL and id(module := frame.f_locals["self"]) in self._names:
+                return ran is not None and any(ran is code_of(hook) for hook in _hooks(module))
         return False
 
     def where(self) -> tuple[str, str]:
@@ -55,11 +55,6 @@ def _stack() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def is_hook_of(module: nn.Module, code: CodeType | None) -> bool:
-    """Whether a hook on a module begins with some code."""
-    return code is not None and any(code is code_of(hook) for hook in _hooks(module))
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

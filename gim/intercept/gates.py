@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from gim.intercept.callers import CALLING
 from gim.intercept.frames import Frame, running
 
 if TYPE_CHECKING:
@@ -22,6 +21,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: Attribute of a changed ``forward`` that holds the one before.
 CHANGED = "_gim_before"
+
+
+#: A call of a module, and the functions in it, which run its hooks and, between them, its ``forward``.
+CALL = nn.Module._call_impl.__code__
+CALLING = {CALL, *(one for one in CALL.co_consts if isinstance(one, types.CodeType))}
 
 
 class Gate:
