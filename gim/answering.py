@@ -25,10 +25,11 @@ class AnswerInterrupted(KeyboardInterrupt):
 
     Args:
         attribution: of the answer's first tokens, those whose rows were finished.
+        message: how many they are.
     """
 
-    def __init__(self, attribution: AnswerAttribution) -> None:
-        super().__init__("the attribution of an answer was interrupted")
+    def __init__(self, attribution: AnswerAttribution, message: str = f"{INTERRUPTED}part of an answer") -> None:
+        super().__init__(message)
         self.attribution = attribution
 
 
@@ -61,11 +62,10 @@ def attribute(
     finished = len(result.scores) - 1
     if finished == len(ids):
         return _of(asked, text, ids, spans, result, single, whole)
-    result.report.notes.append(
-        f"{INTERRUPTED}the first {finished:,} of {len(ids):,} tokens of the answer are explained, and it ends there"
-    )
+    told = f"{INTERRUPTED}the first {finished:,} of {len(ids):,} tokens of the answer are explained, and it ends there"
+    result.report.notes.append(told)
     text, spans = text[: max(end for _, end in spans[:finished])], spans[:finished]
-    raise AnswerInterrupted(_of(asked, text, ids[:finished], spans, result, single, whole))
+    raise AnswerInterrupted(_of(asked, text, ids[:finished], spans, result, single, whole), told)
 
 
 def _of(

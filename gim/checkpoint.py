@@ -25,7 +25,7 @@ from gim.parts.adapters.hugging_face import as_before
 from gim.parts.adapters.torch_modules import parameters, written
 from gim.parts.calling import Kept
 from gim.parts.hidden_states import weights_of
-from gim.parts.layers import attentions, stream
+from gim.parts.layers import attentions, inside, stream
 from gim.plan import MemoryPlan
 from gim.state import State
 from gim.tokenwise import (
@@ -79,15 +79,11 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
     keeps = any("logits_to_keep" in parameters(core) for core in parts.cores)
     if not keeps and is_users(type(model).forward):
         return True  # all logits go to code that nobody knows
-    before = {layer for _, layer in parts.layers[:-1]} - {layer for _, layer in parts.layers[-1:]}
-
-    embedding = parts.modules.get(parts._embedding or "-")
-    if embedding is not None:
-        before.add(embedding)  # ids are read before any layer is
+    early = parts.early
 
     def is_changed(module: nn.Module) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
-        if module in before or written(module) in before:
+        if module in early or written(module) in early:
             return False
         inside = [child for child in module._modules.values() if child is not None]
         return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
@@ -236,7 +232,7 @@ class _Layers:
     def run_again(self, layer: nn.Module, name: str, index: int) -> None:
         """Keep a layer's input, and attention's output where the plan says so; run it again in the backward."""
         forward = Again(self._session, layer.forward, name, layer)
-        modules = _inside(layer, name)
+        modules = inside(layer, name)
 
         def run(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -285,7 +281,7 @@ class _Layers:
 
     def _run_mlp_again(self, mlp: MLP, name: str, index: int, norm: NormBefore) -> None:
         forward = Again(self._session, mlp.module.forward, name, mlp.module)
-        modules = _inside(mlp.module, name)
+        modules = inside(mlp.module, name)
         tile = self._plan.mlp_tile
         if mlp.whole and tile is not None:
             tile = None
@@ -478,11 +474,6 @@ def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((position, position + 1))
     return tuple(runs)
-
-
-def _inside(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    """A module and those in it, by name; other modules may hold them too, under another name."""
-    return {f"{name}.{own}" if own else name: one for own, one in anatomy.of(module).modules.items()}
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:

@@ -207,3 +207,13 @@ def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> t
             f"target_position must be at least {-shortest}, the length of the shortest row, got {position}"
         )
     return resolved
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what cannot be called to hear how far a run is.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")

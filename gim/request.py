@@ -20,6 +20,7 @@ from gim.inputs import (
     check_ids,
     check_length,
     check_positions,
+    check_progress,
     check_targets,
     check_token_id,
     infer_baseline,
@@ -376,8 +377,7 @@ def attribute(
         >>> len(result.scores) == len(result.tokens)
         True
     """
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
+    check_progress(progress)
     if answer is not None or generate is not None:
         for name, given in (("target", target), ("position", position)):
             if given is not None:

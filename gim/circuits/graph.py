@@ -14,10 +14,10 @@ import torch
 BRANCHES = ("q", "k", "v")
 
 
-def check_count(count: object, most: int, what: str) -> None:
+def check_count(count: object, most: int, what: str, least: int = 0) -> None:
     """Refuse what is no number of edges or nodes that there are."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
-        raise ValueError(f"n must be in 0..{most}, as many {what} as there are, got {count!r:.80}")
+    if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+        raise ValueError(f"n must be in {least}..{most}, as many {what} as there are, got {count!r:.80}")
 
 
 @dataclass(frozen=True)

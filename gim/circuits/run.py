@@ -28,6 +28,7 @@ from gim.evaluation import fingerprint
 from gim.evaluation.extras import need
 from gim.evaluation.store import Store
 from gim.files import check_writable, write_atomically
+from gim.inputs import check_progress
 from gim.parts import anatomy
 from gim.plan import MemoryPlan
 from gim.rules import Rules
@@ -147,7 +148,7 @@ def attribute(
     _check(level, grouped, memory)
     _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, seed=seed)
-    _check_progress(progress)
+    check_progress(progress)
     chosen = get_rules(rules)
     _check_model(model)
     with anatomy.held(model) as parts:
@@ -311,7 +312,7 @@ def faithfulness(
     metric = _metric(metric)
     _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
     _check_numbers(0, skip=skip, seed=seed)
-    _check_progress(progress)
+    check_progress(progress)
     _check_model(model)
     with anatomy.held(model) as parts:
         encoded = encode(model, read(pairs, tokenizer, seed=seed, limit=limit, skip=skip), tokenizer)
@@ -422,11 +423,6 @@ def _metric(metric: Any) -> Metric:
 def _key(metric: Metric) -> str:
     """What tells a metric from another: one of our own its name, a function of the user's its code too."""
     return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
-
-
-def _check_progress(progress: object) -> None:
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
 
 
 def _check_numbers(least: int, **given: Any) -> None:

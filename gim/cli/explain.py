@@ -138,7 +138,7 @@ def command(
                 wanted = {"target": _target(target, contrast, measure, tokenizer, loaded), "per": per.value}
             asked = [{"role": "user", "content": text}] if chat else text
             parts = _segments(segment, asked, tokenizer) if segment else None
-            finished = True
+            cut = ""
             before = "" if generate is None else "The model writes its answer"
             with progress_bar(token_count(tokenizer, asked), before) as progress:
                 try:
@@ -156,18 +156,11 @@ def command(
                         segments=parts,
                     )
                 except gim.AnswerInterrupted as error:
-                    attribution, finished = error.attribution, False
-        if not finished:
-            from rich.console import Console
-            from rich.text import Text
-
-            from gim.answers import INTERRUPTED
-
-            for note in attribution.prompt.report.notes:
-                if note.startswith(INTERRUPTED):
-                    Console(stderr=True).print(Text(note), soft_wrap=True)
+                    attribution, cut = error.attribution, str(error)
+        if cut:
+            typer.echo(cut, err=True)
         deliver(outputs, writers(attribution, top), lambda: show(attribution, top))
-    if not finished:
+    if cut:
         raise typer.Exit(130)
 
 

@@ -35,7 +35,7 @@ from gim.evaluation.perturbation import (
 from gim.evaluation.result import Evaluation
 from gim.evaluation.store import Store
 from gim.evaluation.tasks import TASKS
-from gim.inputs import check_token_id, infer_baseline
+from gim.inputs import check_progress, check_token_id, infer_baseline
 from gim.parts import anatomy
 from gim.targets import TokenLike
 
@@ -144,8 +144,7 @@ def evaluate(
     """
     for module in ("scipy.stats", "pandas"):
         need(module)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function or None, got {progress!r:.40}")
+    check_progress(progress)
     wanted = _measures(measures)
     _check(protocol, grid, batch_tokens, seed, limit, forward_dtype)
     _check_model(model)

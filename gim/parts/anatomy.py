@@ -82,6 +82,12 @@ class Anatomy:
         return self.modules[self._embedding]
 
     @property
+    def early(self) -> set[nn.Module]:
+        """What runs before the last layer, and neither in it nor behind it: the embedding and the other layers."""
+        embedding = set() if self._embedding is None else {self.embedding}
+        return embedding | {layer for _, layer in self.layers[:-1]} - {layer for _, layer in self.layers[-1:]}
+
+    @property
     def device(self) -> torch.device:
         """Where ids must be."""
         return device_of(self.embedding) or torch.device("cpu")

@@ -32,6 +32,11 @@ def stream(inputs: Sequence[Any], named: Mapping[str, Any]) -> torch.Tensor | No
     return found
 
 
+def inside(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A module of that name and those in it, by name; other modules may hold them too, under another name."""
+    return dict(module.named_modules(prefix=name))
+
+
 def attentions(module: nn.Module) -> list[nn.Module]:
     """The attention modules of a module, itself included: those named so that contain no other."""
     named = {name: one for name, one in module.named_modules() if "Attention" in type(one).__name__}
