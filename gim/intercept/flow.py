@@ -18,6 +18,8 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gim.intercept.nodes import LEAF, WHERE, in_words, kind_of
+
 #: Key of a node's metadata under which its values are described.
 _KEY = "gim"
 #: Of the node of a linear map, what tells its weight from others; of any node, the numbers of its outputs.
@@ -25,31 +27,6 @@ _WEIGHT, _IDENTITY = "gim weight", "gim identity"
 
 _numbers = itertools.count(1)
 
-#: Kinds of nodes by what comes before ``Backward`` in their names; every other node of torch acts number by number.
-_KINDS = {
-    kind: frozenset(names.split())
-    for kind, names in {
-        "same": "View UnsafeView ReshapeAlias T Transpose Permute Expand Unsqueeze Squeeze Alias Clone ToCopy _ToCopy "
-        "ScaleGradient Contiguous MvNumpyT Lift Tril Triu Movedim SwapAxes Unflatten Flatten Detach Conj Real "
-        "ViewAsComplex ViewAsReal",
-        "piece": "Slice Select Split SplitWithSizes Unbind Index IndexSelect Gather Narrow Diagonal AsStrided Unfold "
-        "Flip Roll Topk Sort MaskedSelect Take ConstantPadNd Repeat ReflectionPad1D",
-        "linear": "Mm Addmm Bmm Baddbmm Mv Addmv Dot Linear Convolution MkldnnLinear GroupedMm ScaledGroupedMm "
-        "ScaledMm Addbmm EmbeddingBag",
-        "source": "Embedding",
-        "reduction": "Mean Sum Amax Amin Max Min Logsumexp Prod Norm LinalgVectorNorm Var Std VarMean StdMean Median "
-        "Nansum AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices "
-        "AdaptiveMaxPool2D AdaptiveMaxPool3D",
-        "softmax": "Softmax SafeSoftmax LogSoftmax",
-        "join": "Cat Stack CopySlices IndexPut IndexCopy SliceScatter SelectScatter Copy IndexAdd MaskedScatter "
-        "ScatterAdd Scatter",
-        "product": "Mul Div Addcmul Addcdiv",
-        "norm": "NativeLayerNorm FusedRmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm",
-        "attention": "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
-        "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention ScaledDotProductFusedAttentionOverrideable "
-        "FlashAttention EfficientAttention",
-    }.items()
-}
 #: Rows that are chosen by numbers: of a table of weights they are as much an input as an embedding is.
 _LOOKUPS = frozenset(["Index", "IndexSelect", "Gather", "Take"])
 #: Reductions that are nonlinear in themselves.
@@ -62,8 +39,6 @@ _CLIPS = frozenset(["Clamp", "ClampMin", "ClampMax", "Where", "Hardtanh", "Minim
 _BEGINS = frozenset(["attention", "norm", "opaque"])
 #: Kinds that apply weights to data.
 _APPLIES = frozenset(["linear", "opaque", "norm"])
-#: The package's own operators, by what their nodes are called.
-_OWN = {"attention": "attention", "rms_norm": "norm", "layer_norm": "norm", "gated": "product"}
 
 
 class Reduced(NamedTuple):
@@ -120,48 +95,12 @@ def _new(**changes: Any) -> Origin:
     return Origin(number, number, **changes)
 
 
-#: What the nodes of leaves are called.
-_LEAF = "torch::autograd::AccumulateGrad"
-_known: dict[str, tuple[str, str]] = {}
-
-
-def kind_of(node: Any) -> tuple[str, str]:
-    """A node's kind and short name."""
-    full = type(node).name(node)  # which a function of somebody's own may have given another meaning on its node
-    found = _known.get(full)
-    if found is None:
-        found = _known[full] = _classify(full)
-    return found
-
-
-def _classify(full: str) -> tuple[str, str]:
-    own = full.removeprefix("gim_kernels_").removesuffix("Backward")
-    if full != own and own in _OWN:
-        return _OWN[own], own
-    short = full.rpartition("::")[2]
-    if short == "AccumulateGrad":
-        return "leaf", short
-    if short == "CopySlices":
-        return "join", short
-    if short == "BackwardHookFunctionBackward":
-        return "each", short  # of torch's full backward hooks: what came in, as it came in
-    name, mark, version = short.partition("Backward")
-    name = name.lstrip("_")
-    if name == "ScaleGradient":
-        return "same", name
-    if not mark or not version.isdigit():
-        return "opaque", name  # a function of somebody's own, or of another library
-    if "Attention" in name:
-        return "attention", name
-    return next((kind for kind, names in _KINDS.items() if name in names), "pointwise"), name
-
-
 def origin(tensor: torch.Tensor) -> Origin:
     """What is known of a tensor."""
     if not tensor.requires_grad:
         return CONSTANT
     node = tensor.grad_fn
-    return _leaf(get_gradient_edge(tensor).node) if node is None else _of_edge(node, tensor.output_nr)
+    return _leaf(get_gradient_edge(tensor).node) if node is None else of_edge(node, tensor.output_nr)
 
 
 def mark(tensor: torch.Tensor, found: Origin) -> Any:
@@ -196,7 +135,7 @@ def _leaf(node: Any) -> Origin:
     return held[0]
 
 
-def _of_edge(node: Any, output: int) -> Origin:
+def of_edge(node: Any, output: int) -> Origin:
     """What one output of a node is."""
     found = _known_edge(node, output)
     if found is None:
@@ -210,7 +149,7 @@ def _known_edge(node: Any, output: int) -> Origin | None:
     """What one output of a node is; None where the node is not described yet."""
     held = node.metadata.get(_KEY)
     if held is None or 0 not in held:
-        return _leaf(node) if type(node).name(node) == _LEAF else None
+        return _leaf(node) if type(node).name(node) == LEAF else None
     found: Origin | None = held.get(output)
     if found is None:
         found = held[0]
@@ -219,7 +158,7 @@ def _known_edge(node: Any, output: int) -> Origin | None:
             found = _piece(node, held["of"], name, output)
         elif kind == "each":
             one, place = node.next_functions[output]
-            found = CONSTANT if one is None else _of_edge(one, place)
+            found = CONSTANT if one is None else of_edge(one, place)
         held[output] = found
     return found
 
@@ -299,9 +238,9 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
         return _product(live, 2 if bent else 0)
     if kind == "pointwise":
         found = _pointwise(name, live)
-        if name not in _WHERE or inputs[1:]:
+        if name not in WHERE or inputs[1:]:
             return found
-        return found._replace(number=hash((first.number, _said(node, name, 0))))
+        return found._replace(number=hash((first.number, in_words(node, name, 0))))
     if kind == "join":
         bend, scores = max(one.bend for one in live), any(one.scores for one in live)
         return _mapped(node)._replace(bend=bend, scores=scores, rows=first.rows)
@@ -386,51 +325,18 @@ def _operation(node: Any, output: int) -> tuple[Any, list[tuple[Any, int]]]:
     if kind == "linear":
         live = [one for one in edges if one[0] is not None]
         if live[1:]:
-            live = [one for one in live if not _of_edge(*one).constant]
+            live = [one for one in live if not of_edge(*one).constant]
         if weight is not None and live and not live[1:]:
             return weight, live
         if weight is None and name in ("Mm", "Bmm") and len(live) == len(edges) == 2:
             return name, live
-    elif edges and all(one is not None for one, _ in edges) and (said := _said(node, name, output)) is not None:
+    elif edges and all(one is not None for one, _ in edges) and (said := in_words(node, name, output)) is not None:
         return said, edges
     return None, []
 
 
-#: What tells what a node does from what others of its name do; where that is a tensor, only its own number does.
-_WHERE: dict[str, tuple[str, ...]] = {
-    "Slice": ("dim", "start", "end", "step"),
-    "Select": ("dim", "index"),
-    "Split": ("dim",),
-    "SplitWithSizes": ("dim",),
-    "Unbind": ("dim",),
-    "Flip": ("dims",),
-    "AsStrided": ("size", "stride", "storage_offset"),
-    "Diagonal": ("offset", "dim1", "dim2"),
-    "Repeat": ("repeats",),
-    "Roll": ("dims", "shifts"),
-    "ConstantPadNd": ("pad",),
-    "Unfold": ("dimension", "size", "step"),
-    **dict.fromkeys(("Cat", "Stack"), ("dim",)),
-    **dict.fromkeys(("Silu", "Relu", "Sigmoid", "Tanh", "Exp", "Mish", "LogSigmoid", "Hardswish", "Erf"), ()),
-    **dict.fromkeys(("Abs", "Sqrt", "Rsqrt", "Neg"), ()),
-    "Gelu": ("approximate",),
-    "Pow": ("exponent",),
-    "LeakyRelu": ("negative_slope",),
-    "Elu": ("alpha", "scale", "input_scale"),
-    "Celu": ("alpha",),
-    "Softplus": ("beta", "threshold"),
-    "Hardtanh": ("min_val", "max_val"),
-}
-
-
-def _said(node: Any, name: str, output: int) -> tuple[Any, ...] | None:
-    """What a node does to its inputs, in words; None where that is not known."""
-    where = _WHERE.get(name)
-    return None if where is None else (name, output, *(str(getattr(node, f"_saved_{one}")) for one in where))
-
-
 def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
-    step = _said(node, name, output) or (name, node._sequence_nr(), output)
+    step = in_words(node, name, output) or (name, node._sequence_nr(), output)
     return whole._replace(number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
 
 
@@ -475,135 +381,3 @@ def _pointwise(name: str, live: list[Origin]) -> Origin:
         reduced = statistics[0]._replace(nonlinear=any(one.nonlinear for one in statistics))
     bend = max(step, *(one.bend for one in live if one.place == same.place), 0)
     return same._replace(number=next(_numbers), bend=bend, reduced=reduced, scores=any(one.scores for one in live))
-
-
-def share_a_source(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether linear maps and functions number by number lead to two values from one source."""
-    starts: list[Any] = [get_gradient_edge(one).node for one in (first, second)]
-    sides: list[set[Any]] = [{one} for one in starts]
-    fronts = [[one] for one in starts]
-    while fronts[0] or fronts[1]:
-        for side in (0, 1):
-            front: list[Any] = []
-            for node in fronts[side]:
-                if node in sides[1 - side]:
-                    return True
-                if _clean(node):
-                    new = [one for one in _flowing(node) if one not in sides[side]]
-                    sides[side].update(new)
-                    front += new
-            fronts[side] = front
-    return bool(sides[0] & sides[1])
-
-
-def is_statistic(small: torch.Tensor, root: int) -> bool:
-    """Whether a value is a function of linear maps and sums of what a root was bent to: ``rsqrt((x * x) @ mean)``."""
-    todo: list[Any] = [get_gradient_edge(small).node]
-    nonlinear, seen = False, set[Any]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        kind, _ = kind_of(node)
-        known = _of_edge(node, 0)
-        if kind == "linear":
-            inputs = [_of_edge(*edge) for edge in node.next_functions if edge[0] is not None]
-            inputs = [one for one in inputs if not one.constant]
-            if any(one.root != root for one in inputs):
-                return False
-            nonlinear |= len(inputs) > 1 or any(one.bend == 2 for one in inputs)
-        elif known.reduced is not None and known.reduced.root == root:
-            nonlinear |= known.reduced.nonlinear
-        elif kind in ("same", "piece", "pointwise", "product", "reduction"):
-            todo += _flowing(node)
-        else:
-            return False
-    return nonlinear
-
-
-def _flowing(node: Any) -> list[Any]:
-    """The nodes through which an input flows into one."""
-    inputs: list[tuple[Any, bool]] = []
-    for one, output in node.next_functions:
-        known = CONSTANT if one is None else _of_edge(one, output)
-        if not known.constant:
-            inputs.append((one, known.rows))
-    return [one for one, rows in inputs if not rows] or [one for one, _ in inputs]
-
-
-def _clean(node: Any) -> bool:
-    """Whether the way to a source may go on through a node: not through attention, or a product of two values, or a
-    running sum."""
-    kind, name = kind_of(node)
-    if kind in ("attention", "softmax", "leaf") or name in ("gated", "Cumsum", "Cumprod"):
-        return False
-    if kind == "linear":
-        return len(_flowing(node)) < 2
-    return not (kind == "product" and _of_edge(node, 0).factors)
-
-
-def meetings(scores: torch.Tensor) -> list[Any]:
-    """The nodes where queries and keys flow into scores: matrix products of one with the other, and what else is a
-    function of either alone, as its length is, or its product with embeddings of positions. What is computed from the
-    input by other ways, a bias or a temperature, is none of them."""
-    start: Any = get_gradient_edge(scores).node
-    products = [one for one in _behind(start, frozenset()) if _meets(one)]
-    roots = frozenset(_of_edge(*edge).root for one in products for edge in one.next_functions if edge[0] is not None)
-    return [one for one in _behind(start, roots - {0}) if _meets(one) or _is_of(one, roots - {0})]
-
-
-def adds(node: Any) -> bool:
-    """Whether a matrix product adds what depends on the input too."""
-    (first, output), name = node.next_functions[0], kind_of(node)[1]
-    return name in ("Addmm", "Baddbmm", "Addbmm") and first is not None and not _of_edge(first, output).constant
-
-
-def _meets(node: Any) -> bool:
-    """Whether a node is a matrix product of two values that both depend on the input, and neither is of scores."""
-    return _multiplies(node) and not any(map(_is_of_scores, _flowing(node)))
-
-
-def _multiplies(node: Any) -> bool:
-    return kind_of(node)[0] == "linear" and len(_flowing(node)) > 1
-
-
-def _is_of_scores(node: Any) -> bool:
-    """Whether a node computes a function, number by number or by a softmax, of scores."""
-    todo, seen = [node], {node}
-    while todo:
-        one = todo.pop()
-        if _multiplies(one) and _of_edge(one, 0).scores:
-            return True
-        if kind_of(one)[0] in ("same", "piece", "pointwise", "product", "softmax"):
-            new = [each for each in _flowing(one) if each not in seen]
-            seen.update(new)
-            todo += new
-    return False
-
-
-def _is_of(node: Any, roots: frozenset[int]) -> bool:
-    """Whether a node computes a function of one of some values alone."""
-    known = _of_edge(node, 0)
-    if kind_of(node)[0] == "linear":
-        inputs = [_of_edge(*edge) for edge in node.next_functions if edge[0] is not None]
-        return any(one.root in roots for one in inputs if not one.constant)
-    return (known.root if known.reduced is None else known.reduced.root) in roots
-
-
-def _behind(start: Any, roots: frozenset[int]) -> list[Any]:
-    """The nodes that a value was computed from, as far as products of two values, maps by weights and functions of
-    roots."""
-    todo, seen = [start], {start}
-    found: list[Any] = []
-    while todo:
-        node = todo.pop()
-        found.append(node)
-        kind, _ = kind_of(node)
-        ends = kind in ("leaf", "source", "attention", "opaque") or _meets(node) or _is_of(node, roots)
-        if ends or (kind == "linear" and not _multiplies(node) and not _of_edge(node, 0).scores):
-            continue
-        new = [one for one in _flowing(node) if one not in seen]
-        seen.update(new)
-        todo += new
-    return found

@@ -57,12 +57,13 @@ class Gate:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         caller = sys._getframe(1)
-        if self.gone or (caller.f_code in CALLING and caller.f_locals["self"] is not self.module):
-            called = self._called(caller)
-            if self.gone or called is not self.module:
-                leave(called, self)
-                own = self.inner if self.own is None else self.own
-                return (own if called is self.module else called.forward)(*inputs, **named)
+        called = caller.f_locals["self"] if caller.f_code in CALLING else self.module
+        if called is not self.module and self._is_held_by_copy(called):
+            leave(called, self)
+            return called.forward(*inputs, **named)
+        if self.gone:
+            leave(self.module, self)
+            return (self.inner if self.own is None else self.own)(*inputs, **named)
         frames = running.frames
         if type(self.own) is not Gate and frames and frames[-1].session.stack is self.stack:
             return self.within(frames[-1].session, inputs, named)  # a part of what runs
@@ -73,13 +74,9 @@ class Gate:
             return gate.stack.run(session, gate, inputs, named)
         return gate.within(session, inputs, named)
 
-    def _called(self, caller: types.FrameType) -> nn.Module:
-        """The module that is called: the gate's, or a shallow copy of it, which has its hooks in common with it."""
-        if caller.f_code not in CALLING:
-            return self.module
-        module: nn.Module = caller.f_locals["self"]
-        copied = module.__dict__.get("forward") is self and module._forward_hooks is self.module._forward_hooks
-        return module if copied else self.module
+    def _is_held_by_copy(self, module: nn.Module) -> bool:
+        """Whether a module is a shallow copy of the gate's, which has its hooks in common with it."""
+        return module.__dict__.get("forward") is self and module._forward_hooks is self.module._forward_hooks
 
     def session(self) -> Session | None:
         """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""

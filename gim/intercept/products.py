@@ -16,11 +16,12 @@ from torch import nn
 
 import gim_kernels
 from gim.intercept import activations
-from gim.intercept.flow import Origin, is_statistic, mark, origin, same_root, share_a_source, tell_weight
+from gim.intercept.flow import Origin, mark, origin, same_root, tell_weight
 from gim.intercept.frames import running
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim.intercept.softmax import values
+from gim.intercept.sources import is_statistic, share_a_source
 from gim.rules import Rules
 from gim_kernels import told
 from gim_kernels.reference import scale_gradient

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gim.intercept import flow
+from gim.intercept import flow, sources
 from gim.intercept.attention import describe
 from gim.intercept.flow import mark, origin
 from gim.intercept.session import Session
@@ -80,8 +80,8 @@ def _scale_meetings(session: Session, scores: torch.Tensor, factor: float) -> No
     """Give the gradients of queries and keys their factor where they meet: scores may be functions of more."""
     if factor == 1.0:
         return
-    for node in flow.meetings(scores):
-        if flow.adds(node):
+    for node in sources.meetings(scores):
+        if sources.adds(node):
             session.refuse("adds a bias that depends on its input and a product of matrices in one call: add it after")
         if not node.metadata.get(_SCALED):  # scores of one attention may go into those of the next
             node.metadata[_SCALED] = True

@@ -239,7 +239,7 @@ def test_a_rule_that_acts_on_an_activation_is_found(name: str, monkeypatch: pyte
 
 def test_a_rule_that_acts_on_a_softmax_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "_pointwise", lambda *given: pointwise(*given)._replace(scores=False))
-    monkeypatch.setattr(flow, "_said", lambda node, *_: ("as others", node._sequence_nr()))
+    monkeypatch.setattr(flow, "in_words", lambda node, *_: ("as others", node._sequence_nr()))
     model = Block(lambda m, x: (lambda s: s.exp() / s.exp().sum(-1, keepdim=True))(_scores(m, x)) @ x).double().eval()
     with pytest.raises(UnsupportedModelError, match="softmax taken for a norm"):
         gradient(model, rules="GIM")
