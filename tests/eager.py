@@ -71,20 +71,22 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + turned * sin
 
 
+def softmax(scores: torch.Tensor, rules: EagerRules) -> torch.Tensor:
+    """Attention weights over the last axis."""
+    if rules.constant_softmax:
+        return torch.softmax(scores, -1).detach()
+    if rules.temperature is not None:
+        return torch.as_tensor(TemperatureSoftmax.apply(scores, rules.temperature))
+    return torch.softmax(scores, -1)
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, size: int, rules: EagerRules
 ) -> torch.Tensor:
     """[B, H, T, D] attention with whole score matrices; hidden [B, 1, T, T] is True where a key is not seen."""
     q, k, v = (scale(x, factor) for x, factor in zip((q, k, v), rules.qkv, strict=True))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT / math.sqrt(size)).masked_fill(hidden, torch.finfo(q.dtype).min)
-    if rules.constant_softmax:
-        weights = torch.softmax(scores, -1).detach()
-    elif rules.temperature is not None:
-        weights = TemperatureSoftmax.apply(scores, rules.temperature)
-    else:
-        weights = torch.softmax(scores, -1)
-    return weights @ v
+    return softmax((q @ k.mT / math.sqrt(size)).masked_fill(hidden, torch.finfo(q.dtype).min), rules) @ v
 
 
 def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,26 @@ import torch.nn.functional as F
 from torch import nn
 
 import gim
-from gim.rules import Rules, get
-from gim_kernels.reference import attention_weights, scale_gradient
+from gim.applied import UnsupportedModelError
+from tests import eager
+from tests.eager import EagerRules, attend
+from tests.gim.test_functional import (
+    BATCH,
+    CAUSAL,
+    HEADS,
+    LENGTH,
+    PADDING,
+    SIZE,
+    TRIANGLE,
+    WIDTH,
+    Weights,
+    gradient,
+    inputs,
+    make,
+    under,
+)
 from tests.gim_kernels.test_attention_arguments import BROADCAST
-from tests.oracle import assert_close64
+from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 QUERIES, KEYS = 6, 9
 
@@ -31,18 +48,20 @@ class Attending(nn.Module):
         q, k, v = ((x @ one).reshape(shape) for one, shape in zip(self.maps, self.shapes, strict=True))
         return F.scaled_dot_product_attention(q, k, v, **self.given)
 
-    def written_out(self, x: torch.Tensor, rules: Rules) -> torch.Tensor:
+    def written_out(self, x: torch.Tensor, rules: EagerRules) -> torch.Tensor:
         inputs = ((x @ one).reshape(shape) for one, shape in zip(self.maps, self.shapes, strict=True))
-        q, k, v = (scale_gradient(one, by) for one, by in zip(inputs, rules.qkv_scale, strict=True))
+        q, k, v = (eager.scale(one, by) for one, by in zip(inputs, rules.qkv, strict=True))
         if self.given.get("enable_gqa"):
             k, v = (one.repeat_interleave(q.shape[-3] // one.shape[-3], -3) for one in (k, v))
         scores = q @ k.mT * self.given.get("scale", q.shape[-1] ** -0.5)
         mask = self.given.get("attn_mask")
         if self.given.get("is_causal"):
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return attention_weights(scores, rules.softmax, rules.temperature) @ v
+        if mask is None:
+            return eager.softmax(scores, rules) @ v
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        weights = eager.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), rules)
+        return weights * seen.any(-1, keepdim=True) @ v  # a query that sees no key gives zeros
 
 
 def check(shapes: Any, engine: Any = "auto", **given: Any) -> None:
@@ -53,7 +72,7 @@ def check(shapes: Any, engine: Any = "auto", **given: Any) -> None:
             out = model(x)
         assert report.complete and report.counts()["attention"] == (1, 1)
         assert_close64(out, own.nan_to_num(), f"{rules} output")
-        want = model.written_out(x, get(rules))
+        want = model.written_out(x, eager.PRESETS[rules])
         upstream = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape).cos()
         got, grad = (torch.autograd.grad((one * upstream).sum(), x)[0] for one in (out, want))
         assert_close64(got, grad, f"{rules} gradient")
@@ -127,3 +146,151 @@ def test_a_static_cache_of_multi_head_attention(average: bool) -> None:
         assert_close64(one, other, "output")
         grad, expected = (torch.autograd.grad(y.cos().sum(), x, retain_graph=True)[0] for y in (one, other))
         assert_close64(grad, expected, "gradient")
+
+
+# Weights that are asked for, every form of a module, and masks
+
+
+@pytest.mark.parametrize("preset", ["GIM", "GIM_CONSTANT", "GRADIENT"])
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_that_are_asked_for_follow_the_rule_too(preset: str, average: bool) -> None:
+    model, rules = make(Weights), eager.PRESETS[preset]
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        mha = model.attention
+        q, k, v = (
+            (x @ w.T + b).view(BATCH, LENGTH, HEADS, SIZE).transpose(1, 2)
+            for w, b in zip(mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3), strict=True)
+        )
+        out = attend(q, k, v, CAUSAL, SIZE, rules).transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
+        free = EagerRules(rules.temperature, rules.constant_softmax, qkv=(*rules.qkv[:2], 1))
+        eye = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, HEADS, -1, -1)
+        weights = attend(q, k, eye, CAUSAL, SIZE, free)
+        weights = weights.mean(1) if average else weights
+        return mha.out_proj(out).sum() + (weights * torch.arange(LENGTH)).pow(2).sum()
+
+    masks = {"attn_mask": TRIANGLE, "average_attn_weights": average}
+    got = under(model, preset, **masks)
+    assert_close64(got, gradient(by_hand), preset, relative=FLOAT64_MODEL_RELATIVE)
+    x = inputs()
+    with gim.GIM(model):
+        one = model.attention(x[0], x[0], x[0])
+    own = model.attention(x[0], x[0], x[0])
+    for got, want in zip(one, own, strict=True):
+        assert_close64(got, want, "unbatched")
+
+
+@pytest.mark.parametrize(
+    "options", [{"kdim": 20, "vdim": 24}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"bias": False}], ids=str
+)
+def test_every_form_of_multihead_attention_equals_torchs_own(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mha = nn.MultiheadAttention(WIDTH, HEADS, **options).double().eval()
+    query = torch.randn(5, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(9, 3, options.get("kdim", WIDTH), dtype=torch.float64)
+    value = torch.randn(9, 3, options.get("vdim", WIDTH), dtype=torch.float64)
+    own, own_weights = mha(query, key, value)
+    with gim.GIM(mha, rules="GRADIENT"):
+        out, weights = mha(query, key, value)
+    assert_close64(out, own, "output")
+    assert_close64(weights, own_weights, "weights")
+    for ours, theirs in ((out, own), (weights, own_weights)):
+        got, want = (torch.autograd.grad(y.pow(2).sum(), query, retain_graph=True)[0] for y in (ours, theirs))
+        assert_close64(got, want, "gradient", relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Masked(nn.Module):
+    """Attention with a mask as ``F.scaled_dot_product_attention`` takes it."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, **named: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, k, **named)
+
+
+def additive(hidden: torch.Tensor, low: float) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, low)
+
+
+WINDOW = CAUSAL | torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-4)
+LATE = torch.ones(3, LENGTH, dtype=torch.bool).triu(LENGTH - 2)[None, None]  # three queries at the end of the keys
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    ("queries", "hidden"),
+    [(LENGTH, CAUSAL), (LENGTH, WINDOW), (3, LATE), (LENGTH, CAUSAL | PADDING.flip(1)[:1, None, None])],
+    ids=["causal", "window", "cache", "causal-padding"],
+)
+@pytest.mark.parametrize("form", ["bool", "inf", "minus-1e9", "2d"])
+def test_dense_masks_with_a_pattern_are_applied(queries: int, hidden: torch.Tensor, form: str, rank: int) -> None:
+    model = Masked()
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, HEADS, queries, SIZE, dtype=torch.float64)
+    k = torch.randn(BATCH, HEADS, LENGTH, SIZE, dtype=torch.float64)
+    mask = {"bool": ~hidden, "inf": additive(hidden, -math.inf), "minus-1e9": additive(hidden, -1e9), "2d": ~hidden}[
+        form
+    ]
+    if rank == 3:
+        q, k, mask = q[:, 0], k[:, 0], mask[0]
+    if form == "2d":
+        mask = mask[0] if rank == 3 else mask[0, 0]
+    with gim.GIM(model) as report:
+        got = gradient(lambda x: model(x, k, attn_mask=mask), q)
+    assert report.complete and report.counts()["attention"] == (1, 1)
+    four = (lambda x: x[:, None]) if rank == 3 else (lambda x: x)
+    want = gradient(lambda x: attend(four(x), four(k), four(k), hidden, SIZE, eager.PRESETS["GIM"]), q)
+    assert_close64(got, want, form, relative=FLOAT64_MODEL_RELATIVE)
+
+
+BIAS = torch.randn(1, 1, LENGTH, LENGTH, dtype=torch.float64)
+HEADWISE = torch.ones(1, HEADS, LENGTH, LENGTH, dtype=torch.bool).tril()
+HEADWISE[0, 1] = True
+HOLES = torch.ones(1, 1, 1, LENGTH, dtype=torch.bool)
+HOLES[..., 5] = False
+PACKED = torch.block_diag(torch.ones(6, 6), torch.ones(7, 7)).bool().tril()[None, None]
+UNIFORM = additive(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), -1e9)  # finite: every key weighs the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attn_mask": BIAS}, "adds numbers of its own to the scores"),
+        ({"attn_mask": HEADWISE}, "differs from head to head"),
+        ({"attn_mask": HOLES}, "hides keys between keys that it shows"),
+        ({"attn_mask": PACKED}, "is neither causal, windowed nor padding"),
+        ({"attn_mask": UNIFORM}, "adds numbers of its own to the scores"),
+        ({"attn_mask": torch.zeros(1, 1, LENGTH, LENGTH, requires_grad=True)}, "adds numbers of its own"),
+        ({"dropout_p": 0.1}, r"was called with dropout_p=0.1: call model.eval\(\)"),
+    ],
+)
+def test_what_attention_cannot_apply_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Masked()
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, **named: Any) -> torch.Tensor:
+            return self.inner(q, k, **named)
+
+    model, q = Outer(), torch.randn(1, HEADS, LENGTH, SIZE, dtype=torch.float64)
+    torch.manual_seed(0)
+    own = model(q, q, **arguments)
+    with gim.GIM(model), pytest.raises(UnsupportedModelError, match=f"inner: .*{message}"):
+        model(q, q, **arguments)
+    torch.manual_seed(0)
+    with gim.GIM(model, strict=False) as report:
+        assert torch.equal(model(q, q, **arguments), own)
+    assert not report.complete and report.unsupported[0][0] == "inner"
+
+
+def test_multihead_dropout_and_masked_extra_keys_are_refused() -> None:
+    x = inputs()
+    for options, named, message in (
+        ({"dropout": 0.1}, {}, "has dropout 0.1 in training mode"),
+        ({"add_zero_attn": True}, {"key_padding_mask": PADDING}, "add_zero_attn together with a mask"),
+        ({}, {"attn_mask": BIAS[0, 0]}, "attn_mask of nn.MultiheadAttention adds numbers of its own"),
+    ):
+        mha = (
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options).double().train(bool("dropout" in options))
+        )
+        with gim.GIM(mha), pytest.raises(UnsupportedModelError, match=message):
+            mha(x, x, x, **named)

@@ -12,26 +12,12 @@ from torch.nn import functional as F
 import gim
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.intercept import flow
-from gim_kernels.reference import scale_gradient
+from tests import eager
+from tests.eager import scale
 from tests.oracle import FLOAT64_MODEL_RELATIVE, assert_close64
 
 WIDTH, HEADS, TOKENS = 16, 2, 7
 RULES = ("GIM", "TSG_ONLY", "SCALES_ONLY", "GIM_CONSTANT", "TRANSFORMER_LRP")
-
-
-class Softened(torch.autograd.Function):
-    """A softmax over the last axis with the backward of a temperature of 2."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, scores: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(scores)
-        return scores.softmax(-1)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
-        (scores,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        p = (scores / 2).softmax(-1)
-        return torch.as_tensor(p * (grad - (p * grad).sum(-1, keepdim=True)))
 
 
 class Attention(nn.Module):
@@ -46,23 +32,18 @@ class Attention(nn.Module):
         self.mix = nn.Conv2d(HEADS, HEADS, 3, padding=1)
         self.places = nn.Parameter(torch.randn(TOKENS, WIDTH // HEADS))
         self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.compute, self.rules = compute, ""
+        self.compute, self.rules = compute, eager.PRESETS["GRADIENT"]
 
     def heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
         y = self.maps[name](x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        scaled = self.rules in ("GIM", "SCALES_ONLY", "GIM_CONSTANT")
-        factor = 0.5 if name == "value" else 0.25
-        return scale_gradient(y, factor) if scaled and name in ("value", "query", "key", "query2", "key2") else y
+        which = ("query", "key", "value", "gate").index(name.rstrip("2"))
+        return scale(y, (*self.rules.qkv, 1)[which])
 
     def scores(self, x: torch.Tensor, which: str = "") -> torch.Tensor:
         return self.heads(f"query{which}", x) @ self.heads(f"key{which}", x).mT * 0.3
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
-        if self.rules in ("GIM", "TSG_ONLY"):
-            return torch.as_tensor(Softened.apply(scores))
-        if self.rules in ("GIM_CONSTANT", "TRANSFORMER_LRP"):
-            return scores.softmax(-1).detach()
-        return scores.softmax(-1)
+        return eager.softmax(scores, self.rules)
 
     def per_row(self, x: torch.Tensor) -> torch.Tensor:
         """One number for each head and row ``[B, HEADS, T, 1]``."""
@@ -182,7 +163,7 @@ def test_attention_written_out_follows_the_rules(name: str, rules: str) -> None:
         got, report = gradient(model, rules)
         assert report is not None and report.complete and report.watched
         assert report.counts()["attention"][0] == 1 and report.counts()["gated_mlp"][0] == 0
-    model.rules = rules
+    model.rules = eager.PRESETS[rules]
     want, _ = gradient(model, None)
     assert_close64(got, want, "the rules by hand", FLOAT64_MODEL_RELATIVE)
     assert not torch.allclose(want, plain)
@@ -198,7 +179,7 @@ def test_a_computed_bias_inside_the_product_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match="adds a bias that depends on its input"):
         gradient(model, "GIM")
     got, _ = gradient(model, "TSG_ONLY")
-    model.rules = "TSG_ONLY"
+    model.rules = eager.PRESETS["TSG_ONLY"]
     assert_close64(got, gradient(model, None)[0], "the rules by hand", FLOAT64_MODEL_RELATIVE)
 
 
