@@ -17,7 +17,7 @@ from gim.intercept.frames import running
 from gim.intercept.masks import KeyPattern, intersection, recognise
 from gim.intercept.session import Session
 from gim_kernels import told
-from gim_kernels.attention import mask_with_heads, with_heads
+from gim_kernels.sdpa import mask_with_heads, with_heads
 
 _NAME = "nn.MultiheadAttention"
 
