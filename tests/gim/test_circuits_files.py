@@ -170,8 +170,12 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=f"{next(iter(named))} must be a whole number >= "):
             found.faithfulness(pairs, **named)
     for wrong in (-1, 1.5, True, found.count + 1):
-        for call in (found.kept, found.top, found.top_nodes):
-            with pytest.raises(ValueError, match=r"n must be in 0..\d+, as many (edges|nodes) as there are, got"):
+        for call, bounds in (
+            (found.kept, f"0..{found.count}, as many edges"),
+            (found.top, f"1..{found.count}, as many edges"),
+            (found.top_nodes, f"1..{found.graph.writers}, as many nodes"),
+        ):
+            with pytest.raises(ValueError, match=re.escape(f"n must be in {bounds} as there are, got {wrong!r}")):
                 call(wrong)
     with pytest.raises(ValueError, match="the metric is the same on clean and corrupted prompts"):
         found.faithfulness([Pair([1, 2], [1, 2], 4, 5)])
