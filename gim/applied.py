@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,8 +96,17 @@ class AppliedReport:
 
     def note_absent(self, part: Part) -> None:
         """Note that there is nothing of a part, unless there is."""
-        if not self.of(part) and ABSENT[part] not in self.notes:
-            self.notes.append(ABSENT[part])
+        if not self.of(part):
+            self.note(ABSENT[part])
+
+    def note(self, words: str) -> None:
+        """Note something, once."""
+        if words not in self.notes:
+            self.notes.append(words)
+
+    def leave_out(self, missing: Iterable[tuple[str, str]]) -> None:
+        """Enter what is not covered, each once."""
+        self.unsupported.extend(pair for pair in missing if pair not in self.unsupported)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each part: modules a rule acts on, and calls of them."""

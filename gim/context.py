@@ -25,43 +25,9 @@ from gim.intercept.values import ARGUMENTS_DEEP, collect
 from gim.parts import anatomy
 from gim.parts.placement import refuse_context_parallelism, refuse_unsupported_placement
 from gim.rules import GIM as PAPER_RULES
-from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
-from gim.rules import get as get_rules
+from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules, resolve
 from gim_kernels import engines
 from gim_kernels.types import DTYPES, Engine
-
-
-def resolve_rules(
-    rules: Rules | str | None,
-    *,
-    freeze_norm: bool,
-    softmax_temperature: float | None,
-    q_scale: float | None,
-    k_scale: float | None,
-    v_scale: float | None,
-    gate_scale: float | None,
-    up_scale: float | None,
-) -> Rules:
-    """The rules that an argument ``rules`` or gim-explain's single arguments mean.
-
-    Raises:
-        ValueError: both were given; a value that no rule allows.
-    """
-    single = Rules.from_arguments(
-        freeze_norm=freeze_norm,
-        softmax_temperature=softmax_temperature,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        gate_scale=gate_scale,
-        up_scale=up_scale,
-    )
-    if rules is None:
-        return single
-    chosen = get_rules(rules)
-    if single != PAPER_RULES and single != chosen:
-        raise ValueError(f"rules={chosen.name} and single rule arguments contradict each other: give one of the two")
-    return chosen
 
 
 def check_engine(engine: str, model: nn.Module) -> None:
@@ -144,7 +110,7 @@ class GIM:
         self.strict = strict
         engines.check_name(engine)
         self.engine = engine
-        self.rules = resolve_rules(
+        self.rules = resolve(
             rules,
             freeze_norm=freeze_norm,
             softmax_temperature=softmax_temperature,
@@ -168,7 +134,7 @@ class GIM:
         # A context that is dropped, or that an interrupt keeps from closing, leaves nothing behind.
         weakref.finalize(self, session.close)
         session.proof = Proof(self.model, session)
-        stack.run, stack.leaf = forward_pass, fused.call
+        stack.run, stack.leaf = forward_pass, fused.run_of
         _install(modules, stack)
         self._session = session
         session.open()
@@ -221,16 +187,16 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
 
     def run(frame: Frame) -> Any:
         running.frames.pop()
-        held = []  # while it runs
+        return gate.enter(frame, inputs, named)
+
+    held = []  # while it runs
+    try:
         if torch.is_grad_enabled():
             weights = (x for one in modules.values() for kept in (one._parameters, one._buffers) for x in kept.values())
             held += take_as_weights(x for x in weights if x is not None)
             held += take_as_inputs(_arguments(gate, inputs, named))
         with nullcontext() if proof is None else proof.watching(seen, gate.name, gate.module, inputs, named):
-            return gate.enter(frame, inputs, named)
-
-    try:
-        out = session.inside(gate.name, gate.module, run)
+            out = session.inside(gate.name, gate.module, run)
     except UnsupportedModelError:
         session.without_values()
         session.stopped = True

@@ -15,7 +15,6 @@ from gim import answering, many
 from gim.answers import AnswerAttribution
 from gim.asked import Asked
 from gim.attribution import Attribution
-from gim.context import resolve_rules
 from gim.inputs import (
     check_ids,
     check_length,
@@ -30,7 +29,7 @@ from gim.layerwise import LayerwiseAttribution
 from gim.memory import MemoryPlan, run
 from gim.parts import anatomy
 from gim.rules import GIM as PAPER_RULES
-from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules
+from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules, resolve
 from gim.scoring import PREDICTION, Progress, Terms
 from gim.single import Single, TargetLike
 from gim.targets import Measure, Per, TokenLike
@@ -125,7 +124,7 @@ def explain(
         True
     """
     engines.check_name(engine)
-    chosen = resolve_rules(
+    chosen = resolve(
         rules,
         freeze_norm=freeze_norm,
         softmax_temperature=softmax_temperature,

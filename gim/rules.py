@@ -122,6 +122,18 @@ class Rules:
             parts.append("activation ratio")
         return f"{self.name}: {', '.join(parts) if parts else 'ordinary gradient'}"
 
+    def of_part(self, part: str) -> str:
+        """In words, the rule of the backward of ``"attention"``, of a ``"norm"`` or of a ``"gated_mlp"``."""
+        if part == "norm":
+            return "statistic constant" if self.freeze_norm else "ordinary gradient"
+        if part == "attention" and self.modifies_attention:
+            softmax = f"at temperature {self.temperature:g}" if self.softmax == "temperature" else self.softmax
+            return f"softmax {softmax}; q, k, v times " + ", ".join(f"{factor:g}" for factor in self.qkv_scale)
+        if part == "gated_mlp" and self.modifies_gated_mlps:
+            words = "gate, up times " + ", ".join(f"{factor:g}" for factor in self.gate_up_scale)
+            return words + ("; act(x) / x for act'(x)" if self.activation == "ratio" else "")
+        return "ordinary gradient"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return dataclasses.asdict(self)
@@ -139,38 +151,6 @@ class Rules:
             if wrong:
                 raise ValueError(f"{what} fields of Rules: {sorted(wrong)}")
         return cls(**fields)
-
-    @classmethod
-    def from_arguments(
-        cls,
-        *,
-        freeze_norm: bool,
-        softmax_temperature: float | None,
-        q_scale: float | None,
-        k_scale: float | None,
-        v_scale: float | None,
-        gate_scale: float | None,
-        up_scale: float | None,
-    ) -> Rules:
-        """Rules from gim-explain's arguments, where ``None`` switches a rule off.
-
-        Raises:
-            ValueError: as the constructor.
-        """
-
-        def factor(value: float | None) -> float:
-            return 1.0 if value is None else value
-
-        return cls(
-            softmax="exact" if softmax_temperature is None else "temperature",
-            temperature=PAPER_TEMPERATURE if softmax_temperature is None else softmax_temperature,
-            freeze_norm=freeze_norm,
-            q_scale=factor(q_scale),
-            k_scale=factor(k_scale),
-            v_scale=factor(v_scale),
-            gate_scale=factor(gate_scale),
-            up_scale=factor(up_scale),
-        )
 
 
 #: The method of the paper.
@@ -220,3 +200,26 @@ def get(rules: Rules | str) -> Rules:
             raise ValueError(f"rules must be Rules or one of {', '.join(PRESETS)}, got {rules!r}")
         return preset
     raise TypeError(f"rules must be Rules or the name of a preset, got {type(rules).__name__}")
+
+
+def resolve(
+    rules: Rules | str | None, *, freeze_norm: bool, softmax_temperature: float | None, **factors: float | None
+) -> Rules:
+    """The rules that an argument ``rules`` or gim-explain's single arguments mean, of which None switches a rule off.
+
+    Raises:
+        ValueError: both were given; a value that no rule allows.
+    """
+    scales: dict[str, Any] = {name: 1.0 if factor is None else factor for name, factor in factors.items()}
+    single = Rules(
+        softmax="exact" if softmax_temperature is None else "temperature",
+        temperature=PAPER_TEMPERATURE if softmax_temperature is None else softmax_temperature,
+        freeze_norm=freeze_norm,
+        **scales,
+    )
+    if rules is None:
+        return single
+    chosen = get(rules)
+    if single not in (GIM, chosen):
+        raise ValueError(f"rules={chosen.name} and single rule arguments contradict each other: give one of the two")
+    return chosen

@@ -15,7 +15,7 @@ from torch import nn
 
 import gim_kernels
 from gim.applied import UnsupportedModelError
-from gim.intercept.frames import paused, running, session_here
+from gim.intercept.frames import Paused, running, session_here
 from gim.intercept.masks import KeyPattern, packed, recognise
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
@@ -80,7 +80,7 @@ def gim_attention(
         raise UnsupportedModelError(
             f"{name}: attention dropout is {dropout:g}: call model.eval(), attributions are deterministic"
         )
-    with paused():
+    with Paused():
         pattern = _pattern(name, module, query, key, attention_mask, is_causal, sliding_window)
         if cu_seq_lens_q is not None:
             pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
@@ -166,7 +166,7 @@ def _through_kernels(
             out = attend(query, key, value, pattern, **options)
     if session is not None:
         out = session.heads(out)
-        session.fire("attention", describe(session.rules), "attention interface", str(ran))
+        session.fire("attention", "attention interface", str(ran))
     out = out.transpose(1, 2).contiguous()
     if session is not None and session.see_attention is not None:
         session.see_attention(module, query, key, value, out)
@@ -321,15 +321,3 @@ class Spans:
 
 #: Name under which an attention module holds the rules that :func:`gim.set_attention_rules` gave it.
 RULES = "_gim_attention_rules"
-
-
-def describe(rules: Rules) -> str:
-    """The rule of attention's backward, in words."""
-    if not rules.modifies_attention:
-        return "ordinary gradient"
-    softmax = {
-        "temperature": f"softmax at temperature {rules.temperature:g}",
-        "constant": "softmax constant",
-        "exact": "softmax exact",
-    }[rules.softmax]
-    return f"{softmax}; q, k, v times " + ", ".join(f"{factor:g}" for factor in rules.qkv_scale)

@@ -18,8 +18,8 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from gim.applied import UnsupportedModelError
-from gim.intercept.attention import describe, through_scores
-from gim.intercept.frames import paused, running
+from gim.intercept.attention import through_scores
+from gim.intercept.frames import Paused, running
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim_kernels.reference import attention_weights, scale_gradient
@@ -54,7 +54,7 @@ def _flex_attention(
         session.refuse("calls flex_attention in compiled code, whose functions hold tensors that gim cannot reach")
         return func(query, key, value, score_mod, block_mask, scale, *others, **named)
     rules = session.rules
-    with paused(), SITES.acting("attention"):
+    with Paused(), SITES.acting("attention"):
         q, k, v = (scale_gradient(x, by) for x, by in zip((query, key, value), rules.qkv_scale, strict=True))
         q, k = through_scores(q, k, rules.softmax)
         change, sees = _over_scores(_as_it_is(score_mod), (0,)), _over_scores(_as_it_is(block_mask[-1]), ())
@@ -62,8 +62,7 @@ def _flex_attention(
         batch, heads, queries, _ = query.shape
         rows = max(1, BLOCK_SCORES // (batch * heads * max(1, key.shape[2])))
 
-        frame, said = running.frames[-1], dict[int, torch.Tensor]()
-        name = frame.name or type(frame.module).__name__
+        name, said = str(running.frames[-1]), dict[int, torch.Tensor]()
 
         def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
             scores = _scores(q, k, start, scale, change, sees, blocks)
@@ -91,7 +90,7 @@ def _flex_attention(
         lse = _NoGradient.apply(torch.cat(sums, 2) / math.log(2), out, name)
         maximum = torch.cat(highest, 2) / math.log(2)
     out = session.heads(out)
-    session.fire("attention", describe(rules), "call of flex_attention", "torch")
+    session.fire("attention", "call of flex_attention")
     return out, lse, maximum
 
 

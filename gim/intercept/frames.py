@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,25 +14,26 @@ if TYPE_CHECKING:
     from gim.intercept.session import Session
 
 
+@dataclass(slots=True, eq=False)
 class Frame:
     """A module that runs inside a session."""
 
-    __slots__ = ("counted", "module", "name", "pattern", "session", "shows", "sources", "trace")
+    session: Session
+    name: str
+    module: nn.Module
+    #: What the mask argument of this module means, where the module itself must not see it.
+    pattern: Any = None
+    #: The config that says "sdpa" to this module.
+    shows: Any = None
+    #: Whether a gated product of this call is counted already: experts are products of one module.
+    counted: bool = False
+    #: What activations were computed from, and its version then, by place; None where no rule has asked for it.
+    sources: dict[Any, tuple[torch.Tensor, int]] | None = None
+    #: What notes the functions that this call makes; None where nobody asks.
+    trace: Any = None
 
-    def __init__(self, session: Session, name: str, module: nn.Module) -> None:
-        self.session = session
-        self.name = name
-        self.module = module
-        #: What the mask argument of this module means, where the module itself must not see it.
-        self.pattern: Any = None
-        #: The config that says "sdpa" to this module.
-        self.shows: Any = None
-        #: Whether a gated product of this call is counted already: experts are products of one module.
-        self.counted = False
-        #: What activations were computed from, and its version then, by place; None where no rule has asked for it.
-        self.sources: dict[Any, tuple[torch.Tensor, int]] | None = None
-        #: What notes the functions that this call makes; None where nobody asks.
-        self.trace: Any = None
+    def __str__(self) -> str:
+        return self.name or type(self.module).__name__
 
 
 class _Running(threading.local):
@@ -52,7 +54,7 @@ def session_here() -> Session | None:
     return frames[-1].session if frames else None
 
 
-class _Paused:
+class Paused:
     """Inside, the function mode of the session that runs is off: what is called is no code of the model's."""
 
     def __enter__(self) -> None:
@@ -63,8 +65,3 @@ class _Paused:
     def __exit__(self, *error: Any) -> None:
         if self._mode is not None:
             torch._C._push_on_torch_function_stack(self._mode)
-
-
-def paused() -> _Paused:
-    """A context in which the kernels are called: what they ask and compute is not looked at."""
-    return _Paused()

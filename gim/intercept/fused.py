@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import gim_kernels
-from gim.intercept import checkpoints, norms, products
-from gim.intercept.frames import Frame, paused, running
+from gim.intercept import checkpoints, products
+from gim.intercept.frames import Frame, Paused
 from gim.intercept.gates import Gate
 from gim.parts.adapters import accelerate
 from gim_kernels import engines, reference, told
@@ -91,11 +91,10 @@ class Norm:
         return f"{self.kind}{' with weight 1 + w' if self.weight_offset else ''}, written out"
 
     def apply(
-        self, held: Callable[[str], torch.Tensor], x: torch.Tensor, *, frozen: bool, by: Any, engine: Engine
+        self, held: Mapping[Any, torch.Tensor | None], x: torch.Tensor, *, frozen: bool, by: Any, engine: Engine
     ) -> torch.Tensor:
-        """The norm of ``x`` ``[.., D]``, by the operators of ``by``; ``held`` gives a parameter by its name."""
-        weight = None if self.weight is None else held(self.weight)
-        bias = None if self.bias is None else held(self.bias)
+        """The norm of ``x`` ``[.., D]``, by the operators of ``by``; ``held`` are parameters by their names."""
+        weight, bias = held.get(self.weight), held.get(self.bias)
         # A weight of several rows is a vector for each head, which is applied outside the kernel.
         rows, inner = (None, weight) if weight is None or weight.dim() == 1 else (weight + self.weight_offset, None)
         if self.kind == "rms_norm":
@@ -106,6 +105,13 @@ class Norm:
             shifted = inner if inner is None or not self.weight_offset else inner + self.weight_offset
             y = by.layer_norm(x, shifted, bias, self.eps, frozen=frozen, engine=engine)
         return y if rows is None else y * rows
+
+    def by_kernels(self, frame: Frame, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        """The norm of ``x`` in a module, by the rules of its session, and the engine that ran."""
+        session, held = frame.session, {**frame.module._parameters, **frame.module._buffers}
+        with Paused(), told.listening() as ran:
+            y = self.apply(held, x, frozen=session.rules.freeze_norm, by=gim_kernels, engine=session.engine)
+        return y, str(ran)
 
 
 class Trace:
@@ -194,55 +200,51 @@ _known: dict[Any, Norm | None] = {}
 _other: set[type] = set()
 
 
-def call(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
-    """A call of a module that has no other in it, with one tensor: by the kernels where it is known to be a norm."""
-    module = gate.module
-    if type(module) in _other:
+def run_of(gate: Gate, frame: Frame, x: Any) -> Callable[..., Any]:
+    """What runs for the ``forward`` of a module that has no other in it, with one argument: the kernels where it is
+    known to be a norm, else its own, which is looked at where it may be one."""
+    if type(gate.module) in _other:
         gate.leaf = False
-        return _inner(gate, frame, x)
-    with paused():  # what is asked here of tensors is no code of the module's
+        return gate.inner
+    with Paused():  # what is asked here of tensors is no code of the module's
         # Where no gradient flows through a norm, none is seen in its code, so none is known there from before either.
         lives = isinstance(x, torch.Tensor) and (x.requires_grad or not torch.is_grad_enabled())
         key = _key(gate, x) if lives and not _others_modes() else None
-        learns = key is not None and key not in _known and torch.is_grad_enabled()
-    norm, row = None if key is None else _known.get(key), None
     if torch.is_grad_enabled():
         checkpoints.follow(frame.session)
-    if norm is None:
-        if not learns:
-            return _inner(gate, frame, x)
-        frame.trace = trace = Trace(module, x)
-        session = frame.session
-        before = session.fired
-        with _Saved() as saved:
-            out = _inner(gate, frame, x)
-        frame.trace = None
-        row = session.last if session.fired == before + 1 else None
-        alone = row is not None and row.part == "norm" and row.engine == "torch"
-        if alone:
-            norm = _recognise(trace, module, x, out)
-            if norm is not None and not _gives(norm, module, x, out, session.engine):
-                norm = None
-            _known[key] = norm
-        elif session.fired > before or not trace.multiplies:
-            _other.add(type(module))  # else a hook's code may have run, in which nothing is seen
-        saved.settle(kept=norm is None)
-        if norm is None or row is None:
-            return out
+        if key is not None and key not in _known:
+            return functools.partial(_learn, key, gate, frame)
+    norm = _known.get(key)
+    return gate.inner if norm is None else functools.partial(_run, norm, frame)
+
+
+def _run(norm: Norm, frame: Frame, x: torch.Tensor) -> torch.Tensor:
+    """A norm that is known, by the kernels."""
+    out, engine = norm.by_kernels(frame, x)
+    frame.session.fire("norm", norm.describe(), engine)
+    return out
+
+
+def _learn(key: Any, gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
+    """What a module's own code gives, which is looked at; by the kernels from this call on, where it is a norm."""
+    module, session = gate.module, frame.session
+    frame.trace = trace = Trace(module, x)
+    before, saved = session.fired, _Saved()
+    with saved.waiting:
+        out = gate.inner(x)
+    frame.trace = norm = None
+    row = session.last
+    if row is not None and session.fired == before + 1 and row.part == "norm" and row.engine == "torch":
+        norm = _recognise(trace, module, x, out)
+        if norm is not None and not _gives(norm, frame, x, out):
+            norm = None
+        _known[key] = norm
+    elif session.fired > before or not trace.multiplies:
+        _other.add(type(module))  # else a hook's code may have run, in which nothing is seen
+    saved.settle(kept=norm is None)
+    if norm is not None and row is not None:
         session.rename(row, norm.describe())
-    session = frame.session
-    with paused(), told.listening() as ran:
-        held: Any = {**module._parameters, **module._buffers}
-        frozen = session.rules.freeze_norm
-        out = norm.apply(held.__getitem__, x, frozen=frozen, by=gim_kernels, engine=session.engine)
-    if row is not None:
-        row.engine = str(ran)
-        return out
-    running.frames.append(frame)
-    try:
-        session.fire("norm", norms.describe(session), norm.describe(), str(ran))
-    finally:
-        running.frames.pop()
+        out, row.engine = norm.by_kernels(frame, x)
     return out
 
 
@@ -262,14 +264,7 @@ class _Saved:
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._cells: list[list[Any]] = []
         self._settled = False
-        self._inside = nullcontext() if self._hooks is None else saved_tensors_hooks(self._pack, self._unpack)
-
-    def __enter__(self) -> _Saved:
-        self._inside.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._inside.__exit__(*error)
+        self.waiting = nullcontext() if self._hooks is None else saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, x: torch.Tensor) -> list[Any]:
         self._cells.append([x])
@@ -284,14 +279,6 @@ class _Saved:
         for cell in self._cells:
             cell[0] = self._hooks[0](cell[0]) if kept else None
         self._cells.clear()
-
-
-def _inner(gate: Gate, frame: Frame, x: torch.Tensor) -> Any:
-    running.frames.append(frame)
-    try:
-        return gate.inner(x)
-    finally:
-        running.frames.pop()
 
 
 def _key(gate: Gate, x: torch.Tensor) -> Any:
@@ -457,7 +444,7 @@ def _equal(output: torch.Tensor | None, norm: Norm, held: dict[str, torch.Tensor
     if output is None or output.shape != x.shape or output.dtype != x.dtype:
         return False
     wide = {name: one.double() for name, one in held.items()}
-    want = norm.apply(wide.__getitem__, x.double(), frozen=False, by=reference, engine="reference")
+    want = norm.apply(wide, x.double(), frozen=False, by=reference, engine="reference")
     return _close(output.double(), want, x.dtype)
 
 
@@ -468,10 +455,9 @@ def _close(y: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
     return bool((gap.float() <= _ULPS * eps * size.float()).all())
 
 
-def _gives(norm: Norm, module: nn.Module, x: torch.Tensor, out: torch.Tensor, engine: Engine) -> bool:
+def _gives(norm: Norm, frame: Frame, x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether the kernel gives what the module's own code has just given."""
     if x.is_meta:
         return True
-    held: Any = {**module._parameters, **module._buffers}
     with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
-        return _close(norm.apply(held.__getitem__, x, frozen=False, by=gim_kernels, engine=engine), out, x.dtype)
+        return _close(norm.by_kernels(frame, x)[0], out, x.dtype)

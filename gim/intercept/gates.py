@@ -46,8 +46,8 @@ class Gate:
         #: Whether its stack has taken it away.
         self.gone = False
         #: The module's own, whatever gates of other stacks stand before it.
-        self.inner: Callable[..., Any] = original_forward(module)
-        self.prepare = stack.prepare(name, module)
+        self.inner: Callable[..., Any] = module.forward if self.own is None else original_forward(module)
+        self.prepare = stack.prepare(module)
         #: Whether the module holds no other, and may be a norm by itself.
         self.leaf = not module._modules
 
@@ -104,13 +104,13 @@ class Gate:
     def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Run the module as the innermost of those that run on this thread."""
         frame.session.ran.add(self.name)
-        if self.prepare is not None:
-            return self.prepare(frame, self.inner, inputs, named)
-        if self.leaf and len(inputs) == 1 and not named:
-            return self.stack.leaf(self, frame, inputs[0])
+        alone = self.leaf and len(inputs) == 1 and not named
+        run = self.stack.leaf(self, frame, inputs[0]) if alone else self.inner
         running.frames.append(frame)
         try:
-            return self.inner(*inputs, **named)
+            if self.prepare is not None:
+                inputs, named = self.prepare(frame, inputs, named)
+            return run(*inputs, **named)
         finally:
             running.frames.pop()
 
@@ -139,6 +139,19 @@ def interrupted(error: BaseException, stack: Stack) -> set[str]:
             names.add(frame.f_locals["self"].name)
         traceback = traceback.tb_next
     return names
+
+
+def gate_of(module: nn.Module, stack: Stack | None = None) -> Gate | None:
+    """The gate before a module's ``forward``, of one stack or any, also behind what a memory plan has put there."""
+    found = module.__dict__.get("forward")
+    while found is not None:
+        if not isinstance(found, Gate):
+            found = getattr(found, "__dict__", {}).get(CHANGED)
+        elif stack is None or found.stack is stack:
+            return found
+        else:
+            found = found.own
+    return None
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from types import CodeType, FrameType
 
 from torch import nn
 
-from gim.intercept.gates import CALL, CALLING, CHANGED, Gate
+from gim.intercept.gates import CALL, CALLING, Gate, gate_of
 
 _FORWARD = Gate.__call__.__code__
 
@@ -29,18 +29,10 @@ def hooked() -> bool:
             ran = frame.f_code
         elif frame.f_code is CALL:
             module = frame.f_locals["self"]
-            if _gated(module) or _begins_a_hook(module, ran):
+            if gate_of(module) is not None or _begins_a_hook(module, ran):
                 return True
         frame = frame.f_back
     return False
-
-
-def _gated(module: nn.Module) -> bool:
-    """Whether a gate stands before a module's ``forward``, or behind what a memory plan has put there."""
-    forward = module.__dict__.get("forward")
-    while forward is not None and not isinstance(forward, Gate):
-        forward = getattr(forward, "__dict__", {}).get(CHANGED)
-    return forward is not None
 
 
 def _begins_a_hook(module: nn.Module, code: CodeType | None) -> bool:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -104,7 +104,7 @@ def prepare(modules: Mapping[str, nn.Module], stack: Stack) -> None:
 
     stack.configs, stack.enter, stack.leave = configs, enter, leave
     if callers:
-        stack.prepare = lambda _, module: _as_sdpa if isinstance(module, callers) else None
+        stack.prepare = lambda module: _as_sdpa if isinstance(module, callers) else None
 
 
 def uses_interface(cls: type) -> bool:
@@ -124,18 +124,13 @@ def _calls_torch(cls: Any) -> bool:
     return any("scaled_dot_product_attention" in code.co_names for code in codes if code is not None)
 
 
-def _as_sdpa(frame: Frame, inner: Callable[..., Any], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Call a module that itself calls torch's function: it sees its config say "sdpa", and no mask."""
+def _as_sdpa(frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module that itself calls torch's function: it sees its config say "sdpa", and no mask."""
     patterns = [one for one in (*inputs, *named.values()) if isinstance(one, KeyPattern)]
     frame.pattern = patterns[0] if patterns else None
-    inputs = tuple(None if isinstance(one, KeyPattern) else one for one in inputs)
-    named = {key: None if isinstance(one, KeyPattern) else one for key, one in named.items()}
     frame.shows = frame.module.__dict__.get("config")
-    running.frames.append(frame)
-    try:
-        return inner(*inputs, **named)
-    finally:
-        running.frames.pop()
+    inputs = tuple(None if isinstance(one, KeyPattern) else one for one in inputs)
+    return inputs, {key: None if isinstance(one, KeyPattern) else one for key, one in named.items()}
 
 
 def set_attention_rules(model: PreTrainedModel, rules: Rules | str | None) -> None:

@@ -73,13 +73,8 @@ def _norm(
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
         return func(x, normalized_shape, weight, *rest)
-    session.fire("norm", describe(session), f"call of {name}", str(ran))
+    session.fire("norm", f"call of {name}", str(ran))
     return y
-
-
-def describe(session: Session) -> str:
-    """The rule of a norm's backward, in words."""
-    return "statistic constant" if session.rules.freeze_norm else "ordinary gradient"
 
 
 def _normalize(
@@ -99,7 +94,7 @@ def _normalize(
         session.refuse("normalises its scores, which may be a softmax that it writes out: call softmax")
         return func(input, p, dim, eps)
     length = input.norm(p, dim, keepdim=True).clamp_min(eps).expand_as(input)
-    session.fire("norm", describe(session), "call of F.normalize", "torch")
+    session.fire("norm", "call of F.normalize")
     with SITES.acting("norm"):
         return input / (length.detach() if session.rules.freeze_norm else length)
 
@@ -129,7 +124,7 @@ def _batch_norm(
     """Outside training the statistics of a batch norm are constants already."""
     if training:
         return _other_norm(session, func, input, running_mean, running_var, weight, bias, training, momentum, eps)
-    session.fire("norm", "statistic constant", "call of F.batch_norm", "torch")
+    session.fire("norm", "call of F.batch_norm", rule="statistic constant")
     return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

@@ -22,7 +22,6 @@ from gim.intercept.session import Session
 from gim.intercept.sites import SITES
 from gim.intercept.softmax import values
 from gim.intercept.sources import is_statistic, share_a_source
-from gim.rules import Rules
 from gim_kernels import told
 from gim_kernels.reference import scale_gradient
 from gim_kernels.types import DTYPES
@@ -40,14 +39,6 @@ IN_PLACE = {
     **dict.fromkeys(_named("mul_ multiply_ __imul__"), torch.mul),
     **dict.fromkeys(_named("div_ divide_ true_divide_ __itruediv__"), torch.div),
 }
-
-
-def describe(rules: Rules) -> str:
-    """The rule of a gated product's backward, in words."""
-    if not rules.modifies_gated_mlps:
-        return "ordinary gradient"
-    words = "gate, up times " + ", ".join(f"{factor:g}" for factor in rules.gate_up_scale)
-    return words + ("; act(x) / x for act'(x)" if rules.activation == "ratio" else "")
 
 
 def flows(x: Any) -> bool:
@@ -150,7 +141,7 @@ def multiply(
         weights = (first if one.weights else second).shape
         if torch.broadcast_shapes(first.shape, second.shape) == weights or same_root([one, two]) is not None:
             return run(first, second)  # a factor of weights, or their sum
-        return session.with_values(run, first, second, one.weights, two.weights)
+        return values(session, run, first, second)
     if first.shape != second.shape or first.dim() < 2 or first.shape[-1] == 1 or one.place == two.place:
         return run(first, second)
     return _gate(session, run, first, second, one, two, quotient)
@@ -188,11 +179,9 @@ def _freeze(
             "divides its scores by a statistic of them, which may be a softmax that it writes out: call softmax"
         )
         return run(value, statistic)
-    frozen = session.rules.freeze_norm
     with SITES.acting("norm"):
-        out = run(value, statistic.detach() if frozen else statistic)
-    session.fire("norm", "statistic constant" if frozen else "ordinary gradient", "a value over a statistic of it",
-                 "torch")  # fmt: skip
+        out = run(value, statistic.detach() if session.rules.freeze_norm else statistic)
+    session.fire("norm", "a value over a statistic of it")
     return out
 
 
@@ -277,7 +266,7 @@ def _done(
 def _fire(session: Session, how: str, engine: str) -> None:
     frame = running.frames[-1]
     if not frame.counted:
-        session.fire("gated_mlp", describe(session.rules), how, engine)
+        session.fire("gated_mlp", how, engine)
     frame.counted = True
 
 

@@ -176,12 +176,14 @@ class Proof:
         kind.awaited.append((reached, set(self._ran)))
         more = sorted({name for _, name, _ in reached - known.reached} | self._ran - known.ran)
         if more:
-            self._note(f"a forward pass reached {_several(more)}, which no watched one did: the next are watched again")
+            self._report.note(
+                f"a forward pass reached {_several(more)}, which no watched one did: the next are watched again"
+            )
             return
         run.missed = sorted({name for _, name, _ in known.reached - reached if name in self._ran})
         if new and not run.missed:
             told = sorted(f"{cls.__name__} called {getattr(func, '__name__', func)}" for cls, func in new)
-            self._note(f"{_several(told)}, which no watched forward pass did: the next are watched again")
+            self._report.note(f"{_several(told)}, which no watched forward pass did: the next are watched again")
 
     def unreached(self, run: Run) -> list[tuple[str, str]]:
         """Name and reason of every part that the rules should have reached in a forward pass and did not."""
@@ -194,7 +196,7 @@ class Proof:
         for place in dict.fromkeys((one.kind, one.place, one.operator) for one in verdict.noted):
             kind, line, operator = place
             modules = dict.fromkeys(one.module for one in verdict.noted if (one.kind, one.place, one.operator) == place)
-            self._note(f"{kind} ({operator}, {line}): no rule is about it; in {_several(list(modules))}")
+            self._report.note(f"{kind} ({operator}, {line}): no rule is about it; in {_several(list(modules))}")
         for each in self._wanted:
             if self._wanted[each] and run.whole:
                 self._report.note_absent(each)
@@ -211,10 +213,6 @@ class Proof:
         if part is not None:
             return self._wanted[part]
         return finding.kind in ("dropout", STOPS) or any(self._wanted.values())
-
-    def _note(self, words: str) -> None:
-        if words not in self._report.notes:
-            self._report.notes.append(words)
 
     def _calls(self) -> dict[int, int]:
         return {id(row): row.calls for row in self._report.applications}

@@ -20,9 +20,8 @@ from torch import nn
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
 from gim.intercept.compiled import EAGER
 from gim.intercept.frames import Frame, opened, running
-from gim.intercept.gates import CHANGED, Gate, put_back, undo_all
+from gim.intercept.gates import Gate, gate_of, put_back, undo_all
 from gim.rules import Rules
-from gim_kernels.reference import scale_gradient
 from gim_kernels.types import Engine
 
 _numbers = itertools.count(1)
@@ -102,7 +101,7 @@ class Session:
             return any(frame.session is self for frame in frames)
         return self.stack.innermost() is self
 
-    def fire(self, part: Part, rule: str, how: str, engine: str) -> None:
+    def fire(self, part: Part, how: str, engine: str = "torch", rule: str = "") -> None:
         """Count one application of a rule in the module that runs, by the engine that said it ran.
 
         A checkpoint runs its modules a second time inside the backward; that is the same application, not another.
@@ -111,6 +110,7 @@ class Session:
         frame = running.frames[-1]
         row = self._rows.get((part, frame.name, how))
         if row is None:
+            rule = rule or self.rules.of_part(part)
             row = Application(part, frame.name, type(frame.module).__name__, rule, how)
             self._rows[part, frame.name, how] = row
             self.report.applications.append(row)
@@ -125,32 +125,15 @@ class Session:
 
         What is put beside their node in the graph is gone where they were made to be shown, and nothing leads to them.
         """
-        frame = running.frames[-1]
         node: Any = weights.grad_fn
         if node is not None:
             lives = node.metadata[Session] = _Lives()
-            self._waiting[number] = frame.name or type(frame.module).__name__, weakref.ref(lives)
+            self._waiting[number] = str(running.frames[-1]), weakref.ref(lives)
 
-    def with_values(
-        self,
-        run: Callable[[Any, Any], Any],
-        first: torch.Tensor,
-        second: torch.Tensor,
-        one: tuple[int, ...],
-        two: tuple[int, ...],
-    ) -> Any:
-        """``run(first, second)`` with the factor of the gradient of the values, which one of the two is.
-
-        Args:
-            run: a product.
-            first, second: attention weights and values, in either order.
-            one, two: the numbers of the weights where the factor is them, else none.
-        """
-        for number in one or two:
+    def met(self, weights: tuple[int, ...]) -> None:
+        """Attention weights, which have these numbers, have met their values."""
+        for number in weights:
             self._waiting.pop(number, None)
-        scale = self.rules.v_scale
-        out = run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
-        return self.heads(out)
 
     def heads(self, out: torch.Tensor) -> torch.Tensor:
         """The output of an attention that runs, shown to whoever asks."""
@@ -168,11 +151,9 @@ class Session:
     def ended(self, error: BaseException, missing: list[tuple[str, str]]) -> None:
         """Report what a forward pass that an error ended had left unreached; where strict, it is raised on closing."""
         self.stopped = True
-        text = f"a forward pass was ended by {type(error).__name__}: only what ran before was looked at"
-        if text not in self.report.notes:
-            self.report.notes.append(text)
+        self.report.note(f"a forward pass was ended by {type(error).__name__}: only what ran before was looked at")
         self.early += missing
-        self.report.unsupported.extend(pair for pair in missing if pair not in self.report.unsupported)
+        self.report.leave_out(missing)
 
     def rename(self, row: Application, how: str) -> None:
         """Say in other words how a part was recognised."""
@@ -185,12 +166,10 @@ class Session:
         Raises:
             UnsupportedModelError: the session is strict.
         """
-        frame = running.frames[-1]
-        name = frame.name or type(frame.module).__name__
+        name = str(running.frames[-1])
         if self.strict:
             raise (kind or UnsupportedModelError)(f"{name}: {reason}") from because
-        if (name, reason) not in self.report.unsupported:
-            self.report.unsupported.append((name, reason))
+        self.report.leave_out([(name, reason)])
 
     def add_unsupported(self, missing: list[tuple[str, str]]) -> None:
         """Raise where the session is strict and something is missing, naming all of it; else report.
@@ -206,14 +185,11 @@ class Session:
                 f"{type(model).__name__} is not fully covered by the rules that were asked for:\n{shown}{more}\n"
                 "Switch off the rule, or pass strict=False to have this reported instead."
             )
-        known = self.report.unsupported
-        known.extend(pair for pair in missing if pair not in known)
+        self.report.leave_out(missing)
 
     def note(self, what: str) -> None:
         """Write something of the module that runs into the report's notes, once for all modules of its class."""
-        text = f"{type(running.frames[-1].module).__name__} {what}"
-        if text not in self.report.notes:
-            self.report.notes.append(text)
+        self.report.note(f"{type(running.frames[-1].module).__name__} {what}")
 
     def inside(self, name: str, module: nn.Module, call: Callable[[Frame], Any]) -> Any:
         """What ``call`` gives while the session's rules are in force on this thread and ``module`` is what runs.
@@ -263,11 +239,11 @@ class Stack:
         self.leave: Callable[[object], None] = lambda _: None
         #: One plan at a time changes the model's instances.
         self.exclusive = threading.RLock()
-        self.prepare: Callable[[str, nn.Module], Any] = lambda *_: None
+        self.prepare: Callable[[nn.Module], Any] = lambda _: None
         #: Called with the session, the outermost gate and the arguments of its call, and what calls it.
         self.run: Callable[..., Any]
-        #: Called with the gate of a module that holds no other, its frame and its one argument, and what calls it.
-        self.leaf: Callable[[Gate, Frame, Any], Any]
+        #: Given the gate of a module that holds no other, its frame and its one argument: what runs for its forward.
+        self.leaf: Callable[[Gate, Frame, Any], Callable[..., Any]]
         self._gated: list[weakref.ref[Gate]] = []
         self._lock = threading.RLock()
 
@@ -280,7 +256,7 @@ class Stack:
         self.modules = modules
         with self._lock:
             for name, module in modules.items():
-                gate = self._gate(module)
+                gate = gate_of(module, self)
                 if gate is None:
                     gate = module.__dict__["forward"] = Gate(module, name, self)
                     self._gated.append(weakref.ref(gate))
@@ -297,18 +273,6 @@ class Stack:
             if not self.sessions:
                 self.modules, self.configs = {}, {}
                 undo_all(self._gated, self._ungate)
-
-    def _gate(self, module: nn.Module) -> Gate | None:
-        """This stack's gate before a module, under gates of others and what a memory plan has put there."""
-        found = module.__dict__.get("forward")
-        while found is not None:
-            if isinstance(found, Gate):
-                if found.stack is self:
-                    return found
-                found = found.own
-            else:
-                found = getattr(found, "__dict__", {}).get(CHANGED)
-        return None
 
     def _ungate(self, held: weakref.ref[Gate]) -> None:
         gate = held()

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from gim.intercept import flow, sources
-from gim.intercept.attention import describe
 from gim.intercept.flow import mark, origin
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
+from gim_kernels.reference import scale_gradient
 
 #: Of a node, that its gradient has its factor.
 _SCALED = "gim scaled"
@@ -69,7 +69,7 @@ def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *
     found = origin(weights)
     mark(weights, found._replace(weights=(found.number,), scores=False))
     session.expect_values(found.number, weights)
-    session.fire("attention", describe(rules), "softmax of its own scores", "torch")
+    session.fire("attention", "softmax of its own scores")
     session.note(
         "writes its attention out: scores of T x S entries exist, as in the model's own code, and memory is O(T^2)"
     )
@@ -89,13 +89,17 @@ def _scale_meetings(session: Session, scores: torch.Tensor, factor: float) -> No
 
 
 def values(session: Session, run: Callable[..., Any], first: torch.Tensor, second: torch.Tensor) -> Any:
-    """A matrix product; of attention weights with values, with the factor of the values' gradient."""
+    """A product; of attention weights with values, in either order, with the factor of the values' gradient."""
     if not torch.is_grad_enabled():
         return run(first, second)
     one, two = origin(first).weights, origin(second).weights
-    if bool(one) != bool(two):
-        return session.with_values(run, first, second, one, two)
-    return run(first, second)
+    if bool(one) == bool(two):
+        return run(first, second)
+    session.met(one or two)
+    scale = session.rules.v_scale
+    return session.heads(
+        run(scale_gradient(first, scale), second) if two else run(first, scale_gradient(second, scale))
+    )
 
 
 def _matmul(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:

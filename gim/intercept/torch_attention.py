@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import gim_kernels
-from gim.intercept.attention import attend, describe, gim_attention, options_of, through_scores, weights_of
+from gim.intercept.attention import attend, gim_attention, options_of, through_scores, weights_of
 from gim.intercept.frames import running
 from gim.intercept.masks import KeyPattern, intersection, recognise
 from gim.intercept.session import Session
@@ -88,7 +88,7 @@ def _scaled_dot_product_attention(
     if isinstance(found, str):
         session.refuse(f"attn_mask of {name} {found}")
         return plain()
-    session.fire("attention", describe(session.rules), f"call of {name}", str(ran))
+    session.fire("attention", f"call of {name}", str(ran))
     return out
 
 
@@ -129,7 +129,7 @@ def _multi_head_attention_forward(session: Session, func: Callable[..., Any], *a
         return func(*args, **named)
     shown = _shown(session, q, k, pattern, given.average_attn_weights) if given.need_weights else None
     out = F.linear(out.permute(2, 0, 1, 3).flatten(2), given.out_proj_weight, given.out_proj_bias)
-    session.fire("attention", describe(session.rules), f"call of {_NAME}", str(ran))
+    session.fire("attention", f"call of {_NAME}", str(ran))
     return (out, shown) if batched else (out[:, 0], None if shown is None else shown[0])
 
 
@@ -194,10 +194,7 @@ def _shown(
     session: Session, q: torch.Tensor, k: torch.Tensor, pattern: KeyPattern | None, average: bool
 ) -> torch.Tensor:
     """Attention weights ``[B, H, T, S]``, or their average over heads, which the caller asked for, by the same rule."""
-    frame = running.frames[-1]
-    note = f"{frame.name or type(frame.module).__name__}: need_weights=True makes T x S weights beside the output"
-    if note not in session.report.notes:
-        session.report.notes.append(note)
+    session.report.note(f"{running.frames[-1]}: need_weights=True makes T x S weights beside the output")
     pattern = pattern or KeyPattern(q.shape[2], k.shape[2], False, None, None)
     shown = weights_of(q, k, pattern, **options_of(session.rules, session.engine))
     return shown.mean(1) if average else shown
