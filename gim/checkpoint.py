@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gim.applied import UnsupportedModelError
 from gim.intercept.attention import SPANS, Spans
 from gim.intercept.checkpoints import Again
+from gim.intercept.frames import in_backward
 from gim.intercept.gates import Changes
 from gim.intercept.session import Session, session_of
 from gim.offload import Offload, Watch, pool_of
@@ -35,7 +36,6 @@ from gim.tokenwise import (
     find_mlps,
     has_global_hooks,
     has_hooks,
-    in_backward,
     in_tiles,
     is_users,
     norms_of,
@@ -255,8 +255,13 @@ class _Layers:
                 with outside_transforms(), state.restored() if in_backward() else nullcontext():
                     return forward(*inputs, **named)
 
-            stash = _Stash(self, index)
-            contexts = (stash.keeping, stash.reusing) if self._plan.keep_attention else (nullcontext, nullcontext)
+            attention: list[tuple[Any, ...]] = []
+
+            def contexts() -> tuple[Any, Any]:
+                if not self._plan.keep_attention:
+                    return nullcontext(), nullcontext()
+                return _AtAttention(self, index, attention, False), _AtAttention(self, index, attention, True)
+
             with self.keeping(index):
                 # The random state is not kept: dropout is refused, so nothing in a layer is random.
                 return torch_checkpoint.checkpoint(
@@ -264,7 +269,7 @@ class _Layers:
                     *moving,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (contexts[0](), contexts[1]()),
+                    context_fn=contexts,
                 )
 
         self._inner.replace_forward(layer, run)
@@ -414,55 +419,38 @@ class _Inside(torch.autograd.Function):
         )
 
 
-class _Stash:
-    """Attention's outputs of one layer's forward, for the time it runs again."""
-
-    def __init__(self, layers: _Layers, index: int) -> None:
-        self._layers = layers
-        self._index = index
-        self._kept: list[tuple[Any, ...]] = []
-        self._used = 0
-
-    def keeping(self) -> TorchDispatchMode:
-        """Inside, attention's outputs are kept."""
-        return _AtAttention(self._forward)
-
-    def reusing(self) -> TorchDispatchMode:
-        """Inside, attention does not run: its outputs are those kept, in the order they were, each time anew."""
-        return _AtAttention(self._recompute, self._from_the_first)
-
-    def _from_the_first(self) -> None:
-        self._used = 0
-
-    def _forward(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        out = run()
-        # Detached, or autograd would put the graph on what is kept, and with it everything that the graph holds.
-        self._kept.append(tuple(self._layers.keep(x.detach(), self._index, "attention") for x in out))
-        return out
-
-    def _recompute(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        if self._used == len(self._kept):
-            raise torch_checkpoint.CheckpointError(f"Attention ran {self._used} times at first, and more often again.")
-        self._used += 1
-        return tuple(self._layers.give(x).detach() for x in self._kept[self._used - 1])
-
-
 class _AtAttention(TorchDispatchMode):
-    """Hands every call of the attention operator to a function, below autograd."""
+    """Inside, below autograd, attention's outputs of one layer's forward are kept. Where that runs again, attention
+    does not: its outputs are those kept, in the order they were, each time anew.
 
-    def __init__(self, handle: Callable[[Callable[[], Any]], Any], entered: Callable[[], None] = lambda: None) -> None:
+    Args:
+        layers: what keeps them.
+        index: of the layer.
+        kept: of both runs.
+        again: whether it is the second.
+    """
+
+    def __init__(self, layers: _Layers, index: int, kept: list[tuple[Any, ...]], again: bool) -> None:
         super().__init__()
-        self._handle = handle
-        self._entered = entered
+        self._layers, self._index, self._kept, self._again = layers, index, kept, again
+        self._used = 0
 
     def __enter__(self) -> Any:
-        self._entered()
+        self._used = 0
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.gim_kernels.attention.default:
-            return self._handle(lambda: func(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        ours = func is torch.ops.gim_kernels.attention.default
+        if ours and self._again:
+            if self._used == len(self._kept):
+                times = f"Attention ran {self._used} times at first, and more often again."
+                raise torch_checkpoint.CheckpointError(times)
+            self._used += 1
+            return tuple(self._layers.give(x).detach() for x in self._kept[self._used - 1])
+        out = func(*args, **(kwargs or {}))
+        if ours:  # detached, or autograd would put the graph on what is kept, and with it everything that it holds
+            self._kept.append(tuple(self._layers.keep(x.detach(), self._index, "attention") for x in out))
+        return out
 
 
 def spans(kept: torch.Tensor) -> tuple[tuple[int, int], ...]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from gim.applied import AppliedReport, UnsupportedModelError
 from gim.intercept import checkpoints, compiled, fused, interface
 from gim.intercept.flow import take_as_inputs, take_as_weights
-from gim.intercept.frames import Frame, running
+from gim.intercept.frames import Frame, in_backward, running
 from gim.intercept.gates import Gate, interrupted
 from gim.intercept.proof import Proof, Run
 from gim.intercept.session import Session, Stack, stack_of
@@ -179,15 +179,15 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
     refuse_context_parallelism(modules)
     _refuse_forward_mode()
     compiled.EAGER.hold()
-    again = torch._C._current_graph_task_id() != -1  # a checkpoint's second run has been seen in its first
+    again = in_backward()  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.
     proof = session.proof if session.proves and torch.is_grad_enabled() and not again else None
 
     seen = Run(whole=gate.name == "")
 
-    def run(frame: Frame) -> Any:
+    def run(_: Frame) -> Any:
         running.frames.pop()
-        return gate.enter(frame, inputs, named)
+        return gate.within(session, inputs, named)
 
     held = []  # while it runs
     try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gim.applied import UnsupportedModelError
 from gim.intercept.flow import mark, origin
+from gim.intercept.frames import in_backward
 from gim.intercept.gates import Changes
 from gim.intercept.session import Session, session_of
 from gim.parts import anatomy
@@ -75,7 +76,7 @@ class Taps:
         forward = layer.forward
 
         def run(*inputs: Any, **named: Any) -> Any:
-            again = torch._C._current_graph_task_id() != -1
+            again = in_backward()
             self._ran[index] = self._ran.get(index, 0) + (not again)
             self._inside.append(index)
             try:
@@ -115,7 +116,7 @@ class Taps:
         row = self._inside[-1]
         if out.dim() != 4:
             self._refuse(row, f"its attention's output is {list(out.shape)}, not [B, heads, T, head size]")
-        if row in self._shapes and torch._C._current_graph_task_id() == -1:
+        if row in self._shapes and not in_backward():
             self._refuse(row, "its attention runs more than once, so a head has more than one output")
         self._shapes[row] = out.shape[:2]
         if not out.requires_grad:

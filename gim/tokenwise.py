@@ -236,11 +236,6 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return cast(AbstractContextManager[Any], temporarily_clear_interpreter_stack())
 
 
-def in_backward() -> bool:
-    """Whether a backward is running on this thread: what runs now is run again."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def in_tiles(forward: Forward, x: torch.Tensor, tile: int | None) -> torch.Tensor:
     """``forward(x)`` for ``[B, T, H]``, ``tile`` tokens at a time."""
     if tile is None or tile >= x.shape[1]:

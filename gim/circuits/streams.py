@@ -16,6 +16,7 @@ from torch import nn
 
 from gim.circuits.graph import Graph
 from gim.circuits.wiring import Wiring, first_tensor, picked, statistic, with_stream
+from gim.intercept.frames import in_backward
 
 #: Bytes of the writers of one tile of tokens, in the stream's width. One token is a tile at least.
 TILE_BYTES = 2**25
@@ -76,11 +77,6 @@ class Hooks:
         self._handles.append(module.register_forward_hook(lambda _, given, out: call(given[0], out)))
 
 
-def runs_again() -> bool:
-    """Whether a checkpoint runs its part a second time, inside the backward."""
-    return torch._C._current_graph_task_id() != -1
-
-
 @contextmanager
 def written(wiring: Wiring, see: See) -> Iterator[None]:
     """Inside, ``see`` is shown what every part writes, in order, in the model's next forward pass.
@@ -90,14 +86,14 @@ def written(wiring: Wiring, see: See) -> Iterator[None]:
     waiting: dict[int, torch.Tensor] = {}
 
     def once(part: int) -> Callable[[torch.Tensor], None]:
-        return lambda x: None if runs_again() else see(part, x.detach())
+        return lambda x: None if in_backward() else see(part, x.detach())
 
     def heads(index: int, x: torch.Tensor) -> None:
-        if not runs_again():
+        if not in_backward():
             waiting[index] = x.detach()
 
     def normed(index: int, scale: torch.Tensor, given: torch.Tensor, out: torch.Tensor) -> None:
-        if not runs_again():
+        if not in_backward():
             size = statistic(given.detach(), out.detach(), scale)
             see(heads_part(index), waiting.pop(index) * size[..., None])
 
@@ -155,7 +151,7 @@ class Heard:
             yield
 
     def _stream(self, index: int, x: torch.Tensor) -> None:
-        if not runs_again():
+        if not in_backward():
             self.streams[index] = x.detach().flatten(0, -2)
 
     def _branch(self, index: int, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:

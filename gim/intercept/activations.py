@@ -46,20 +46,13 @@ def _remember(session: Session, output: torch.Tensor, gate: torch.Tensor, activa
     known[number] = Activated(held, gate, activation, (output._version, gate._version))
 
 
-def _silu(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:
+def _known(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:
+    """An activation that the kernels have, ``silu`` or ``gelu``."""
     out = func(input, *args, **named)
     if out.requires_grad and out is not input:  # which it is in place, where no gradients are recorded
         _source(session, input)
-        _remember(session, out, input, "silu")
-    return out
-
-
-def _gelu(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:
-    out = func(input, *args, **named)
-    if out.requires_grad:
-        _source(session, input)
-        approximate = named.get("approximate", args[0] if args else "none")
-        _remember(session, out, input, "gelu_tanh" if approximate == "tanh" else "gelu")
+        tanh = named.get("approximate", args[0] if args else "none") == "tanh"
+        _remember(session, out, input, "silu" if func is F.silu else "gelu_tanh" if tanh else "gelu")
     return out
 
 
@@ -97,7 +90,7 @@ def _in_place(session: Session, func: Callable[..., Any], input: torch.Tensor, *
     """A function that may write its result over its argument, which the backward of a gate needs."""
     plain, place = _WRITE.get(func), _INPLACE.get(func, len(args))
     writes = plain is not None or named.get("inplace", place < len(args) and args[place])
-    act = _silu if func is F.silu else _bends
+    act = _known if func is F.silu else _bends
     if not (writes and input.requires_grad and torch.is_grad_enabled()):
         return act(session, func, input, *args, **named)
     named.pop("inplace", None)
@@ -138,6 +131,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **{getattr(torch, name): _bends for name in _ELEMENTARY},
     **{getattr(torch.Tensor, name): _bends for name in _ELEMENTARY},
     torch.Tensor.__pow__: _bends,
-    F.gelu: _gelu,
+    F.gelu: _known,
     **dict.fromkeys((*_INPLACE, *_WRITE), _in_place),
 }

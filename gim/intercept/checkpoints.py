@@ -15,8 +15,9 @@ from gim.intercept.frames import Frame, running
 from gim.intercept.session import Session
 
 
-def follow(session: Session) -> None:
-    """Where a checkpoint saves what runs now, let its second run be under the session's rules too."""
+def follow(session: Session, frame: Frame) -> None:
+    """Where a checkpoint saves what runs now, let its second run be under the session's rules too; ``frame`` is of what
+    runs where nothing runs around it."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return
@@ -27,8 +28,8 @@ def follow(session: Session) -> None:
         held = cell.cell_contents
         recompute = getattr(held, "recompute_fn", None)
         if recompute is not None and not isinstance(recompute, Again):
-            frame = running.frames[-1]
-            held.recompute_fn = Again(session, recompute, frame.name, frame.module)
+            outer = running.frames[-1] if running.frames else frame
+            held.recompute_fn = Again(session, recompute, outer.name, outer.module)
 
 
 class Again:

@@ -48,6 +48,11 @@ running = _Running()
 opened: contextvars.ContextVar[tuple[Session, ...]] = contextvars.ContextVar("gim_sessions", default=())
 
 
+def in_backward() -> bool:
+    """Whether a backward is running on this thread: what runs now is run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def session_here() -> Session | None:
     """The session whose rules are in force for what runs on this thread."""
     frames = running.frames

@@ -12,6 +12,7 @@ the code may have asked of a tensor is what the cache knows a norm by.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import sys
 import weakref
@@ -211,7 +212,7 @@ def run_of(gate: Gate, frame: Frame, x: Any) -> Callable[..., Any]:
         lives = isinstance(x, torch.Tensor) and (x.requires_grad or not torch.is_grad_enabled())
         key = _key(gate, x) if lives and not _others_modes() else None
     if torch.is_grad_enabled():
-        checkpoints.follow(frame.session)
+        checkpoints.follow(frame.session, frame)
         if key is not None and key not in _known:
             return functools.partial(_learn, key, gate, frame)
     norm = _known.get(key)
@@ -430,13 +431,10 @@ def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> No
 
 
 def _candidates(eps: float, used: list[str]) -> list[Norm]:
-    kinds, offsets = ("rms_norm", "layer_norm"), (0.0, 1.0)
-    if not used:
-        return [Norm(kind, eps) for kind in kinds]
-    if len(used) == 1:
-        return [Norm(kind, eps, used[0], None, offset) for kind in kinds for offset in offsets]
-    pairs = (used, used[::-1])
-    return [Norm("layer_norm", eps, weight, bias, offset) for weight, bias in pairs for offset in offsets]
+    kinds = ("layer_norm",) if len(used) > 1 else ("rms_norm", "layer_norm")
+    offsets = (0.0, 1.0) if used else (0.0,)
+    named = [dict(zip(("weight", "bias"), names, strict=False)) for names in itertools.permutations(used)]
+    return [Norm(kind, eps, weight_offset=by, **each) for kind in kinds for each in named for by in offsets]
 
 
 def _equal(output: torch.Tensor | None, norm: Norm, held: dict[str, torch.Tensor], x: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from gim.intercept.frames import Frame, running
 if TYPE_CHECKING:
     from gim.intercept.session import Session, Stack
 
-T = TypeVar("T")
 #: Attribute of a changed ``forward`` that holds the one before.
 CHANGED = "_gim_before"
 
@@ -95,15 +94,11 @@ class Gate:
         return best
 
     def within(self, session: Session, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run the module in a forward pass that follows a session."""
+        """Run the module in a forward pass that follows a session, as the innermost that runs on this thread."""
         frame = Frame(session, self.name, self.module)
         if session.recording and not torch.is_grad_enabled():
             session.check_no_graph(frame)
-        return self.enter(frame, inputs, named)
-
-    def enter(self, frame: Frame, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run the module as the innermost of those that run on this thread."""
-        frame.session.ran.add(self.name)
+        session.ran.add(self.name)
         alone = self.leaf and len(inputs) == 1 and not named
         run = self.stack.leaf(self, frame, inputs[0]) if alone else self.inner
         running.frames.append(frame)
@@ -135,7 +130,7 @@ def interrupted(error: BaseException, stack: Stack) -> set[str]:
     names, traceback = set[str](), error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_code is Gate.enter.__code__ and frame.f_locals["self"].stack is stack:
+        if frame.f_code is Gate.within.__code__ and frame.f_locals["self"].stack is stack:
             names.add(frame.f_locals["self"].name)
         traceback = traceback.tb_next
     return names
@@ -177,7 +172,7 @@ class Changes:
     def __init__(self, session: Session | None = None) -> None:
         self._session = session
         self._undo: list[Callable[[], Any]] = []
-        weakref.finalize(self, undo_all, self._undo, _call)
+        weakref.finalize(self, undo_all, self._undo)
 
     def callback(self, undo: Callable[[], Any]) -> None:
         """Call something on closing; it may be called twice."""
@@ -203,20 +198,16 @@ class Changes:
 
     def close(self) -> None:
         """Undo every change, the last first."""
-        undo_all(self._undo, _call)
+        undo_all(self._undo)
 
 
-def _call(undo: Callable[[], Any]) -> None:
-    undo()
-
-
-def undo_all(held: list[T], undo: Callable[[T], None]) -> None:
-    """Undo each thing that is held, the last first, and hold it no more; what is interrupted is done again."""
+def undo_all(held: list[Callable[[], Any]]) -> None:
+    """Call each, the last first, and hold it no more; what is interrupted is done again."""
     interrupted: KeyboardInterrupt | None = None
     while held:
         try:
             while held:
-                undo(held[-1])
+                held[-1]()
                 held.pop()
         except KeyboardInterrupt as error:  # the model is put back first
             interrupted = error
@@ -228,6 +219,22 @@ def undo_all(held: list[T], undo: Callable[[T], None]) -> None:
 
 
 _MISSING = object()
+
+
+def take_away(held: weakref.ref[Gate]) -> None:
+    """Take a gate away that its stack does not need any more; under another forward, a plan's or the user's own, it
+    stays, and is no more once that is put back."""
+    gate: Any = held()
+    if gate is None:
+        return
+    gate.gone = True
+    top = gate.module.__dict__.get("forward")
+    while isinstance(top, Gate) and top is not gate and top.own is not gate:
+        top = top.own
+    if top is gate:
+        put_back(gate.module, "forward", gate)
+    elif isinstance(top, Gate):
+        top.own = gate.own
 
 
 def leave(module: nn.Module, gate: Gate) -> None:

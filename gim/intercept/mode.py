@@ -80,7 +80,7 @@ class Mode(TorchFunctionMode):
             out = func(*args, **named)
         else:
             if torch.is_grad_enabled():
-                checkpoints.follow(self.session)
+                checkpoints.follow(self.session, frame)
             places, rest = _by_place(args, named) if named else (args, named)
             out = handler(self.session, func, *places, **rest)
         if frame.trace is not None:

@@ -28,12 +28,10 @@ def _layer_norm(
 ) -> torch.Tensor:
     """``unused`` is ``torch.layer_norm``'s ``cudnn_enable``, which changes nothing."""
 
-    def apply(x: torch.Tensor, w: torch.Tensor | None, frozen: bool) -> torch.Tensor:
-        return gim_kernels.layer_norm(
-            x, w, None if bias is None else bias.flatten(), eps, frozen=frozen, engine=session.engine
-        )
+    def apply(x: torch.Tensor, w: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        return gim_kernels.layer_norm(x, w, None if bias is None else bias.flatten(), eps, **options)
 
-    return _norm(session, "F.layer_norm", func, apply, input, normalized_shape, weight, (bias, eps))
+    return _norm(session, func, apply, input, normalized_shape, weight, bias, eps)
 
 
 def _rms_norm(
@@ -46,30 +44,30 @@ def _rms_norm(
 ) -> torch.Tensor:
     number = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
 
-    def apply(x: torch.Tensor, w: torch.Tensor | None, frozen: bool) -> torch.Tensor:
-        return gim_kernels.rms_norm(x, w, number, frozen=frozen, engine=session.engine)
+    def apply(x: torch.Tensor, w: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        return gim_kernels.rms_norm(x, w, number, **options)
 
-    return _norm(session, "F.rms_norm", func, apply, input, normalized_shape, weight, (eps,))
+    return _norm(session, func, apply, input, normalized_shape, weight, eps)
 
 
 def _norm(
     session: Session,
-    name: str,
     func: Callable[..., Any],
-    apply: Callable[[torch.Tensor, torch.Tensor | None, bool], torch.Tensor],
+    apply: Callable[..., torch.Tensor],
     x: torch.Tensor,
     normalized_shape: Any,
     weight: torch.Tensor | None,
-    rest: tuple[Any, ...],
+    *rest: Any,
 ) -> torch.Tensor:
     """A norm over the last dimensions, taken as one."""
-    shape = tuple(normalized_shape)
+    shape, name = tuple(normalized_shape), f"F.{func.__name__}"
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         return func(x, normalized_shape, weight, *rest)  # torch raises its own error
+    options = {"frozen": session.rules.freeze_norm, "engine": session.engine}
     try:
         flat = x.flatten(-len(shape)) if len(shape) > 1 else x
         with told.listening() as ran:
-            y = apply(flat, None if weight is None else weight.flatten(), session.rules.freeze_norm).reshape(x.shape)
+            y = apply(flat, None if weight is None else weight.flatten(), **options).reshape(x.shape)
     except (TypeError, ValueError) as error:
         session.refuse(f"{name}: {error}", error)
         return func(x, normalized_shape, weight, *rest)

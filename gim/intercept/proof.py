@@ -30,7 +30,6 @@ _KINDS = 256
 #: How many ways through a model's code are remembered of each kind.
 _WAYS = 63
 _SIMPLE = frozenset({bool, str, float})
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,10 @@ class Proof:
         missing: dict[tuple[str, str], None] = {}
         for one in verdict.found:
             if not any(one.module == name or one.module.startswith(f"{name}.") for name in told):
-                missing[one.module or type(model).__name__, f"{one}, {_consequence(one)}"] = None
+                missing[
+                    one.module or type(model).__name__,
+                    f"{one}, {_CONSEQUENCE.get(one.kind, 'which no rule has reached')}",
+                ] = None
         return list(missing)
 
     def _acts(self, finding: Finding) -> bool:
@@ -225,18 +227,15 @@ class Proof:
         )
 
 
-def _consequence(finding: Finding) -> str:
-    if finding.kind == "dropout":
-        return "acts: call model.eval(), attributions are deterministic"
-    if finding.kind in (NO_GATE, NO_NORM):
-        return "which no rule is about, and one has acted on it"
-    if finding.kind == STOPS:
-        return "so that what flows through it would be left out"
-    if finding.kind == "opaque operator":
-        return "which another library computes, so that no rule can be seen to act in it"
-    if finding.kind == "tensor written out of sight":
-        return "by code that calls no operator of torch, or on another thread, so that no rule can be seen to act in it"
-    return "which no rule has reached"
+#: What follows from a finding, by its kind; every other is one that no rule has reached.
+_CONSEQUENCE = {
+    "dropout": "acts: call model.eval(), attributions are deterministic",
+    **dict.fromkeys((NO_GATE, NO_NORM), "which no rule is about, and one has acted on it"),
+    STOPS: "so that what flows through it would be left out",
+    "opaque operator": "which another library computes, so that no rule can be seen to act in it",
+    "tensor written out of sight": "by code that calls no operator of torch, or on another thread, so that no rule can "
+    "be seen to act in it",
+}
 
 
 def _several(names: list[str]) -> str:
@@ -260,12 +259,13 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
 
 
 def _kind_of_module(module: nn.Module) -> Any:
-    held = module.__dict__
-    hooks = tuple([_hook(hook) for name in _HOOKS for hook in held[name].values()])
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    forward = original_forward(module)
+    forward = getattr(forward, "__func__", forward)
     return (
         type(module),
-        _code(original_forward(module)),
-        hooks,
+        getattr(forward, "__code__", None) or id(forward),
+        tuple(map(_hook, (*after.values(), *before.values()))) if before or after else (),
         # A traced module has its parameters elsewhere.
         tuple([_kind_of_weight(one) for one in module._parameters.values() if one is not None]),
         _simple(module),
@@ -292,11 +292,6 @@ def _hook(hook: Any) -> Any:
             given.append(cell.cell_contents)
     switches = [(name, one) for name, one in getattr(hook, "__dict__", {}).items() if isinstance(one, bool | str)]
     return (code_of(hook), type(hook), *switches, *[code_of(one) or _sketch(one) for one in given])
-
-
-def _code(function: Any) -> Any:
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", None) or id(function)
 
 
 def _simple(thing: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ innermost session that its own task or thread has opened, and none where it has 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import threading
@@ -19,8 +20,8 @@ from torch import nn
 
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
 from gim.intercept.compiled import EAGER
-from gim.intercept.frames import Frame, opened, running
-from gim.intercept.gates import Gate, gate_of, put_back, undo_all
+from gim.intercept.frames import Frame, in_backward, opened, running
+from gim.intercept.gates import Gate, gate_of, take_away, undo_all
 from gim.rules import Rules
 from gim_kernels.types import Engine
 
@@ -116,7 +117,7 @@ class Session:
             self.report.applications.append(row)
             self.report.found(part)
         self.last = row
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             row.calls += 1
             row.engine = engine
 
@@ -244,7 +245,7 @@ class Stack:
         self.run: Callable[..., Any]
         #: Given the gate of a module that holds no other, its frame and its one argument: what runs for its forward.
         self.leaf: Callable[[Gate, Frame, Any], Callable[..., Any]]
-        self._gated: list[weakref.ref[Gate]] = []
+        self._undo: list[Callable[[], None]] = []
         self._lock = threading.RLock()
 
     def innermost(self) -> Session | None:
@@ -259,7 +260,7 @@ class Stack:
                 gate = gate_of(module, self)
                 if gate is None:
                     gate = module.__dict__["forward"] = Gate(module, name, self)
-                    self._gated.append(weakref.ref(gate))
+                    self._undo.append(functools.partial(take_away, weakref.ref(gate)))
                 gate.name = name
 
     def consists_of(self, modules: Mapping[str, nn.Module]) -> bool:
@@ -272,23 +273,7 @@ class Stack:
             self.sessions[:] = [one for one in self.sessions if one is not session and not one.closed]
             if not self.sessions:
                 self.modules, self.configs = {}, {}
-                undo_all(self._gated, self._ungate)
-
-    def _ungate(self, held: weakref.ref[Gate]) -> None:
-        gate = held()
-        if gate is None:
-            return
-        gate.gone = True
-        module = gate.module
-        top = module.__dict__.get("forward")
-        if top is gate:
-            put_back(module, "forward", gate)
-            return
-        while isinstance(top, Gate) and top.own is not gate:
-            top = top.own
-        if isinstance(top, Gate):
-            top.own = gate.own
-        # Under another forward, a plan's or the user's own, it stays, and is no more once that is put back.
+                undo_all(self._undo)
 
 
 _stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()

@@ -15,45 +15,34 @@ _numbers = itertools.count(1)
 
 
 class Value:
-    """What is known of one value."""
+    """What is known of one value; its attributes are what it does not say itself."""
 
-    __slots__ = (
-        "act", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random",
-        "scores", "soft", "source", "stat", "top", "written",
-    )  # fmt: skip
+    dep = False  # a gradient of the input flows through it
+    act = False  # something nonlinear happened, number by number, since the last linear map
+    top = ""  # the operator it came from
+    stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
+    parts: Any = None  # what was joined to it
+    scores = False  # from a product of two values that depend on the input
+    # Of a constant times what depends on the input: whether its last axis are the places of that; else None.
+    keys: bool | None = None
+    depth = 0  # how often tokens were mixed since the input, on the longest way
+    mixed = False  # tokens were mixed by attention since the last linear map
+    soft = False  # past a softmax or a division into shares
+    random = blank = written = False
+    cut = 0  # CUT: computed without gradients from what has one; ROUNDED: and made integers since
+    map: Any = None  # what to say of the linear map that it came from without gradients
+    hidden: tuple[Any, ...] = ()  # what would be said of it, had it a gradient
 
-    def __init__(self, dep: bool = False, source: int | None = None, act: bool = False, **more: Any) -> None:
+    def __init__(self, **known: Any) -> None:
         self.id = next(_numbers)
-        self.dep = dep  # a gradient of the input flows through it
-        self.source = self.id if source is None else source  # the value of which it is a function, number by number
-        self.act = act  # something nonlinear happened, number by number, since the last linear map
-        self.top = ""  # the operator it came from
-        self.stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
-        self.parts: Any = None  # what was joined to it
-        self.scores = False  # from a product of two values that depend on the input
-        # Of a constant times what depends on the input: whether its last axis are the places of that; else None.
-        self.keys: bool | None = None
-        self.depth = 0  # how often tokens were mixed since the input, on the longest way
-        self.mixed = False  # tokens were mixed by attention since the last linear map
-        self.soft = False  # past a softmax or a division into shares
-        self.random = self.blank = self.written = False
-        self.cut = 0  # CUT: computed without gradients from what has one; ROUNDED: and made integers since
-        self.map: Any = None  # what to say of the linear map that it came from without gradients
-        self.hidden: tuple[Any, ...] = ()  # what would be said of it, had it a gradient
-        for name, value in more.items():
-            setattr(self, name, value)
+        self.source: int = self.id  # the value of which it is a function, number by number
+        self.__dict__.update(known)
 
     def like(self, **changes: Any) -> Value:
-        """The same with a number of its own, and what is changed; attribute by attribute, for speed."""
+        """The same with a number of its own, and what is changed."""
         new = object.__new__(Value)
-        new.id, new.written = next(_numbers), False
-        new.dep, new.source, new.act, new.top = self.dep, self.source, self.act, self.top
-        new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
-        new.depth, new.soft, new.random = self.depth, self.soft, self.random
-        new.blank, new.cut, new.map = self.blank, self.cut, self.map
-        new.hidden, new.keys = self.hidden, self.keys
-        for name, value in changes.items():
-            setattr(new, name, value)
+        new.__dict__.update(self.__dict__, id=next(_numbers), written=False)
+        new.__dict__.update(changes)
         return new
 
 
