@@ -178,7 +178,7 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
         _install(modules, gate.stack)
     refuse_context_parallelism(modules)
     _refuse_forward_mode()
-    compiled.EAGER.hold()
+    compiled.hold()
     again = in_backward()  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.
     proof = session.proof if session.proves and torch.is_grad_enabled() and not again else None
@@ -192,8 +192,8 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
     held = []  # while it runs
     try:
         if torch.is_grad_enabled():
-            weights = (x for one in modules.values() for kept in (one._parameters, one._buffers) for x in kept.values())
-            held += take_as_weights(x for x in weights if x is not None)
+            own = [kept for one in modules.values() for kept in (one._parameters, one._buffers) if kept]
+            held += take_as_weights([x for kept in own for x in kept.values() if x is not None])
             held += take_as_inputs(_arguments(gate, inputs, named))
         with nullcontext() if proof is None else proof.watching(seen, gate.name, gate.module, inputs, named):
             out = session.inside(gate.name, gate.module, run)

@@ -37,7 +37,7 @@ CIRCUIT_LAYER_PEAKS = 3.25
 INSIDE_TIMES = 1.25
 #: What one more layer may cost an explanation whose forward is known: calls of functions of Python and C, of which
 #: 3,027 were counted under CPython 3.11 (the model's own passes take 173), and nodes of the graph that are described.
-CALLS_A_LAYER, NODES_A_LAYER = 3400, 12
+CALLS_A_LAYER, NODES_A_LAYER = 3100, 12
 #: By how much a predicted peak of memory may miss the measured one.
 MEMORY_RELATIVE = 0.10
 #: By how much comprehensiveness or sufficiency of a float32 model may miss those of float64, in their own units.

@@ -15,7 +15,7 @@ from torch import nn
 
 import gim_kernels
 from gim.applied import UnsupportedModelError
-from gim.intercept.frames import Paused, running, session_here
+from gim.intercept.frames import Paused, running
 from gim.intercept.masks import KeyPattern, packed, recognise
 from gim.intercept.session import Session
 from gim.intercept.sites import SITES
@@ -68,8 +68,8 @@ def gim_attention(
     Raises:
         UnsupportedModelError: something that cannot be applied exactly; names the module.
     """
-    session = session_here()
-    name = type(module).__name__ if session is None else running.frames[-1].name
+    frame = running.frames[-1] if running.frames else None
+    session, name = (None, type(module).__name__) if frame is None else (frame.session, frame.name)
     shows = _shows_weights(module, others.pop("output_attentions", False))
     asked = sorted(key for key, given in others.items() if key not in HARMLESS and _matters(given))
     if asked:

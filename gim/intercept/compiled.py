@@ -35,38 +35,33 @@ class _Stance:
         return getattr(self.before, name)
 
 
-class _Eager:
-    """Which sessions are open anywhere: the first of them sets the stance, the last puts it back.
+_lock = threading.RLock()  # a dropped session may end while another begins
+#: The sessions that are open anywhere: the first of them sets the stance, the last puts it back. torch's own setter is
+#: not called: it refuses inside of compiled code, where a session that was dropped may end.
+_open: set[object] = set()
 
-    torch's own setter is not called: it refuses inside of compiled code, where a session that was dropped may end.
-    """
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a dropped session may end while another begins
-        self._open: set[object] = set()
+def begin(session: object) -> None:
+    """A session opens."""
+    with _lock:
+        _open.add(session)
+        hold()
 
-    def begin(self, session: object) -> None:
-        """A session opens."""
-        with self._lock:
-            self._open.add(session)
-            self.hold()
 
-    def hold(self) -> None:
-        """Set the stance where somebody has set another since."""
+def hold() -> None:
+    """Set the stance where somebody has set another since."""
+    now: Any = eval_frame._stance
+    if type(now) is not _Stance:
+        eval_frame._stance = _Stance(now)  # type: ignore[assignment]
+
+
+def end(session: object) -> None:
+    """A session has closed; it may be said again."""
+    with _lock:
+        _open.discard(session)
         now: Any = eval_frame._stance
-        if type(now) is not _Stance:
-            eval_frame._stance = _Stance(now)  # type: ignore[assignment]
-
-    def end(self, session: object) -> None:
-        """A session has closed; it may be said again."""
-        with self._lock:
-            self._open.discard(session)
-            now: Any = eval_frame._stance
-            if not self._open and type(now) is _Stance:
-                eval_frame._stance = now.before
-
-
-EAGER = _Eager()
+        if not _open and type(now) is _Stance:
+            eval_frame._stance = now.before
 
 
 def refuse_inside() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gim.intercept.nodes import LEAF, WHERE, in_words, kind_of
+from gim.intercept.nodes import WHERE, in_words, kind_of
 
 #: Key of a node's metadata under which its values are described.
 _KEY = "gim"
@@ -149,7 +149,7 @@ def _known_edge(node: Any, output: int) -> Origin | None:
     """What one output of a node is; None where the node is not described yet."""
     held = node.metadata.get(_KEY)
     if held is None or 0 not in held:
-        return _leaf(node) if type(node).name(node) == LEAF else None
+        return _leaf(node) if kind_of(node)[0] == "leaf" else None
     found: Origin | None = held.get(output)
     if found is None:
         found = held[0]
@@ -204,7 +204,8 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     """What a node's first output is."""
     kind, name = kind_of(node)
     live = [one for one in inputs if one is not None and not one.constant]
-    live = [one for one in live if not one.rows] or live
+    if live[1:]:
+        live = [one for one in live if not one.rows] or live
     if kind == "source":
         return _new()
     if not live:

@@ -53,12 +53,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def session_here() -> Session | None:
-    """The session whose rules are in force for what runs on this thread."""
-    frames = running.frames
-    return frames[-1].session if frames else None
-
-
 class Paused:
     """Inside, the function mode of the session that runs is off: what is called is no code of the model's."""
 

@@ -294,7 +294,8 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
         return None
     own = [(name, value) for name, value in module.__dict__.items() if name not in _MODULE]
     for _, value in own:
-        if not isinstance(value, _PLAIN) and not _is_sizes(value):
+        sizes = isinstance(value, tuple) and all(isinstance(one, int) for one in value)
+        if not sizes and not isinstance(value, _PLAIN):
             return None
     parameters = []
     for kept in (module._parameters, module._buffers):
@@ -305,37 +306,58 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
                 parameters.append((name, one.shape, one.dtype))
     cls: Any = type(module)
     code = cls.forward
-    said = _read(cls, code).said()
+    said = _Read(cls, code).said()
     return cls, code, (*own,), said, (*parameters,), device.type, x.dtype, len(shape), shape[-1], module.training
 
 
+@functools.lru_cache(maxsize=1024)
 class _Read:
-    """Names that a module's code may read besides its own, and what they mean.
+    """What a module's code may read besides its own, of its classes and of the files of what it calls, and what that
+    means.
 
     Args:
-        places: each name, and where it is looked up.
-        names: all names that the code mentions, so what it may ask of what it reads.
+        cls: the module's.
+        code: its ``forward``, which may be another one tomorrow.
     """
 
-    def __init__(self, places: Iterable[tuple[Mapping[str, Any], str]], names: Iterable[str]) -> None:
-        self._names = frozenset(names)
-        self._asked = [(names.get, name) for names, name in places]
+    def __init__(self, cls: type, code: Callable[..., Any]) -> None:
+        classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
+        waiting = [code, *(one for base in classes for one in vars(base).values())]
+        places: dict[tuple[int, str], Callable[..., Any]] = {}
+        seen: set[int] = set()
+        while waiting:
+            function = waiting.pop()
+            ours = isinstance(function, FunctionType) and not function.__module__.startswith("torch.")
+            if not ours or id(function) in seen:
+                continue
+            seen.add(id(function))
+            around = function.__globals__
+            for name in function.__code__.co_names:
+                places[id(around), name] = around.get
+                waiting.append(around.get(name))
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # an empty one
+                    waiting.append(cell.cell_contents)
+        #: All names that the code mentions, so what it may ask of what it reads.
+        self._names = dict.fromkeys(name for _, name in places)
+        self._asked = [(get, name) for (_, name), get in places.items()]
+        self._asked += [(vars(base).get, name) for base in classes for name in self._names]
         #: What was found last, held so that it is the same as long as it is the same object, and in words.
         self._last: tuple[list[Any], Any] = [], ()
-        self._changes = False  # whether any of them may hold something else and be the same
+        self._changes = True  # whether any of them may hold something else and be the same
 
     def said(self) -> Any:
         """What tells the meanings of now from others."""
         found = [get(name) for get, name in self._asked]
         before, said = self._last
-        if self._changes or len(before) != len(found) or not all(map(operator.is_, found, before)):
+        if self._changes or not all(map(operator.is_, found, before)):
             said = tuple([_words(one, self._names) for one in found])
             self._last = found, said
             self._changes = any(isinstance(one, tuple) for one in said)
         return said
 
 
-def _words(value: Any, names: frozenset[str]) -> Any:
+def _words(value: Any, names: Iterable[str]) -> Any:
     """What tells a thing that code may read from others, and from what it held before: a tuple where it may change.
 
     Args:
@@ -363,39 +385,6 @@ def _is_librarys(value: Any) -> bool:
         return False
     home = value.__name__ if isinstance(value, ModuleType) else value.__module__
     return home.partition(".")[0] in {"torch", *sys.stdlib_module_names}
-
-
-@functools.lru_cache(maxsize=1024)
-def _read(cls: type, code: Callable[..., Any]) -> _Read:
-    """What a module's code may read besides its own: of its classes, and of the files of what it calls.
-
-    Args:
-        cls: the module's.
-        code: its ``forward``, which may be another one tomorrow.
-    """
-    classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]
-    waiting = [code, *(one for base in classes for one in vars(base).values())]
-    names: dict[str, None] = {}
-    places: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
-    seen: set[int] = set()
-    while waiting:
-        function = waiting.pop()
-        if not isinstance(function, FunctionType) or id(function) in seen or function.__module__.startswith("torch."):
-            continue
-        seen.add(id(function))
-        around = function.__globals__
-        for name in function.__code__.co_names:
-            names[name] = None
-            places[id(around), name] = around, name
-            waiting.append(around.get(name))
-        for cell in function.__closure__ or ():
-            with suppress(ValueError):  # an empty one
-                waiting.append(cell.cell_contents)
-    return _Read((*places.values(), *((vars(base), name) for base in classes for name in names)), names)
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(one, int) for one in value)
 
 
 def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> Norm | None:

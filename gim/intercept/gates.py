@@ -38,15 +38,15 @@ class Gate:
         self.name = name
         self.stack = stack
         self.module = module
-        own = module.__dict__.get("forward")
+        own = self.own = module.__dict__.get("forward")
         # A copy that was made inside a context has its class's own here, which says nothing and need not stay.
-        ours = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
-        self.own = None if ours else own
+        if isinstance(own, types.MethodType) and own.__self__ is module and own.__func__ is type(module).forward:
+            self.own = None
         #: Whether its stack has taken it away.
         self.gone = False
         #: The module's own, whatever gates of other stacks stand before it.
         self.inner: Callable[..., Any] = module.forward if self.own is None else original_forward(module)
-        self.prepare = stack.prepare(module)
+        self.prepare = None if stack.prepare is None else stack.prepare(module)
         #: Whether the module holds no other, and may be a norm by itself.
         self.leaf = not module._modules
 
@@ -77,17 +77,14 @@ class Gate:
         """Whether a module is a shallow copy of the gate's, which has its hooks in common with it."""
         return module.__dict__.get("forward") is self and module._forward_hooks is self.module._forward_hooks
 
-    def session(self) -> Session | None:
-        """The session of this gate's stack that runs on this thread, or that a forward here and now would follow."""
-        ran = next((one.session for one in reversed(running.frames) if one.session.stack is self.stack), None)
-        return self.stack.innermost() if ran is None else ran
-
     def _followed(self) -> tuple[Gate, Session | None]:
-        """Of the gates before one module, that of the session which was opened last, and the session."""
+        """Of the gates before one module, that of the session which was opened last, and the session: one that runs on
+        this thread, else one that a forward here and now would follow."""
         best: tuple[Gate, Session | None] = (self, None)
         gate: Any = self
         while isinstance(gate, Gate):
-            session = gate.session()
+            ran = (one.session for one in reversed(running.frames) if one.session.stack is gate.stack)
+            session = next(ran, None) or gate.stack.innermost()
             if session is not None and (best[1] is None or session.number > best[1].number):
                 best = gate, session
             gate = gate.own
@@ -152,13 +149,12 @@ def gate_of(module: nn.Module, stack: Stack | None = None) -> Gate | None:
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """A module's own ``forward``, without what stands before it."""
     forward: Any = module.forward
-    while True:
-        if isinstance(forward, Gate):
-            forward = forward.inner
-        elif CHANGED in getattr(forward, "__dict__", ()):
-            forward = forward.__dict__[CHANGED]
-        else:
+    while not isinstance(forward, Gate):
+        before = getattr(forward, "__dict__", {}).get(CHANGED)
+        if before is None:
             return forward
+        forward = before
+    return forward.inner
 
 
 class Changes:
@@ -229,11 +225,12 @@ def take_away(held: weakref.ref[Gate]) -> None:
         return
     gate.gone = True
     top = gate.module.__dict__.get("forward")
-    while isinstance(top, Gate) and top is not gate and top.own is not gate:
-        top = top.own
     if top is gate:
         put_back(gate.module, "forward", gate)
-    elif isinstance(top, Gate):
+        return
+    while isinstance(top, Gate) and top.own is not gate:
+        top = top.own
+    if isinstance(top, Gate):
         top.own = gate.own
 
 

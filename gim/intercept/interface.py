@@ -53,33 +53,27 @@ def _telling(cls: Any) -> Any:
 _class: Any = vars(object)["__class__"]
 
 
-class _Told:
-    """Which forward passes run with each config, and what its class is.
-
-    Two models may share one config, and two threads a model. The first forward makes it one that says ``"gim"`` on the
-    threads of such forwards alone, the last makes it what it was.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: dict[int, tuple[Any, set[object]]] = {}
-
-    def tell(self, config: Any, token: object) -> None:
-        with self._lock:
-            own, tokens = self._open.setdefault(id(config), (type(config), set()))
-            tokens.add(token)
-            _class.__set__(config, _telling(own))
-
-    def release(self, config: Any, token: object) -> None:
-        with self._lock:
-            own, tokens = self._open.get(id(config), (None, set[object]()))
-            tokens.discard(token)
-            if own is not None and not tokens:
-                _class.__set__(config, own)
-                self._open.pop(id(config), None)
+_lock = threading.Lock()
+#: Which forward passes run with each config, and what its class is. Two models may share one config, and two threads a
+#: model: the first forward makes it one that says ``"gim"`` on the threads of such forwards alone, the last makes it
+#: what it was.
+_told: dict[int, tuple[Any, set[object]]] = {}
 
 
-_told = _Told()
+def _tell(config: Any, token: object) -> None:
+    with _lock:
+        own, tokens = _told.setdefault(id(config), (type(config), set()))
+        tokens.add(token)
+        _class.__set__(config, _telling(own))
+
+
+def _release(config: Any, token: object) -> None:
+    with _lock:
+        own, tokens = _told.get(id(config), (None, set[object]()))
+        tokens.discard(token)
+        if own is not None and not tokens:
+            _class.__set__(config, own)
+            _told.pop(id(config), None)
 
 
 def prepare(modules: Mapping[str, nn.Module], stack: Stack) -> None:
@@ -96,11 +90,11 @@ def prepare(modules: Mapping[str, nn.Module], stack: Stack) -> None:
 
     def enter(token: object) -> None:
         for config in configs.values():
-            _told.tell(config, token)
+            _tell(config, token)
 
     def leave(token: object) -> None:
         for config in configs.values():
-            _told.release(config, token)
+            _release(config, token)
 
     stack.configs, stack.enter, stack.leave = configs, enter, leave
     if callers:

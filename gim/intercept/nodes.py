@@ -31,17 +31,20 @@ _KINDS = {
 }
 #: The package's own operators, by what their nodes are called.
 _OWN = {"attention": "attention", "rms_norm": "norm", "layer_norm": "norm", "gated": "product"}
-#: What the nodes of leaves are called.
-LEAF = "torch::autograd::AccumulateGrad"
+#: The class that all nodes share which other libraries have written in C++; all others have one by their own name.
+_UNKNOWN = "CppFunction"
 _known: dict[str, tuple[str, str]] = {}
 
 
 def kind_of(node: Any) -> tuple[str, str]:
     """A node's kind and short name."""
-    full = type(node).name(node)  # which a function of somebody's own may have given another meaning on its node
-    found = _known.get(full)
+    cls = type(node)
+    found = _known.get(cls.__name__)
     if found is None:
-        found = _known[full] = _classify(full)
+        # Of the class, for a function of somebody's own may have given it another meaning on its node.
+        found = _classify(cls.name(node))
+        if cls.__name__ != _UNKNOWN:
+            _known[cls.__name__] = found
     return found
 
 

@@ -51,14 +51,11 @@ def flows(x: Any) -> bool:
 def _product(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
     if len(args) < 2 or not flows(args[0]) or not flows(args[1]) or not torch.is_grad_enabled():
         return func(*args, **named)
-    first, second = args[:2]
-    plain: Any = IN_PLACE.get(func)
-    if plain is None:
-        return multiply(session, lambda a, b: func(a, b, *args[2:], **named), first, second, func in QUOTIENTS)
+    plain: Any = IN_PLACE.get(func, func)
     # What is overwritten is a factor that the backward may need.
-    value = first.clone()
-    result = multiply(session, lambda a, b: plain(a, b, *args[2:], **named), value, second, plain is torch.div)
-    return first.copy_(result)
+    first = args[0] if plain is func else args[0].clone()
+    result = multiply(session, lambda a, b: plain(a, b, *args[2:], **named), first, args[1], plain in QUOTIENTS)
+    return result if plain is func else args[0].copy_(result)
 
 
 def _fused(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:

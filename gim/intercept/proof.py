@@ -159,7 +159,9 @@ class Proof:
                 self._compare(run, kind, reached)
             else:
                 found = tuple(one for one in watch.found if self._acts(one))
-                run.verdict = _Verdict(reached, found, watch.noted, frozenset(self._called), frozenset(self._ran))
+                run.verdict = _Verdict(
+                    reached, found, tuple(watch.noted), frozenset(self._called), frozenset(self._ran)
+                )
                 if not ended:
                     kind.add(run.verdict)
             self._report.watched = run.verdict is not None
@@ -254,12 +256,12 @@ def _kind_of(module: nn.Module, rules: Rules, inputs: tuple[Any, ...], named: di
         tuple((name, _sketch(one)) for name, one in sorted(named.items())),
         tuple(map(_hook, nn.modules.module._global_forward_hooks.values())),
         tuple(map(_hook, nn.modules.module._global_forward_pre_hooks.values())),
-        tuple(_kind_of_module(one) for one in anatomy.of(module).modules.values()),
+        tuple(map(_kind_of_module, anatomy.of(module).modules.values())),
     )
 
 
 def _kind_of_module(module: nn.Module) -> Any:
-    before, after = module._forward_pre_hooks, module._forward_hooks
+    before, after, held = module._forward_pre_hooks, module._forward_hooks, module._parameters
     forward = original_forward(module)
     forward = getattr(forward, "__func__", forward)
     return (
@@ -267,7 +269,7 @@ def _kind_of_module(module: nn.Module) -> Any:
         getattr(forward, "__code__", None) or id(forward),
         tuple(map(_hook, (*after.values(), *before.values()))) if before or after else (),
         # A traced module has its parameters elsewhere.
-        tuple([_kind_of_weight(one) for one in module._parameters.values() if one is not None]),
+        tuple([_kind_of_weight(one) for one in held.values() if one is not None]) if held else (),
         _simple(module),
     )
 
@@ -275,7 +277,9 @@ def _kind_of_module(module: nn.Module) -> Any:
 def _kind_of_weight(weight: torch.Tensor) -> Any:
     """A quantised one is run by what it keeps beside itself, and some are packed anew for inference."""
     beside = vars(weight)
-    kept = [(name, _simple(one)) for name, one in beside.items() if hasattr(one, "__dict__")] if beside else ()
+    if not beside:
+        return weight.dtype, weight.requires_grad
+    kept = [(name, _simple(one)) for name, one in beside.items() if hasattr(one, "__dict__")]
     return (weight.dtype, weight.requires_grad, *_simple(weight), *kept)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gim.applied import Application, AppliedReport, Part, UnsupportedModelError
-from gim.intercept.compiled import EAGER
+from gim.intercept import compiled
 from gim.intercept.frames import Frame, in_backward, opened, running
 from gim.intercept.gates import Gate, gate_of, take_away, undo_all
 from gim.rules import Rules
@@ -84,7 +84,7 @@ class Session:
     def open(self) -> None:
         """Be the innermost session of this task or thread."""
         self.number = next(_numbers)
-        EAGER.begin(self)
+        compiled.begin(self)
         self.stack.sessions.append(self)
         opened.set((*opened.get(), self))
 
@@ -93,7 +93,7 @@ class Session:
         self.closed = True
         opened.set(tuple(one for one in opened.get() if one is not self))
         self.stack.forget(self)
-        EAGER.end(self)
+        compiled.end(self)
 
     def is_followed_here(self) -> bool:
         """Whether a forward pass of the model, here and now, follows this session."""
@@ -240,7 +240,7 @@ class Stack:
         self.leave: Callable[[object], None] = lambda _: None
         #: One plan at a time changes the model's instances.
         self.exclusive = threading.RLock()
-        self.prepare: Callable[[nn.Module], Any] = lambda _: None
+        self.prepare: Callable[[nn.Module], Any] | None = None
         #: Called with the session, the outermost gate and the arguments of its call, and what calls it.
         self.run: Callable[..., Any]
         #: Given the gate of a module that holds no other, its frame and its one argument: what runs for its forward.

@@ -65,29 +65,26 @@ def _scaled_dot_product_attention(
         )
         return out.transpose(1, 2)
 
-    def plain() -> Any:
-        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    if dropout_p != 0.0:
-        session.refuse(f"{name} was called with dropout_p={dropout_p:g}: call model.eval() and pass 0")
-        return plain()
-    if attn_mask is not None and is_causal:
-        session.refuse(f"{name} was called with attn_mask and is_causal")
-        return plain()
     found: KeyPattern | str | None = None
+    reason, because = "", None
     try:
-        if attn_mask is not None:
+        if dropout_p != 0.0:
+            reason = f"{name} was called with dropout_p={dropout_p:g}: call model.eval() and pass 0"
+        elif attn_mask is not None and is_causal:
+            reason = f"{name} was called with attn_mask and is_causal"
+        elif attn_mask is not None:
             q, k, _, shape = with_heads(query, key, value, enable_gqa)
             found = recognise(mask_with_heads(attn_mask, shape, enable_gqa), q.shape[0], q.shape[2], k.shape[2])
-        if not isinstance(found, str):
+        if isinstance(found, str):
+            reason = f"attn_mask of {name} {found}"
+        elif not reason:
             with told.listening() as ran:
                 out = _dense(session, query, key, value, found, is_causal, scale, enable_gqa)
     except (TypeError, ValueError) as error:
-        session.refuse(f"{name}: {error}", error)
-        return plain()
-    if isinstance(found, str):
-        session.refuse(f"attn_mask of {name} {found}")
-        return plain()
+        reason, because = f"{name}: {error}", error
+    if reason:
+        session.refuse(reason, because)
+        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     session.fire("attention", f"call of {name}", str(ran))
     return out
 

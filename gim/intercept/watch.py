@@ -122,7 +122,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._callers = Callers(modules)
         self._sites = sites
-        self._found, self._noted = list[Finding](), list[Finding]()
+        self.found, self.noted = list[Finding](), list[Finding]()
         self.operators = 0
         self._known: dict[Any, tuple[str, str]] = {}
         self._pieces: dict[Any, Value] = {}
@@ -135,14 +135,6 @@ class Watch(TorchDispatchMode):
         self._hidden: list[tuple[weakref.ref[torch.Tensor], Value]] = []
         # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
         self._unproved: tuple[list[weakref.ref[torch.Tensor]], Finding] | None = None
-
-    @property
-    def found(self) -> tuple[Finding, ...]:
-        return tuple(self._found)
-
-    @property
-    def noted(self) -> tuple[Finding, ...]:
-        return tuple(self._noted)
 
     def __enter__(self) -> Watch:
         leaf = torch.zeros((), requires_grad=True)
@@ -221,24 +213,14 @@ class Watch(TorchDispatchMode):
                 return func.decompose(*args, **(kwargs or {}))
             finally:
                 TorchDispatchMode.__exit__(self, None, None, None)
-        tensors: Tensors = []
-        for one in args:
-            if isinstance(one, torch.Tensor):
-                tensors.append(one)
-            elif isinstance(one, list | tuple):
-                flatten(one, tensors)
-        if kwargs:
-            flatten(list(kwargs.values()), tensors)
+        tensors, outs = Tensors(), Tensors()
+        flatten((*args, *(kwargs or {}).values()), tensors)
         if self._unproved is not None:
             self._prove()
         values = [self._of(x) for x in tensors]  # before the operator overwrites any
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        out = func(*args, **(kwargs or {}))
         self.operators += 1
-        if isinstance(out, torch.Tensor):
-            outs = [out]
-        else:
-            outs = []
-            flatten(out, outs)
+        flatten(out, outs)
         if self._live and may_lack_gradient(kind, name):
             self._doubt(name, tensors, values, outs)
         if kind == "same" and len(tensors) == 1 and len(outs) == 1:
@@ -291,7 +273,7 @@ class Watch(TorchDispatchMode):
             used = kind not in UNREAD and name not in LOOKUP and any(map(is_real, outs))
             if used and lost:
                 given = zip(tensors, values, strict=True)
-                self._found += [v.map for x, v in given if v.map and is_real(x) and not x.requires_grad]
+                self.found += [v.map for x, v in given if v.map and is_real(x) and not x.requires_grad]
             if cut == ROUNDED and not flows and kind == "linear" and name != "cumsum" and not self._callers.is_hook():
                 self._report(STOPS, f"{name} of rounded numbers")
             cut, lost = (cut, lost) if not flows and (cut == ROUNDED or not used) else (0, None)
@@ -322,7 +304,7 @@ class Watch(TorchDispatchMode):
     def _reveal(self, tensor: torch.Tensor, value: Value) -> None:
         """Find what was hidden of a tensor, where it has a gradient that no operator under the watch gave it."""
         if tensor.requires_grad and tensor.grad_fn is not None:
-            self._found += [one for one in value.hidden if one not in self._found]
+            self.found += [one for one in value.hidden if one not in self.found]
 
     def _doubt(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors) -> None:
         """Remember to ask for the gradient of an operator's results once autograd has seen them."""
@@ -339,7 +321,7 @@ class Watch(TorchDispatchMode):
         self._unproved = None
         left = [tensor for reference in references if (tensor := reference()) is not None]
         if left and not any(_has_gradient(tensor) for tensor in left):
-            self._found.append(finding)
+            self.found.append(finding)
 
     def _blank(self, name: str, tensors: Tensors, values: list[Value], outs: Tensors, named: Any) -> None:
         """Memory is read that no operator under the watch has filled."""
@@ -435,13 +417,13 @@ class Watch(TorchDispatchMode):
         if weights and weights.top == "exp":  # whatever their sum is divided by, and when
             self._report("softmax over keys", f"exp, {name}")
         elif weights:
-            self._report("attention that is no softmax", weights.top, to=self._noted)
+            self._report("attention that is no softmax", weights.top, to=self.noted)
         elif any(v.soft and v.keys and not v.scores for v in (a, b)):
             self._report("softmax over keys", f"{name} with keys of learned queries")
         elif any(v.soft and not v.scores for v in (a, b)):
-            self._report("a mix by a softmax of no scores", name, to=self._noted)
+            self._report("a mix by a softmax of no scores", name, to=self.noted)
         elif (a.act or b.act) and not (a.soft or b.soft):
-            self._report("matrix product of branches, one of them bent", name, to=self._noted)
+            self._report("matrix product of branches, one of them bent", name, to=self.noted)
         return new
 
     def _mapped(
@@ -457,7 +439,7 @@ class Watch(TorchDispatchMode):
         if key in self._maps:
             return self._maps[key]
         if value.soft and not value.scores and len(operands) == 2:
-            self._report("weights mixed by a softmax of no scores", name, to=self._noted)
+            self._report("weights mixed by a softmax of no scores", name, to=self.noted)
         # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
         new = Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
         new.scores = value.scores and "convolution" in name and out.dim() > 3
@@ -501,19 +483,19 @@ class Watch(TorchDispatchMode):
                 return scaled
         if a.source == b.source:  # an activation, written out
             if flows and self._sites.acts("gated_mlp"):
-                self._found.append(self._finding(NO_GATE, name))
+                self.found.append(self._finding(NO_GATE, name))
             return a.like(act=True, top=name, stat=a.stat if b.stat else None)
         if (a.act or b.act) and flows:
             if a.soft or b.soft or min(spans(x), spans(y)) < spans(out):
-                self._report("one factor for a row", name, to=self._noted)
+                self._report("one factor for a row", name, to=self.noted)
             elif a.mixed or b.mixed:
-                self._report("gate of a mixer's output", name, to=self._noted)
+                self._report("gate of a mixer's output", name, to=self.noted)
             elif a.depth != b.depth:  # their common source lies before an attention
-                self._report("gate across attention", name, to=self._noted)
+                self._report("gate across attention", name, to=self.noted)
             else:
                 self._report("gated product", name)
         elif flows and min(spans(x), spans(y)) == spans(out) and not (a.stat or b.stat):
-            self._report("product of branches, none of them bent", name, to=self._noted)
+            self._report("product of branches, none of them bent", name, to=self.noted)
         return Value(dep=True, mixed=a.mixed or b.mixed, top=name, scores=a.scores or b.scores)
 
     def _scaled(self, name: str, a: Value, b: Value, flows: bool) -> Value | None:
@@ -524,12 +506,12 @@ class Watch(TorchDispatchMode):
             if a.top == "exp" and a.scores and flows:
                 self._report("softmax over keys", f"exp, sum, {name}")
             if a.top == "exp" and a.scores and self._sites.acts("norm"):
-                self._found.append(self._finding(NO_NORM, name))
+                self.found.append(self._finding(NO_NORM, name))
             return a.like(soft=a.top == "exp" or a.soft, act=True, top="share")
         if source != a.source or how == "map":
             return None
         if flows and how == "extreme":
-            self._report("division by an extreme", name, to=self._noted)  # as before rounding to integers
+            self._report("division by an extreme", name, to=self.noted)  # as before rounding to integers
         elif flows:
             self._report("norm", f"statistic, {name}")
         return Value(dep=True, mixed=a.mixed, scores=a.scores)
@@ -542,14 +524,14 @@ class Watch(TorchDispatchMode):
         root = first.stat[1] if first.stat else first.source
         if any(v.source != first.source and not (v.stat and v.stat[1] == root) for v in deps):
             if name not in AFFINE and name not in CLIPS:
-                self._report("branches that meet in a function", name, to=self._noted)
+                self._report("branches that meet in a function", name, to=self.noted)
             new = join(deps, act=name not in AFFINE)
             new.top = "log" if all(v.top.startswith("log") for v in deps) else ""
             # Each of one axis with each of another, as distances and sums of queries and keys.
             new.scores |= all(spans(x) < spans(out) for x, v in zip(self._tensors, values, strict=True) if v.dep)
             return new
         if name.startswith("exp") and first.top == "log" and first.source == first.id:
-            self._report("branches that meet in a function", f"{name} of a sum of logs", to=self._noted)
+            self._report("branches that meet in a function", f"{name} of a sum of logs", to=self.noted)
         chosen = name in ("where", "masked_fill") and any(v.source == first.source and not v.dep for v in values)
         linear = name in AFFINE and not chosen
         act = any(v.act for v in deps if v.source == first.source) or not linear
@@ -568,8 +550,8 @@ class Watch(TorchDispatchMode):
                 self._withheld.append(self._finding(kind, operator))
             return  # where no gradient flows through an operator, no rule is missing
         if (part is not None or kind == "opaque operator") and to is None and self._callers.is_hook():
-            kind, to = f"{kind} in a hook", self._noted
-        (self._found if to is None else to).append(self._finding(kind, operator))
+            kind, to = f"{kind} in a hook", self.noted
+        (self.found if to is None else to).append(self._finding(kind, operator))
 
     def _finding(self, kind: str, operator: str) -> Finding:
         return Finding(kind, *self._callers.where(), operator)

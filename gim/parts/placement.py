@@ -251,7 +251,7 @@ def _refuse_offloaded_weights(modules: Mapping[str, nn.Module]) -> None:
         return
     for name, module in modules.items():
         hook = module.__dict__.get("_hf_hook")
-        for one in (hook, *getattr(hook, "hooks", ())):
+        for one in () if hook is None else (hook, *getattr(hook, "hooks", ())):
             if getattr(one, "offload", False) is True:
                 raise UnsupportedModelError(
                     f"{name or type(module).__name__} is offloaded by accelerate ({type(one).__name__}, offload=True): "

@@ -361,7 +361,7 @@ def test_what_is_no_gate_is_not_found() -> None:
     model = Others()
     with Watch(dict(model.named_modules()), given=[IDS]) as watch:
         model(IDS)
-    assert watch.found == ()
+    assert not watch.found
     assert {one.kind for one in watch.noted} == {"one factor for a row"}
 
 
