@@ -84,7 +84,27 @@ def gim_attention(
         pattern = _pattern(name, module, query, key, attention_mask, is_causal, sliding_window)
         if cu_seq_lens_q is not None:
             pattern = packed(name, pattern, cu_seq_lens_q, cu_seq_lens_k)
-        return _through_kernels(module, session, query, key, value, pattern, scaling, softcap, s_aux, shows)
+        rules = module.__dict__.get(RULES, GRADIENT) if session is None else session.rules
+        options = options_of(rules, "auto" if session is None else session.engine)
+        options |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        spans: Spans | None = module.__dict__.get(SPANS)
+        plain = pattern.queries == pattern.keys and pattern.documents is None and pattern.reach is None
+        with told.listening() as ran:
+            if plain and spans is not None and spans.session is session:
+                out = _at_spans(spans, query, key, value, pattern, **options)
+            else:
+                out = attend(query, key, value, pattern, **options)
+        if session is not None:
+            out = session.heads(out)
+            session.fire("attention", "attention interface", str(ran))
+        out = out.transpose(1, 2).contiguous()
+        if session is not None and session.see_attention is not None:
+            session.see_attention(module, query, key, value, out)
+        if not shows:
+            return out, None
+        if session is not None:
+            session.note("is asked for its attention weights: T x S of them are made beside the output")
+        return out, weights_of(query, key, pattern, **options)
 
 
 def _pattern(
@@ -137,44 +157,6 @@ def _pattern(
             f"{name}: attention was called with a window of {sliding_window} and a mask with {window}"
         )
     return pattern
-
-
-def _through_kernels(
-    module: nn.Module,
-    session: Session | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: KeyPattern,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    shows: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What :func:`gim_attention` returns, its arguments checked and its mask a pattern."""
-    rules = module.__dict__.get(RULES, GRADIENT) if session is None else session.rules
-    options = options_of(rules, "auto" if session is None else session.engine)
-    options |= {"scale": scaling, "softcap": softcap, "sinks": sinks}
-    spans: Spans | None = module.__dict__.get(SPANS)
-    if spans is not None and spans.session is not session:
-        spans = None
-    plain = pattern.queries == pattern.keys and pattern.documents is None and pattern.reach is None
-    with told.listening() as ran:
-        if spans is not None and plain:
-            out = _at_spans(spans, query, key, value, pattern, **options)
-        else:
-            out = attend(query, key, value, pattern, **options)
-    if session is not None:
-        out = session.heads(out)
-        session.fire("attention", "attention interface", str(ran))
-    out = out.transpose(1, 2).contiguous()
-    if session is not None and session.see_attention is not None:
-        session.see_attention(module, query, key, value, out)
-    if not shows:
-        return out, None
-    if session is not None:
-        session.note("is asked for its attention weights: T x S of them are made beside the output")
-    return out, weights_of(query, key, pattern, **options)
 
 
 def _own_implementation(module: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -32,24 +33,21 @@ def follow(session: Session, frame: Frame) -> None:
             held.recompute_fn = Again(session, recompute, outer.name, outer.module)
 
 
+@dataclass(eq=False)
 class Again:
-    """A second run in the backward, under the session of the first; an error once that has closed.
+    """A second run in the backward, under the session of the first; an error once that has closed."""
 
-    Args:
-        session: whose rules were in force.
-        run: what runs again.
-        name, module: what runs.
-    """
-
-    def __init__(self, session: Session, run: Callable[..., Any], name: str, module: nn.Module) -> None:
-        self._session, self._run, self._name, self._module = session, run, name, module
+    session: Session
+    run: Callable[..., Any]
+    name: str
+    module: nn.Module
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        refuse_when_closed(self._session, self._name)
-        if any(frame.session is self._session for frame in running.frames):
-            return self._run(*inputs, **named)
+        refuse_when_closed(self.session, self.name)
+        if any(frame.session is self.session for frame in running.frames):
+            return self.run(*inputs, **named)
         # The backward of a GPU runs on a thread of its own, which has opened no session.
-        return self._session.inside(self._name, self._module, lambda _: self._run(*inputs, **named))
+        return self.session.inside(self.name, self.module, lambda _: self.run(*inputs, **named))
 
 
 def refuse_when_closed(session: Session, name: str) -> None:

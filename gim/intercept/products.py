@@ -26,6 +26,9 @@ from gim_kernels import told
 from gim_kernels.reference import scale_gradient
 from gim_kernels.types import DTYPES
 
+#: Computes a product or quotient from its two factors.
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def _named(names: str) -> frozenset[Callable[..., Any]]:
     """The functions of torch, and of its tensors, of these names."""
@@ -105,20 +108,13 @@ def _glu(session: Session, func: Callable[..., Any], input: torch.Tensor, dim: i
     up, gate = input.chunk(2, dim)
     if session.rules.activation == "ratio":
         session.refuse("calls F.glu, whose activation has no act(x) / x: use rules with the exact derivative")
-    scale = session.rules.gate_up_scale
-    with SITES.acting("gated_mlp"):
-        out = scale_gradient(up, scale[1]) * torch.sigmoid(scale_gradient(gate, scale[0]))
+    gate_scale, up_scale = session.rules.gate_up_scale
+    out = _acting(lambda a, b: a * torch.sigmoid(b), up, gate, up_scale, gate_scale)
     _fire(session, "F.glu", "torch")
     return out
 
 
-def multiply(
-    session: Session,
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    first: torch.Tensor,
-    second: torch.Tensor,
-    quotient: bool,
-) -> torch.Tensor:
+def multiply(session: Session, run: Run, first: torch.Tensor, second: torch.Tensor, quotient: bool) -> torch.Tensor:
     """``run(first, second)``, a product or quotient of two values, with the backward of the session's rules.
 
     Args:
@@ -164,12 +160,7 @@ def spans(tensor: torch.Tensor) -> int:
     return total
 
 
-def _freeze(
-    session: Session,
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    value: torch.Tensor,
-    statistic: torch.Tensor,
-) -> torch.Tensor:
+def _freeze(session: Session, run: Run, value: torch.Tensor, statistic: torch.Tensor) -> torch.Tensor:
     whole = origin(value)
     if whole.scores and whole.bend == 2:
         session.refuse(
@@ -182,48 +173,24 @@ def _freeze(
     return out
 
 
+def _acting(run: Run, first: torch.Tensor, second: torch.Tensor, *by: float) -> torch.Tensor:
+    """``run(first, second)``, a gated product, with the factors of both gradients."""
+    with SITES.acting("gated_mlp"):
+        return run(scale_gradient(first, by[0]), scale_gradient(second, by[1]))
+
+
 def _gate(
-    session: Session,
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    first: torch.Tensor,
-    second: torch.Tensor,
-    one: Origin,
-    two: Origin,
-    quotient: bool,
+    session: Session, run: Run, first: torch.Tensor, second: torch.Tensor, one: Origin, two: Origin, quotient: bool
 ) -> torch.Tensor:
     """A product of two branches, where it is gated; else what ``run`` gives."""
-
-    def acting(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        with SITES.acting("gated_mlp"):
-            return run(a, b)
-
-    scale = dict(zip(("gate", "up"), session.rules.gate_up_scale, strict=True))
-    for whole, part, factor in ((one, two, second), (two, one, first)):
-        # More of a branch that is in the product already: its own factor, and none for the rest again.
-        branch = next((name for root, path, name in whole.factors if (root, path) == part.place), None)
-        if branch is None:
-            continue
-        if branch:
-            scaled = scale_gradient(factor, scale[branch])
-            out = acting(first, scaled) if factor is second else acting(scaled, second)
-            mark(out, origin(out)._replace(factors=whole.factors))
-            return out
-        if part.bend == 0:
-            return run(first, second)
-        if scale["gate"] != scale["up"] or session.rules.activation == "ratio":
-            session.refuse(
-                "multiplies its branches before one of them is bent, where factors that differ, or act(x) / x, cannot "
-                "be applied"
-            )
-            return run(first, second)
-        out = acting(scale_gradient(first, scale["gate"]), scale_gradient(second, scale["gate"]))
-        roles = tuple((r, p, "gate" if (r, p) == part.place else "up") for r, p, _ in whole.factors)
-        return _done(session, out, roles, "a product of branches, bent after it")
-    if max(one.bend, two.bend) == 0:
+    for whole, part in ((one, two), (two, one)):
+        branch = next((name for *place, name in whole.factors if tuple(place) == part.place), None)
+        if branch is not None:
+            return _more_of(branch, session, run, first, second, whole, part, part is one)
+    if max(one.bend, two.bend) == 0 or not share_a_source(first, second):
         return run(first, second)
-    if not share_a_source(first, second):
-        return run(first, second)
-    if one.bend == two.bend and scale["gate"] != scale["up"]:
+    gate_scale, up_scale = session.rules.gate_up_scale
+    if one.bend == two.bend and gate_scale != up_scale:
         session.refuse("multiplies two branches that are both bent, of which neither can be told to be the gate")
         return run(first, second)
     gate_first = one.bend >= two.bend
@@ -247,9 +214,37 @@ def _gate(
         return _done(session, out, roles, f"{known.activation}(gate) * up", str(ran))
     if session.rules.activation == "ratio":
         gate = _ratio(session, gate, one if gate_first else two)
-    gate, up = scale_gradient(gate, scale["gate"]), scale_gradient(up, scale["up"])
-    out = acting(gate, up) if gate_first else acting(up, gate)
+    out = _acting(run, gate, up, gate_scale, up_scale) if gate_first else _acting(run, up, gate, up_scale, gate_scale)
     return _done(session, out, roles, "a product of two branches, one of them bent")
+
+
+def _more_of(
+    branch: str,
+    session: Session,
+    run: Run,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    whole: Origin,
+    part: Origin,
+    is_first: bool,
+) -> torch.Tensor:
+    """A product with more of a branch that is in it already: its own factor, and none for the rest again."""
+    gate, up = session.rules.gate_up_scale
+    if branch:
+        by = gate if branch == "gate" else up
+        out = _acting(run, first, second, *((by, 1.0) if is_first else (1.0, by)))
+        mark(out, origin(out)._replace(factors=whole.factors))
+        return out
+    if part.bend == 0:
+        return run(first, second)
+    if gate != up or session.rules.activation == "ratio":
+        session.refuse(
+            "multiplies its branches before one of them is bent, where factors that differ, or act(x) / x, cannot be "
+            "applied"
+        )
+        return run(first, second)
+    roles = tuple((r, p, "gate" if (r, p) == part.place else "up") for r, p, _ in whole.factors)
+    return _done(session, _acting(run, first, second, gate, up), roles, "a product of branches, bent after it")
 
 
 def _done(

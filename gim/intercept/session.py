@@ -13,6 +13,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class _Lives:
     """Is held by a node of the graph."""
 
 
+@dataclass(eq=False, repr=False)
 class Session:
     """Rules, report and what ran of one context over one model.
 
@@ -42,44 +44,45 @@ class Session:
         engine: which engine the operators are asked for.
     """
 
-    def __init__(self, rules: Rules, strict: bool, stack: Stack, engine: Engine = "auto") -> None:
-        self.rules = rules
-        self.engine = engine
-        self.strict = strict
-        self.stack = stack
-        self.report = AppliedReport(rules=rules.describe())
-        self.closed = False
-        #: Of those opened in this process, the how manieth it is.
-        self.number = 0
-        #: Whether forward passes are watched; those of an estimate, without numbers, are not.
-        self.proves = True
-        #: Whether the outermost module that runs began with gradients on.
-        self.recording = False
-        #: Says what of a forward pass no rule has reached.
-        self.proof: Any = None
-        #: How a module that runs without a graph inside a forward with one is looked at.
-        self.check_no_graph: Callable[[Frame], None] = lambda _: None
-        #: Which function of torch the code of which class called in the forward pass.
-        self.called: set[tuple[type, Any]] = set()
-        #: Names of the modules that ran in the forward pass.
-        self.ran: set[str] = set()
-        #: What forward passes that an error ended had left unreached by then.
-        self.early: list[tuple[str, str]] = []
-        #: Whether an error has ended one, and how many came to their end.
-        self.stopped, self.passes = False, 0
-        #: How often a rule was applied, second runs of checkpoints included.
-        self.fired = 0
-        #: What was applied last.
-        self.last: Application | None = None
+    rules: Rules
+    strict: bool
+    stack: Stack
+    engine: Engine = "auto"
+    closed: bool = False
+    #: Of those opened in this process, the how manieth it is.
+    number: int = 0
+    #: Whether forward passes are watched; those of an estimate, without numbers, are not.
+    proves: bool = True
+    #: Whether the outermost module that runs began with gradients on.
+    recording: bool = False
+    #: Says what of a forward pass no rule has reached.
+    proof: Any = None
+    #: How a module that runs without a graph inside a forward with one is looked at.
+    check_no_graph: Callable[[Frame], None] = lambda _: None
+    #: Which function of torch the code of which class called in the forward pass.
+    called: set[tuple[type, Any]] = field(default_factory=set)
+    #: Names of the modules that ran in the forward pass.
+    ran: set[str] = field(default_factory=set)
+    #: What forward passes that an error ended had left unreached by then.
+    early: list[tuple[str, str]] = field(default_factory=list)
+    #: Whether an error has ended one, and how many came to their end.
+    stopped: bool = False
+    passes: int = 0
+    #: How often a rule was applied, second runs of checkpoints included, and what was applied last.
+    fired: int = 0
+    last: Application | None = None
+    #: Gates of activations that the kernels have, by the ids of their outputs.
+    activated: dict[int, Any] = field(default_factory=dict)
+    #: Is shown each call of the attention interface: the module, then query ``[B, HQ, T, D]``, key, value and
+    #: output ``[B, T, HQ, D]``; None where nobody asks.
+    see_attention: Callable[..., None] | None = None
+    #: Is given each attention's output ``[B, HQ, T, D]``, and gives it back; None where nobody asks.
+    see_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.report = AppliedReport(rules=self.rules.describe())
         self._rows: dict[tuple[Part, str, str], Application] = {}
         self._waiting: dict[int, tuple[str, weakref.ref[_Lives]]] = {}
-        #: Gates of activations that the kernels have, by the ids of their outputs.
-        self.activated: dict[int, Any] = {}
-        #: Is shown each call of the attention interface: the module, then query ``[B, HQ, T, D]``, key, value and
-        #: output ``[B, T, HQ, D]``; None where nobody asks.
-        self.see_attention: Callable[..., None] | None = None
-        #: Is given each attention's output ``[B, HQ, T, D]``, and gives it back; None where nobody asks.
-        self.see_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def open(self) -> None:
         """Be the innermost session of this task or thread."""
@@ -161,7 +164,7 @@ class Session:
         self._rows[row.part, row.module, how] = self._rows.pop((row.part, row.module, row.recognised))
         row.recognised = how
 
-    def refuse(self, reason: str, because: Exception | None = None, kind: type[Exception] | None = None) -> None:
+    def refuse(self, reason: str, because: Exception | None = None) -> None:
         """Raise where the session is strict, naming the module that runs; else report.
 
         Raises:
@@ -169,7 +172,7 @@ class Session:
         """
         name = str(running.frames[-1])
         if self.strict:
-            raise (kind or UnsupportedModelError)(f"{name}: {reason}") from because
+            raise UnsupportedModelError(f"{name}: {reason}") from because
         self.report.leave_out([(name, reason)])
 
     def add_unsupported(self, missing: list[tuple[str, str]]) -> None:
