@@ -139,7 +139,7 @@ class Proof:
             kind = kinds[key] = kinds.pop(key) if key in kinds else _Kind()
             if len(kinds) > _KINDS:
                 del kinds[next(iter(kinds))]  # that was not asked for the longest
-        before = self._calls()
+        before = {id(row): row.calls for row in self._report.applications}
         self._ran.clear()
         self._called.clear()
         self.runs_new_code = False
@@ -217,9 +217,6 @@ class Proof:
         if part is not None:
             return self._wanted[part]
         return finding.kind in ("dropout", STOPS) or any(self._wanted.values())
-
-    def _calls(self) -> dict[int, int]:
-        return {id(row): row.calls for row in self._report.applications}
 
     def _reached_since(self, before: dict[int, int]) -> frozenset[tuple[Part, str, str]]:
         return frozenset(

@@ -355,6 +355,19 @@ def test_first_seen_in_a_checkpoint(norm: Any) -> None:
     assert torch.equal(got, want) and report.counts()["norm"] == (1, 1)
 
 
+def test_a_norm_that_is_itself_what_a_checkpoint_runs() -> None:
+    norm = build(LlamaRMSNorm(WIDTH, 1e-5), torch.float32)[1]
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    wide, weight = x.detach().double(), norm.weight.detach().double()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    for _ in range(2):  # by its own code, then by the kernel
+        with gim.GIM(norm, rules="FREEZE_ONLY") as report:
+            y = checkpoint(norm, x, use_reentrant=False)
+            (got,) = torch.autograd.grad(y.double().square().sum(), x)
+        assert relative_error(got, 2 * wide * (inverse * weight).square()) < 1e-5
+        assert [(row.recognised, row.calls) for row in report.applications] == [("rms_norm, written out", 1)]
+
+
 def test_under_autocast_its_own_code_runs() -> None:
     model = build(LlamaRMSNorm(WIDTH), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
