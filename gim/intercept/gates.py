@@ -48,7 +48,7 @@ class Gate:
         self.inner: Callable[..., Any] = module.forward if self.own is None else original_forward(module)
         self.prepare = None if stack.prepare is None else stack.prepare(module)
         #: Whether the module holds no other, and may be a norm by itself.
-        self.leaf = not module._modules
+        self.leaf = not module._modules and self.prepare is None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
