@@ -397,7 +397,9 @@ class Watch(TorchDispatchMode):
         if kind == "reduction":
             return self._reduced(name, first, outs[0])
         if kind == "product" or (name == "lerp" and len(tensors) == 3):
-            pair = list(zip(tensors, values, strict=True))[-2:]
+            given = zip(tensors, values, strict=True)
+            # A mask has no gradient, whatever input it was computed from.
+            pair = [(x, v if is_real(x) or not v.dep else Value(source=v.source)) for x, v in given][-2:]
             if name == "lerp":  # start + weight * (end - start)
                 pair[0] = tensors[not values[0].dep], join(values[:2])
             result = self._product(name, pair, outs[0])
