@@ -218,6 +218,11 @@ def _gate(
         if branch is None:
             continue
         if branch:
+            if branch == "gate" and session.rules.activation == "ratio":
+                session.refuse(
+                    "multiplies its branches by more of the gate afterwards, where act(x) / x of all of it cannot be "
+                    "applied: use rules with the exact derivative"
+                )
             scaled = scale_gradient(factor, scale[branch])
             out = acting(first, scaled) if factor is second else acting(scaled, second)
             mark(out, origin(out)._replace(factors=whole.factors))
@@ -260,7 +265,7 @@ def _gate(
             )
         return _done(session, out, roles, f"{known.activation}(gate) * up", str(ran))
     if session.rules.activation == "ratio":
-        gate = _ratio(session, gate, one if gate_first else two)
+        gate = _ratio(session, gate, one if gate_first else two, quotient and not gate_first)
     gate, up = scale_gradient(gate, scale["gate"]), scale_gradient(up, scale["up"])
     out = acting(gate, up) if gate_first else acting(up, gate)
     return _done(session, out, roles, "a product of two branches, one of them bent")
@@ -281,8 +286,11 @@ def _fire(session: Session, how: str, engine: str) -> None:
     frame.counted = True
 
 
-def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
-    """The branch of a gate with ``act(x) / x`` in place of its derivative, and the derivative where x is 0."""
+def _ratio(session: Session, gate: torch.Tensor, found: Origin, divides: bool) -> torch.Tensor:
+    """The branch of a gate with ``act(x) / x`` in place of its derivative, and the derivative where x is 0.
+
+    Where the branch divides, ``act`` is one over it, whose slope ``act(x) / x`` is minus ``branch / x`` of the branch.
+    """
     source = activations.source_of(found.place)
     if source is None or source.shape != gate.shape:
         session.refuse(
@@ -292,7 +300,7 @@ def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
         return gate
     with torch.no_grad():
         zero = source == 0
-        ratio = gate / torch.where(zero, 1, source)
+        ratio = (-gate if divides else gate) / torch.where(zero, 1, source)
     if bool(zero.any()):
         (slope,) = torch.autograd.grad(gate, source, torch.ones_like(gate), retain_graph=True)
         ratio = torch.where(zero, slope, ratio)
