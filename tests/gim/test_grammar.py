@@ -241,7 +241,8 @@ def test_the_ratio_of_all_of_the_activation_is_applied_or_refused(way: str) -> N
             up = scale(up, 0.5)
             return self.down(_Ratio.apply(scale(gate, 0.5), act) * (1 / up if way == "bent over another" else up))
 
-    model = Around(Written(random.Random(0)).double())
+    written = Written(random.Random(0)).double()
+    model = Around(written)
     rules = gim.rules.Rules("exact", 1.0, False, 1.0, 1.0, 1.0, 0.5, 0.5, "ratio")
     if "last" in way or "two functions" in way:
         with pytest.raises(UnsupportedModelError, match="gate: .*act"), gim.GIM(model, rules=rules):
@@ -249,5 +250,5 @@ def test_the_ratio_of_all_of_the_activation_is_applied_or_refused(way: str) -> N
         return
     with gim.GIM(model, rules=rules):
         got = gradient(model)
-    want = gradient(lambda x: x + model.gate.by_hand(x))
+    want = gradient(lambda x: x + written.by_hand(x))
     assert_close64(got, want, way)
