@@ -281,7 +281,7 @@ class _Layers:
     def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
-        for child in (written(layer._modules[one]) for one in mlps[0].norms) if mlps else ():
+        for child in (written(layer.get_submodule(one)) for one in mlps[0].norms) if mlps else ():
             norm.watch(child, Again(self._session, child.forward, name, child), self._inner)
         for mlp in mlps:
             self._run_mlp_again(mlp, f"{name}.{mlp.name}", index, norm)

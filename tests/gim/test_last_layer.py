@@ -27,7 +27,7 @@ def _mixing(x: torch.Tensor) -> torch.Tensor:
 def test_the_last_layer_may_not_reach_other_positions() -> None:
     model, tokens = make("llama"), ids(1, LENGTH)
 
-    class Body(type(model.model)):  # type: ignore[misc]
+    class Body(type(model.model)):
         """What no look at a module on numbers tells: the code around the layers."""
 
         def forward(self, *given: Any, **named: Any) -> Any:
