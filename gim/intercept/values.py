@@ -18,7 +18,7 @@ class Value:
     """What is known of one value."""
 
     __slots__ = (
-        "act", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random",
+        "act", "aside", "blank", "cut", "dep", "depth", "hidden", "id", "keys", "map", "mixed", "parts", "random",
         "scores", "soft", "source", "stat", "top", "written",
     )  # fmt: skip
 
@@ -31,6 +31,7 @@ class Value:
         self.stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
         self.parts: Any = None  # what was joined to it
         self.scores = False  # from a product of two values that depend on the input
+        self.aside = False  # scores whose last axis is neither queries nor keys
         # Of a constant times what depends on the input: whether its last axis are the places of that; else None.
         self.keys: bool | None = None
         self.depth = 0  # how often tokens were mixed since the input, on the longest way
@@ -51,7 +52,7 @@ class Value:
         new.stat, new.parts, new.scores, new.mixed = self.stat, self.parts, self.scores, self.mixed
         new.depth, new.soft, new.random = self.depth, self.soft, self.random
         new.blank, new.cut, new.map = self.blank, self.cut, self.map
-        new.hidden, new.keys = self.hidden, self.keys
+        new.hidden, new.keys, new.aside = self.hidden, self.keys, self.aside
         for name, value in changes.items():
             setattr(new, name, value)
         return new
