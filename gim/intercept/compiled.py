@@ -88,7 +88,7 @@ def refuse_recording() -> None:
     Raises:
         RuntimeError: it is.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise RuntimeError(
             "torch.jit.trace and torch.export cannot record a model inside a GIM context: what they give runs in no "
             "module's forward and would follow its rules in part. Record the model outside"

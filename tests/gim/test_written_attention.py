@@ -150,8 +150,9 @@ def _absorbed(m: Attention, x: torch.Tensor) -> torch.Tensor:
     """Keys are the input itself, and queries have the keys' projection in them, and the product with their bias."""
     q = scale(m.maps["query"](x), 1 if m.rules is eager.PRESETS["GRADIENT"] else m.rules.qkv[0])
     k = scale(x, 1 if m.rules is eager.PRESETS["GRADIENT"] else m.rules.qkv[1])
-    weight, bias = m.maps["key"].weight, m.maps["key"].bias
-    scores = 0.3 * ((q @ weight) @ k.mT + (q * bias).sum(-1, keepdim=True) * torch.linspace(0, 1, TOKENS))
+    key = m.get_parameter("maps.key.weight")
+    bias = m.get_parameter("maps.key.bias")
+    scores = 0.3 * ((q @ key) @ k.mT + (q * bias).sum(-1, keepdim=True) * torch.linspace(0, 1, TOKENS))
     return m.joined(m.softmax(scores[:, None]).expand(-1, HEADS, -1, -1) @ m.heads("value", x))
 
 
