@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gim.applied import UnsupportedModelError
@@ -38,6 +38,7 @@ from gim.tokenwise import (
     has_hooks,
     in_tiles,
     is_users,
+    mixes_tokens,
     norms_of,
     outside_transforms,
     run_again,
@@ -79,16 +80,23 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
     keeps = any("logits_to_keep" in parameters(core) for core in parts.cores)
     if not keeps and is_users(type(model).forward):
         return True  # all logits go to code that nobody knows
-    early = parts.early
+    early, last = parts.early, {layer for _, layer in parts.layers[-1:]}
+    width, dtype = parts.hidden_size, parts.dtype
 
-    def is_changed(module: nn.Module) -> bool:
+    def is_changed(module: nn.Module, behind: bool) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
         if module in early or written(module) in early:
             return False
+        behind = behind and module not in last and written(module) not in last
         inside = [child for child in module._modules.values() if child is not None]
-        return has_hooks(module) or sets_forward(module) or any(map(is_changed, inside))
+        if has_hooks(module) or sets_forward(module) or any(is_changed(child, behind) for child in inside):
+            return True
+        if not behind or width is None or not is_users(type(module).forward):
+            return False
+        # A final norm or a head of somebody's own.
+        return last.isdisjoint(module.modules()) and mixes_tokens(module, width, dtype)
 
-    return is_changed(model)
+    return is_changed(model, behind=True)
 
 
 def obstacle(plan: MemoryPlan, model: nn.Module, mlps: MLPs) -> str | None:
@@ -269,6 +277,7 @@ class _Layers:
                     *moving,
                     use_reentrant=False,
                     preserve_rng_state=False,
+                    determinism_check=_SAME,
                     context_fn=contexts,
                 )
 
@@ -277,7 +286,7 @@ class _Layers:
     def run_mlps_again(self, layer: nn.Module, name: str, index: int, mlps: list[MLP]) -> None:
         """Keep the input of a layer's MLPs and run them again in the backward, in tiles."""
         norm = NormBefore()
-        for child in norms_of(layer):
+        for child in (written(layer.get_submodule(one)) for one in mlps[0].norms) if mlps else ():
             norm.watch(child, Again(self._session, child.forward, name, child), self._inner)
         for mlp in mlps:
             self._run_mlp_again(mlp, f"{name}.{mlp.name}", index, norm)
@@ -417,6 +426,45 @@ class _Inside(torch.autograd.Function):
             f"{ctx.name}: what is explained depends on a tensor that its code hands out beside its result, so it "
             'cannot run in parts: use memory="none" or "layer"'
         )
+
+
+class _Sample:
+    """A few numbers of a tensor, equal to those of another where only the order of sums differs.
+
+    What a layer reads beside its arguments, from an object that other layers write, say, may be another when it runs
+    again; its shapes would not tell.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._kind = x.shape, x.dtype, x.device
+        self._numbers: torch.Tensor | None = None
+        if not x.is_meta and x.is_floating_point() and type(x) in (torch.Tensor, nn.Parameter):
+            steps = [-(-size // _SAMPLED) for size in x.shape]
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                self._numbers = x.detach()[tuple(slice(step // 2, None, max(step, 1)) for step in steps)].clone()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Sample) or self._kind != other._kind:
+            return False
+        if self._numbers is None or other._numbers is None or self._numbers.numel() == 0:
+            return True
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            one, two = self._numbers.double(), other._numbers.double()
+            allowed = max(_SAMPLE_ULPS * torch.finfo(self._numbers.dtype).eps, 1e-5)
+            largest = one.abs().nan_to_num(0.0, 0.0, 0.0).max()
+            return torch.allclose(one, two, rtol=0.0, atol=allowed * float(largest), equal_nan=True)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{tuple(self._kind[0])} {self._kind[1]} {self._kind[2]}, {self._numbers}"
+
+
+#: How many places along each axis are looked at, and roundings of the largest number by which any may differ.
+_SAMPLED, _SAMPLE_ULPS = 3, 64
+#: What torch's checkpoints are to compare of a run and the next, by name.
+_SAME = "gim: a few numbers of each"
+torch_checkpoint._allowed_determinism_checks_to_fns[_SAME] = _Sample
 
 
 class _AtAttention(TorchDispatchMode):

@@ -178,6 +178,7 @@ def forward_pass(session: Session, gate: Gate, inputs: tuple[Any, ...], named: d
         _install(modules, gate.stack)
     refuse_context_parallelism(modules)
     _refuse_forward_mode()
+    compiled.refuse_recording()
     compiled.hold()
     again = in_backward()  # a checkpoint's second run has been seen in its first
     # Where no gradient is asked for, none can be wrong.

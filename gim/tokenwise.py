@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -29,8 +29,9 @@ from gim.parts.placement import PLAIN, home_of
 #: Tokens of a probe, and roundings by which the same token may differ between two batches of tokens.
 PROBE_TOKENS = 5
 PROBE_ULPS = 16
-#: Size of the numbers of an outlier: int8 layers that keep those apart do so for every token of the batch.
-PROBE_OUTLIER = 100.0
+#: Size of the numbers of an outlier: int8 layers that keep those apart do so for every token of the batch. Tokens
+#: beside it that are quiet show code that does one thing or another to all of them by how large any is.
+PROBE_OUTLIER, PROBE_QUIET = 100.0, 0.1
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,11 +43,13 @@ class MLP(NamedTuple):
         name: among its layer's children.
         module: it.
         whole: why only all tokens together give what the model gives, in words; empty where parts do.
+        norms: the names of its layer's norms that map each token by themselves too, and may run with it in parts.
     """
 
     name: str
     module: nn.Module
     whole: str
+    norms: tuple[str, ...]
 
 
 #: An outlier changes what the other tokens get by a rounding of the weights' dtype.
@@ -66,6 +69,12 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
     """
     if width is None:
         return "the model's config does not tell the width of its hidden states"
+    norms = tuple(
+        name
+        for name, child in layer.named_children()
+        if looks_like_norm(norm := written(child))
+        and (not (is_users(type(norm).forward) or sets_forward(norm)) or maps_each_token(norm, width, dtype))
+    )
     found: list[MLP] = []
     reason = "has no child that maps each token by itself, with one tensor in and one out"
     for name, held in layer.named_children():
@@ -88,7 +97,7 @@ def find_mlps(layer: nn.Module, width: int | None, dtype: torch.dtype) -> list[M
         alone = maps_each_token(child, width, dtype)
         if alone is not None:
             hooked = has_global_hooks() or any(has_hooks(module) for one, module in inside.items() if one)
-            found.append(MLP(name, child, HOOKED if hooked else "" if alone else OUTLIERS))
+            found.append(MLP(name, child, HOOKED if hooked else "" if alone else OUTLIERS, norms))
     return found or reason
 
 
@@ -97,43 +106,62 @@ def maps_each_token(module: nn.Module, width: int, dtype: torch.dtype) -> bool |
 
     Args:
         module: its weights may be of any kind, quantised ones too; the copy has the same, and no hook of a user's.
-        width, dtype: of the hidden states.
+        width, dtype: of the hidden states, and of what it gives.
 
     Returns:
         True; False where it does so up to an outlier at another token, as int8 layers do that keep outliers apart;
         None where it does not.
     """
+    return {"alone": True, "but for outliers": False}.get(_becomes(module, width, dtype, width))
+
+
+def mixes_tokens(module: nn.Module, width: int, dtype: torch.dtype) -> bool:
+    """Whether a module that takes hidden states alone is seen to give at a token what depends on others.
+
+    Args:
+        module: as in :func:`maps_each_token`; what it gives may be of another width.
+        width, dtype: of the hidden states.
+    """
+    return _becomes(module, width, dtype, None) == "mixed"
+
+
+def _becomes(
+    module: nn.Module, width: int, dtype: torch.dtype, given: int | None
+) -> Literal["alone", "but for outliers", "mixed", "unknown"]:
+    """What becomes of tokens in a module, of which each gives ``given`` numbers, or any; unknown where it takes none"""
     generator = torch.Generator().manual_seed(0)
     # With a graph, as in the model's own forward: without one, some quantised layers pack their weights for good.
-    forward = without_hooks(module)
-    if forward is None:
-        return None
+    forward, device = without_hooks(module), device_of(module) or torch.device("cpu")
+    if forward is None or device.type == "meta":
+        return "unknown"
 
     def run(x: torch.Tensor) -> Any:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = forward(x.requires_grad_())
         return y.detach() if isinstance(y, torch.Tensor) else y
 
-    tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device_of(module) or "cpu")
+    tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device)
+    quiet = PROBE_QUIET * tokens
     # Some of them, in another order and around an outlier: where all of that changes nothing, none of it does.
     outlier = tokens[:, 2:3] * PROBE_OUTLIER
-    around = torch.cat([tokens[:, 4:], outlier, tokens[:, 1:2]], 1)
+    around, beside = (torch.cat([x[:, 4:], outlier, x[:, 1:2]], 1) for x in (tokens, quiet))
     for taken in dtypes_taken(module, dtype):
-        x, loud = tokens.to(taken, copy=True), around.to(taken, copy=True)
+        four = [x.to(taken, copy=True) for x in (tokens, around, quiet, beside)]
         try:
-            whole, beside = run(x), run(loud)
+            results = [run(x) for x in four]
         except Exception:  # it takes something else than one tensor of tokens of this dtype
             continue
-        if not all(isinstance(y, torch.Tensor) and y.dtype == x.dtype for y in (whole, beside)):
-            return None
-        if whole.shape != x.shape or beside.shape != loud.shape:
-            return None
-        if _same(whole[:, [4, 1]], beside[:, [0, 2]]):
-            return True
-        x = x.detach()
-        alone = _same(whole, run(x.flip(1)).flip(1)) and _same(whole[:, 1:3], run(x[:, 1:3].clone()))
-        return False if alone else None
-    return None
+        for x, y in zip(four, results, strict=True):
+            if not isinstance(y, torch.Tensor) or (given is not None and y.dtype != x.dtype):
+                return "unknown"
+            if y.shape != (*x.shape[:2], y.shape[-1] if given is None else given):
+                return "unknown"
+        if all(_same(y[:, [4, 1]], z[:, [0, 2]]) for y, z in (results[:2], results[2:])):
+            return "alone"
+        x, whole = four[0].detach(), results[0]
+        apart = _same(whole, run(x.flip(1)).flip(1)) and _same(whole[:, 1:3], run(x[:, 1:3].clone()))
+        return "but for outliers" if apart else "mixed"
+    return "unknown"
 
 
 #: Where a module keeps its hooks.

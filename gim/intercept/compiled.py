@@ -75,3 +75,16 @@ def refuse_inside() -> None:
             "a GIM context cannot be opened in code that torch.compile runs, where no rule would be seen to act: "
             "open it around the call, or leave the function that opens it to torch.compiler.disable"
         )
+
+
+def refuse_recording() -> None:
+    """An error where the forward pass that begins is being recorded, to be run again elsewhere.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.jit.trace and torch.export cannot record a model inside a GIM context: what they give runs in no "
+            "module's forward and would follow its rules in part. Record the model outside"
+        )

@@ -100,12 +100,20 @@ def origin(tensor: torch.Tensor) -> Origin:
     if not tensor.requires_grad:
         return CONSTANT
     node = tensor.grad_fn
-    return _leaf(get_gradient_edge(tensor).node) if node is None else of_edge(node, tensor.output_nr)
+    return _leaf(_node(tensor)) if node is None else of_edge(node, tensor.output_nr)
+
+
+def _node(tensor: torch.Tensor) -> Any:
+    """The node of a tensor, which a tensor of a class of somebody's own would be asked for by a view of it."""
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        return get_gradient_edge(tensor).node
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(tensor).node
 
 
 def mark(tensor: torch.Tensor, found: Origin) -> Any:
     """Say what a tensor is, where somebody knows better than the graph tells; gives what holds it."""
-    node: Any = get_gradient_edge(tensor).node
+    node = _node(tensor)
     node.metadata.setdefault(_KEY, {})[tensor.output_nr] = found
     return node
 

@@ -213,7 +213,7 @@ def _gate(
             )
         return _done(session, out, roles, f"{known.activation}(gate) * up", str(ran))
     if session.rules.activation == "ratio":
-        gate = _ratio(session, gate, one if gate_first else two)
+        gate = _ratio(session, gate, one if gate_first else two, quotient and not gate_first)
     out = _acting(run, gate, up, gate_scale, up_scale) if gate_first else _acting(run, up, gate, up_scale, gate_scale)
     return _done(session, out, roles, "a product of two branches, one of them bent")
 
@@ -231,6 +231,11 @@ def _more_of(
     """A product with more of a branch that is in it already: its own factor, and none for the rest again."""
     gate, up = session.rules.gate_up_scale
     if branch:
+        if branch == "gate" and session.rules.activation == "ratio":
+            session.refuse(
+                "multiplies its branches by more of the gate afterwards, where act(x) / x of all of it cannot be "
+                "applied: use rules with the exact derivative"
+            )
         by = gate if branch == "gate" else up
         out = _acting(run, first, second, *((by, 1.0) if is_first else (1.0, by)))
         mark(out, origin(out)._replace(factors=whole.factors))
@@ -262,8 +267,11 @@ def _fire(session: Session, how: str, engine: str) -> None:
     frame.counted = True
 
 
-def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
-    """The branch of a gate with ``act(x) / x`` in place of its derivative, and the derivative where x is 0."""
+def _ratio(session: Session, gate: torch.Tensor, found: Origin, divides: bool) -> torch.Tensor:
+    """The branch of a gate with ``act(x) / x`` in place of its derivative, and the derivative where x is 0.
+
+    Where the branch divides, ``act`` is one over it, whose slope ``act(x) / x`` is minus ``branch / x`` of the branch.
+    """
     source = activations.source_of(found.place)
     if source is None or source.shape != gate.shape:
         session.refuse(
@@ -273,7 +281,7 @@ def _ratio(session: Session, gate: torch.Tensor, found: Origin) -> torch.Tensor:
         return gate
     with torch.no_grad():
         zero = source == 0
-        ratio = gate / torch.where(zero, 1, source)
+        ratio = (-gate if divides else gate) / torch.where(zero, 1, source)
     if bool(zero.any()):
         (slope,) = torch.autograd.grad(gate, source, torch.ones_like(gate), retain_graph=True)
         ratio = torch.where(zero, slope, ratio)

@@ -76,6 +76,13 @@ def _softmax(session: Session, func: Callable[..., Any], scores: torch.Tensor, *
     return weights
 
 
+def _softmin(session: Session, func: Callable[..., Any], input: torch.Tensor, *args: Any, **named: Any) -> Any:
+    """``softmax(-scores)``, as torch has it."""
+    if args:  # F.softmin has three places of which the second says nothing
+        named = {**dict(zip(("dim", "_stacklevel", "dtype"), args, strict=False)), **named}
+    return _softmax(session, F.softmax, -input, **named)
+
+
 def _scale_meetings(session: Session, scores: torch.Tensor, factor: float) -> None:
     """Give the gradients of queries and keys their factor where they meet: scores may be functions of more."""
     if factor == 1.0:
@@ -126,10 +133,9 @@ _MATRIX_PRODUCTS = (
     *(torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.mm, torch.Tensor.__matmul__),
 )
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        (F.softmax, torch.softmax, torch.Tensor.softmax, F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax),
-        _softmax,
-    ),
+    **dict.fromkeys((F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax), _softmax),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax, torch.special.log_softmax), _softmax),
+    F.softmin: _softmin,
     **dict.fromkeys(_MATRIX_PRODUCTS, _matmul),
     **dict.fromkeys(
         (F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.dropout),

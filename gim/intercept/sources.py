@@ -85,7 +85,27 @@ def meetings(scores: torch.Tensor) -> list[Any]:
     start: Any = get_gradient_edge(scores).node
     products = [one for one in _behind(start, frozenset()) if _meets(one)]
     roots = frozenset(of_edge(*edge).root for one in products for edge in one.next_functions if edge[0] is not None)
-    return [one for one in _behind(start, roots - {0}) if _meets(one) or _is_of(one, roots - {0})]
+    behind = [one for one in _behind(start, roots - {0}) if one not in products]
+    others = [one for one in behind if _is_of(one, roots - {0})]
+    made = _made_of(products) if others else set()
+    if made.isdisjoint(others):
+        return products + others
+    # What a query or a key is made of has its factor from where they meet, and what else reads it gives it another.
+    readers = [one for one in behind if one not in made and made.issuperset(_flowing(one))]
+    return products + [one for one in others if one not in made] + readers
+
+
+def _made_of(products: list[Any]) -> set[Any]:
+    """The nodes that lead to products of queries and keys by linear maps and functions number by number."""
+    todo = [node for one in products for node in _flowing(one)]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if _clean(node):
+            new = [one for one in _flowing(node) if one not in seen]
+            seen.update(new)
+            todo += new
+    return seen
 
 
 def adds(node: Any) -> bool:

@@ -23,6 +23,7 @@ class Value:
     stat: tuple[int, int, str, int] | None = None  # (value, its source, how, places) where it is a reduction
     parts: Any = None  # what was joined to it
     scores = False  # from a product of two values that depend on the input
+    aside = False  # scores whose last axis is neither queries nor keys
     # Of a constant times what depends on the input: whether its last axis are the places of that; else None.
     keys: bool | None = None
     depth = 0  # how often tokens were mixed since the input, on the longest way

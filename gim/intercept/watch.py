@@ -98,6 +98,11 @@ def _has_gradient(tensor: torch.Tensor) -> bool:
     return node is not None and not type(node).name(node).endswith("NotImplemented")
 
 
+def _last_strides(tensor: torch.Tensor, axes: int) -> list[int]:
+    """The strides of a tensor's last axes, but those of one place."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][-axes:]
+
+
 class Watch(TorchDispatchMode):
     """Inside, the operators of this thread are watched.
 
@@ -236,6 +241,10 @@ class Watch(TorchDispatchMode):
                     self._reveal(tensors[0], first)
                 if first.keys is not None and tensors[0].stride()[-1:] != outs[0].stride()[-1:] and name in TURNS:
                     value = value.like(keys=not first.keys)  # another axis is the last
+                elif first.scores and name in TURNS:
+                    last, before = _last_strides(outs[0], 1), _last_strides(tensors[0], 2)
+                    if last != before[-1:]:
+                        value = value.like(aside=not first.aside and last != before[:1], id=value.id)
                 self._places.put(outs[0], value, outs[0] is tensors[0])
             return out
         if kind not in UNREAD and any(v.blank for v in values):
@@ -379,7 +388,9 @@ class Watch(TorchDispatchMode):
         if kind == "reduction":
             return self._reduced(name, first, outs[0])
         if kind == "product" or (name == "lerp" and len(tensors) == 3):
-            pair = list(zip(tensors, values, strict=True))[-2:]
+            given = zip(tensors, values, strict=True)
+            # A mask has no gradient, whatever input it was computed from.
+            pair = [(x, v if is_real(x) or not v.dep else Value(source=v.source)) for x, v in given][-2:]
             if name == "lerp":  # start + weight * (end - start)
                 pair[0] = tensors[not values[0].dep], join(values[:2])
             result = self._product(name, pair, outs[0])
@@ -442,7 +453,7 @@ class Watch(TorchDispatchMode):
             self._report("weights mixed by a softmax of no scores", name, to=self.noted)
         # Queries that are learned or given, times keys: their softmax is over places, and not over a map's outputs.
         new = Value(dep=True, keys=not operands[0][1].dep if len(operands) == 2 else None)
-        new.scores = value.scores and "convolution" in name and out.dim() > 3
+        new.scores = value.scores and (value.aside or ("convolution" in name and out.dim() > 3))
         self._maps[key] = new
         bent = value.act or name == "_cdist_forward"
         if (spans(out) < spans(x) and (bent or out.shape[-1:] == (1,))) or (bent and name == "cumsum"):

@@ -261,3 +261,21 @@ def test_flex_attention_that_is_compiled(fullgraph: bool) -> None:
         assert report.counts()["attention"] == (1, 1)
         grads += torch.autograd.grad(y.square().sum(), x)
     near(*grads)
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_what_would_be_recorded_inside_a_context_is_refused(how: str) -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    model = Logits().eval()
+    record = {"trace": torch.jit.trace, "export": lambda m, given: torch.export.export(m, given).module()}[how]
+    with gim.GIM(model), pytest.raises(RuntimeError, match=r"cannot record a model inside a GIM context"):
+        record(model, (IDS,))
+    near(record(model, (IDS,))(IDS), model(IDS))

@@ -17,6 +17,10 @@ from tests import families
 WIDTH = 32
 
 
+class Own(torch.Tensor):
+    """A class of somebody's own."""
+
+
 def inputs() -> torch.Tensor:
     return torch.randn(2, 13, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -157,3 +161,15 @@ class Plain(Whole):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(*self.wide(x).chunk(3, -1))
+
+
+def test_an_input_may_be_of_a_class_of_somebodys() -> None:
+    model = Whole().requires_grad_(False)
+    found = []
+    for one in (inputs(), inputs().as_subclass(Own)):
+        leaf = one.requires_grad_()
+        with gim.GIM(model) as report:
+            (grad,) = torch.autograd.grad(model(leaf).sum(), leaf)
+        assert report.counts() == {"attention": (1, 1), "norm": (1, 1), "gated_mlp": (1, 1)}
+        found.append(grad)
+    assert torch.equal(found[1].as_subclass(torch.Tensor), found[0])

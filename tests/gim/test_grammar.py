@@ -17,6 +17,7 @@ from gim.applied import UnsupportedModelError
 from tests.eager import scale
 from tests.families import ids
 from tests.families import make as family
+from tests.oracle import assert_close64
 
 WIDTH, INNER = 48, 20
 Unary = Callable[[torch.Tensor], torch.Tensor]
@@ -191,3 +192,63 @@ def test_gates_of_a_grammar_are_applied_or_refused(hugging_face: bool) -> None:
     wrong = [one for one in became if one not in ("applied", "refused")]
     assert not wrong
     assert became.count("applied") >= 0.8 * len(became)
+
+
+class _Ratio(torch.autograd.Function):
+    """An activation whose derivative is ``act(x) / x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, act: Unary) -> torch.Tensor:
+        out = act(x)
+        ctx.save_for_backward(out / x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (ratio,) = ctx.saved_tensors
+        return grads[0] * ratio, None
+
+
+def _sum_of_exp(x: torch.Tensor) -> torch.Tensor:
+    return 1 + torch.exp(-x)
+
+
+#: Ways of writing a product of a gate's activation and another branch, and the activation.
+BY_RATIO: dict[str, tuple[Binary, Unary]] = {
+    "product": (lambda g, u: u * torch.sigmoid(g), torch.sigmoid),
+    "over a bent branch": (lambda g, u: u / _sum_of_exp(g), torch.sigmoid),
+    "over a reciprocal": (lambda g, u: u / torch.reciprocal(F.silu(g)), F.silu),
+    "over in place": (lambda g, u: u.clone().div_(_sum_of_exp(g)), torch.sigmoid),
+    "bent over another": (lambda g, u: F.silu(g) / u, F.silu),
+    "the gate last": (lambda g, u: torch.sigmoid(g) * u * g, F.silu),
+    "quotient, the gate last": (lambda g, u: u / _sum_of_exp(g) * g, F.silu),
+    "two functions of the gate": (lambda g, u: torch.sigmoid(g) * u * torch.tanh(g), lambda g: g.sigmoid() * g.tanh()),
+}
+
+
+@pytest.mark.parametrize("way", BY_RATIO)
+def test_the_ratio_of_all_of_the_activation_is_applied_or_refused(way: str) -> None:
+    torch.manual_seed(0)
+    product, act = BY_RATIO[way]
+
+    class Written(Gate):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            return self.down(product(gate, up))
+
+        def by_hand(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.both(x).chunk(2, -1)
+            up = scale(up, 0.5)
+            return self.down(_Ratio.apply(scale(gate, 0.5), act) * (1 / up if way == "bent over another" else up))
+
+    written = Written(random.Random(0)).double()
+    model = Around(written)
+    rules = gim.rules.Rules("exact", 1.0, False, 1.0, 1.0, 1.0, 0.5, 0.5, "ratio")
+    if "last" in way or "two functions" in way:
+        with pytest.raises(UnsupportedModelError, match="gate: .*act"), gim.GIM(model, rules=rules):
+            gradient(model)
+        return
+    with gim.GIM(model, rules=rules):
+        got = gradient(model)
+    want = gradient(lambda x: x + written.by_hand(x))
+    assert_close64(got, want, way)

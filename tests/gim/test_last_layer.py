@@ -7,38 +7,90 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gim
-from gim import memory
+from gim import checkpoint, memory
 from gim.applied import UnsupportedModelError
 from gim.plan import MemoryPlan
 from gim_kernels.budget import relative_error
 from tests.families import ids, make
-from tests.gim.test_memory import EVERYTHING, LENGTH, close, explain, request
+from tests.gim.test_memory import BASELINE, EVERYTHING, LENGTH, close, explain, request
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
 
 
-class Mixing(nn.Module):
-    """A norm that mixes tokens."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
-        return y + y.mean(1, keepdim=True)
+def _mixing(x: torch.Tensor) -> torch.Tensor:
+    return x + x.mean(1, keepdim=True)
 
 
 def test_the_last_layer_may_not_reach_other_positions() -> None:
     model, tokens = make("llama"), ids(1, LENGTH)
-    # A model whose last norm mixes tokens: what is explained then depends on the last layer everywhere.
-    model.model.norm = Mixing(model.model.norm)
+
+    class Body(type(model.model)):
+        """What no look at a module on numbers tells: the code around the layers."""
+
+        def forward(self, *given: Any, **named: Any) -> Any:
+            out = super().forward(*given, **named)
+            out.last_hidden_state = _mixing(out.last_hidden_state)
+            return out
+
+    model.model.__class__ = Body
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2: .* other positions .* head=all"):
         explain(model, tokens, MemoryPlan("none"))
     want = explain(model, tokens, EVERYTHING)
     close(explain(model, tokens, MemoryPlan("layer", True, head="all")), want, "head=all")
+
+
+class Changing(nn.Module):
+    """Another module, whose result is changed."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    @property
+    def weight(self) -> Any:
+        return self.inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change(self.inner(x))
+
+
+#: What a final norm or a head of somebody's own may do that makes a position depend on others.
+MIXING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "the mean": _mixing,
+    "the one before": lambda x: x + F.pad(x, (0, 0, 1, 0))[:, :-1],
+    "the place": lambda x: x * (1 + torch.arange(x.shape[1])[:, None]),
+    "how many there are": lambda x: x * x.shape[1],
+    "the largest, as a constant": lambda x: x / x.detach().abs().amax(),
+}
+
+
+@pytest.mark.parametrize("part", ["norm", "head"])
+@pytest.mark.parametrize("way", MIXING)
+def test_a_final_norm_or_head_that_mixes_positions_gets_all_of_them(way: str, part: str) -> None:
+    model, tokens = make("llama"), ids(1, LENGTH)
+    if part == "norm":
+        model.model.norm = Changing(model.model.norm, MIXING[way])
+    else:
+        model.lm_head = Changing(model.lm_head, MIXING[way])
+    want = explain(model, tokens, EVERYTHING)
+    for name in ("none", "layer", "mlp"):
+        close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with gim.GIM(model):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0, -1]
+        (grad,) = torch.autograd.grad(logits.log_softmax(-1)[7], embedded)
+    scores = ((embedded - model.get_input_embeddings().weight[BASELINE]) * grad).sum(-1).detach()
+    assert_close64(want.scores, scores, "the model's own forward", relative=FLOAT64_PLAN_RELATIVE)
+
+
+def test_a_final_norm_or_head_of_ones_own_that_mixes_nothing_costs_nothing() -> None:
+    model = make("llama")
+    model.model.norm = Changing(model.model.norm, lambda x: 2 * x)
+    model.lm_head = Changing(model.lm_head, torch.tanh)
+    assert checkpoint.suited(MemoryPlan("none"), model).head == "explained"
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:

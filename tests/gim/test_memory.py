@@ -240,6 +240,48 @@ def test_what_happens_between_a_norm_and_its_mlp_is_kept(how: str) -> None:
         close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
 
 
+class Placed(nn.Module):
+    """A norm whose result depends on the place of a token."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.norm = norm.weight, (norm,)  # no child, as a norm has none
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm[0](x)
+        return out * (1 + torch.arange(x.shape[1])[:, None] / 8)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp+tile=5", "layer+attention+tile=5", "layer+tile=4+head=all"])
+def test_a_norm_that_knows_places_runs_whole_in_front_of_an_mlp_in_parts(name: str) -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = Placed(layer.post_attention_layernorm)
+    want = explain(model, tokens, EVERYTHING)
+    close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
+
+
+class Choosing(nn.Module):
+    """An MLP that does one thing or another to all tokens, by how large any number of theirs is."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.mlp(x)
+        return out * 2 if bool((x.abs() > 2.0).any()) else out
+
+
+@pytest.mark.parametrize("name", ["none", "mlp+tile=2", "layer+attention+tile=2"])
+def test_an_mlp_that_looks_at_all_tokens_for_one_choice_runs_whole(name: str) -> None:
+    model, tokens = make("llama"), ids(2, LENGTH)
+    for layer in model.model.layers:
+        layer.mlp = Choosing(layer.mlp)
+    want = explain(model, tokens, EVERYTHING)
+    close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
+
+
 def test_a_gradient_that_a_norms_output_retains_is_whole() -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     kept: list[torch.Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gim
 from gim import tokenwise
@@ -222,3 +224,35 @@ def test_other_tensors_handed_out_count(
         recording.history.clear()
         assert_close64(explain(model, plan), want, plan, FLOAT64_PLAN_RELATIVE)
         assert len(recording.history) == 1, plan
+
+
+class Told(LlamaDecoderLayer):
+    """A layer that reads what the one before it has written down, where no module keeps it."""
+
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
+        before = self.board.get("last") if self.self_attn.layer_idx else None
+        self.board["last"] = hidden_states
+        given = hidden_states if before is None else hidden_states + before.cumsum(1) / 2
+        return super().forward(given, *others, **named)
+
+
+@pytest.mark.parametrize("plan", ["none", "mlp", "layer", "layer+attention", "layer+tile=2", "layer+head=all"])
+def test_layers_that_tell_each_other_by_other_means_are_right_or_named(plan: str) -> None:
+    model, board = make("llama"), Board()
+    for layer in model.model.layers:
+        layer.__class__ = Told
+        layer.board = board
+    if plan.startswith("layer"):
+        with pytest.raises(UnsupportedModelError, match=r"model\.layers\.[12]: .* does not do the same"):
+            explain(model, plan)
+        return
+    embedded = model.get_input_embeddings()(ids(6)).detach().requires_grad_()
+    with gim.GIM(model):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, -1, TARGET]
+        (grad,) = torch.autograd.grad(logits.sum(), embedded)
+    want = ((embedded - model.get_input_embeddings().weight[BASELINE]) * grad).sum(-1).detach()
+    assert_close64(explain(model, plan), want, plan, relative=FLOAT64_PLAN_RELATIVE)
+
+
+class Board(UserDict[str, Any]):
+    """What is written down."""

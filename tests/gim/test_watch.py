@@ -28,6 +28,7 @@ from tests.live import peak_bytes
 
 WIDTH, HIDDEN = 16, 24
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()  # no operator under a watch wrote it
 
 
 def _in_place(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -142,6 +143,9 @@ SOFTMAXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "exp2": lambda s, v: torch.exp2(s) @ v / torch.exp2(s).sum(-1, keepdim=True),
     "power": lambda s, v: torch.pow(2, s) @ v / torch.pow(2, s).sum(-1, keepdim=True),
     "masked after": lambda s, v: _shares(s.exp() * torch.ones(5, 5).tril()) @ v,
+    "masked by bools": lambda s, v: _shares(s.exp() * CAUSAL) @ v,
+    "masked by numbers": lambda s, v: torch.exp(s) * CAUSAL.long() @ v / (torch.exp(s) * CAUSAL.long()).sum(-1, True),
+    "masked by itself": lambda s, v: _shares(torch.exp(s) * (s > -1e8)) @ v,
     "never divided": lambda s, v: torch.exp(s - s.amax(-1, keepdim=True)) @ v,
     "log-sums alone": lambda s, v: v * s.logsumexp(-1, keepdim=True),
 }

@@ -134,6 +134,34 @@ ATTENTIONS: dict[str, Callable[[Attention, torch.Tensor], torch.Tensor]] = {
         m.softmax(m.scores(x)) @ m.heads("value", x) * torch.sigmoid(m.heads("gate", x))
     ),
 }  # fmt: skip
+
+
+def _called(softmax: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Attention, torch.Tensor], torch.Tensor]:
+    """Attention by another function than ``softmax``, but where the rules are those of this file."""
+
+    def compute(m: Attention, x: torch.Tensor) -> torch.Tensor:
+        scores, plain = m.scores(x), m.rules is eager.PRESETS["GRADIENT"]
+        return m.joined((softmax(scores) if plain else m.softmax(scores)) @ m.heads("value", x))
+
+    return compute
+
+
+def _absorbed(m: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Keys are the input itself, and queries have the keys' projection in them, and the product with their bias."""
+    q = scale(m.maps["query"](x), 1 if m.rules is eager.PRESETS["GRADIENT"] else m.rules.qkv[0])
+    k = scale(x, 1 if m.rules is eager.PRESETS["GRADIENT"] else m.rules.qkv[1])
+    key = m.get_parameter("maps.key.weight")
+    bias = m.get_parameter("maps.key.bias")
+    scores = 0.3 * ((q @ key) @ k.mT + (q * bias).sum(-1, keepdim=True) * torch.linspace(0, 1, TOKENS))
+    return m.joined(m.softmax(scores[:, None]).expand(-1, HEADS, -1, -1) @ m.heads("value", x))
+
+
+ATTENTIONS |= {
+    "absorbed projections": _absorbed,
+    "softmin": _called(lambda s: F.softmin(-s, -1)),
+    "softmin by places": _called(lambda s: F.softmin(-s, -1, 3, s.dtype)),
+    "torch.special": _called(lambda s: torch.special.softmax(s, -1)),
+}
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 3, 8, 1, 1, 2, 10]])
 
 
@@ -188,3 +216,19 @@ def test_scores_that_no_rule_reaches_are_found(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(flow.Origin, "scores", property(lambda _: False))
     with pytest.raises(UnsupportedModelError, match="softmax over keys"):
         gradient(Attention(ATTENTIONS[name]).double().eval(), "TSG_ONLY")
+
+
+@pytest.mark.parametrize("how", ["linear", "einsum"])
+def test_scores_whose_heads_talk_are_scores(how: str) -> None:
+    """As in CaiT: a linear map over heads, before the softmax."""
+
+    def compute(m: Attention, x: torch.Tensor) -> torch.Tensor:
+        scores, weight = m.scores(x), m.mix.weight[:, :, 1, 1]
+        mixed = {
+            "linear": lambda: F.linear(scores.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2),
+            "einsum": lambda: torch.einsum("bhts,gh->bgts", scores, weight),
+        }[how]()
+        return attend(m, mixed, x)
+
+    with pytest.raises(UnsupportedModelError, match="softmax over keys"):
+        gradient(Attention(compute).double().eval(), "GIM")
