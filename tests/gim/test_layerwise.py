@@ -25,6 +25,7 @@ from gim.targets import Per
 from tests import model_code
 from tests.eager import PRESETS
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make, text_model, tokenizer
+from tests.first import first
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, SOME
 from tests.live import peak_bytes
@@ -54,11 +55,8 @@ def inside(model: Any, tokens: torch.Tensor, per: Per | None, plan: MemoryPlan =
 LAYOUTS = ("llama", "gemma2", "gpt2", "gpt-neox", "modernbert")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(one, marks=[] if one in LAYOUTS else pytest.mark.slow) for one in (*FAMILIES, *ENCODERS)],
-)
-@pytest.mark.parametrize("rules", ["GIM", "GRADIENT"])
+@pytest.mark.parametrize("family", first((*FAMILIES, *ENCODERS), LAYOUTS))
+@pytest.mark.parametrize("rules", first(("GIM", "GRADIENT"), ("GIM",)))
 def test_against_the_models_own_code(family: str, rules: str) -> None:
     model, tokens, parts = make(family), ids(2, LENGTH), {**FAMILIES, **ENCODERS}[family]
     layers = model.get_submodule(parts.layers)
@@ -233,7 +231,7 @@ def test_nothing_is_left_behind() -> None:
 def test_memory_is_that_of_an_attribution(plan: str) -> None:
     """And, where no checkpoint keeps them anyway, each layer's input; the estimate knows."""
     torch.manual_seed(0)
-    settings = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 9}
+    settings = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 9}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=512, num_key_value_heads=3, **settings)).eval()
     tokens, chosen = ids(1, 256), MemoryPlan.parse(plan)
     streams = 4 * 256 * 288 * model.config.num_hidden_layers if plan == "none" else 0

@@ -409,7 +409,7 @@ def test_terminal_cuts_no_number(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", [attribution("", [], offsets=[]), attribution("a", [0.0]), attribution("x" * 4000, [0.0] * 800)]
+    "result", [attribution("", [], offsets=[]), attribution("a", [0.0]), attribution("x" * 500, [0.0] * 100)]
 )
 def test_degenerate_attributions_can_be_drawn(result: Attribution) -> None:
     assert "Every score is 0." in printed(result)

@@ -27,14 +27,14 @@ KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("first", range(0, 300, 30))
+@pytest.mark.parametrize("first", range(0, 150, 30))
 def test_random_draws(first: int) -> None:
     for seed in range(first, first + 30):
         check(draw(seed, CPU), "blockwise")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(300, 20_000, 985))
+@pytest.mark.parametrize("first", range(150, 20_000, 985))
 def test_many_random_draws(first: int) -> None:
     for seed in range(first, first + 985):
         check(draw(seed, CPU), "blockwise")
@@ -50,16 +50,15 @@ def _interpreted(first: int, end: int) -> None:
 
 # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which the interpreter is, says so.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("first", range(0, 12, 4))
-def test_random_draws_of_the_kernels(first: int) -> None:
-    _interpreted(first, first + 4)
+def test_random_draws_of_the_kernels() -> None:
+    _interpreted(0, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("first", range(12, 500, 61))
+@pytest.mark.parametrize("first", range(4, 500, 62))
 def test_many_random_draws_of_the_kernels(first: int) -> None:
-    _interpreted(first, first + 61)
+    _interpreted(first, first + 62)
 
 
 @pytest.mark.parametrize("option", ["scale", "softcap", "temperature"])
