@@ -53,7 +53,7 @@ def padding(side: str | None, tokens: torch.Tensor) -> torch.Tensor | None:
     return mask
 
 
-@pytest.mark.parametrize("family", WRITTEN_OUT)
+@pytest.mark.parametrize("family", first(WRITTEN_OUT, ("qwen2-window", "qwen3")))
 def test_the_two_independent_implementations_agree(family: str) -> None:
     """So that what a family is held against is not wrong itself, and GIM not right by the same error."""
     model, tokens = make(family), ids()
@@ -83,7 +83,12 @@ def test_every_preset_equals_the_rules_on_the_models_own_code(family: str, prese
 
 @pytest.mark.parametrize(
     ("family", "side"),
-    first(itertools.product(ALL, ("left", "right")), lambda family, side: side == "left" or family in KINDS),
+    first(
+        itertools.product(ALL, ("left", "right")),
+        lambda family, side: (
+            family in KINDS or (side == "left" and family in (*ENCODERS, "gemma3", "gpt-oss", "falcon"))
+        ),
+    ),
 )
 def test_padded_batches_and_rules_of_ones_own_equal_it_too(family: str, side: str) -> None:
     model, tokens = make(family), ids()
@@ -387,6 +392,10 @@ class Functional(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def _bounded(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.SiLU | nn.Hardtanh)
+
+
 def put(model: Any, mlp: nn.Module) -> Any:
     torch.manual_seed(1)
     for layer in model.model.layers:
@@ -395,7 +404,9 @@ def put(model: Any, mlp: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("rules", ["GIM", "ATTNLRP"])
-@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Hardtanh(), nn.Sigmoid(), nn.Softplus()], ids=str)
+@pytest.mark.parametrize(
+    "activation", first((nn.SiLU(), nn.Hardtanh(), nn.Sigmoid(), nn.Softplus()), _bounded), ids=str
+)
 def test_any_layout_and_any_activation(activation: nn.Module, rules: str) -> None:
     model = put(make("llama"), Mixed(48, activation)).double()
 
@@ -455,8 +466,13 @@ def test_the_interface_of_the_tests_is_not_the_packages() -> None:
     assert AttentionInterface()["tests"] is not gim_attention
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral"])
-@pytest.mark.parametrize("filled", [1, 9, 14])
+@pytest.mark.parametrize(
+    ("family", "filled"),
+    first(
+        itertools.product(("llama", "gemma2", "gemma3", "mistral"), (1, 9, 14)),
+        lambda family, filled: family == "gemma3" or filled == 9,
+    ),
+)
 def test_one_query_sees_nothing_of_the_empty_slots_of_a_static_cache(family: str, filled: int) -> None:
     import transformers
 

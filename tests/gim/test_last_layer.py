@@ -106,9 +106,7 @@ READ: dict[str, tuple[str, Callable[[nn.Module, Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "where", first(READ, ("attention", "norm", "body", "for all modules", "set on the final norm"))
-)
+@pytest.mark.parametrize("where", first(READ, ("norm", "body", "for all modules", "set on the final norm")))
 def test_what_a_user_reads_of_the_last_layer_is_there(where: str) -> None:
     """Read without a gradient, zeros in its place would tell nobody."""
     model, tokens = make("llama"), ids(2, LENGTH)

@@ -138,7 +138,7 @@ def test_torchao_weights_give_what_the_dequantised_model_gives(preset: str, bits
 
 @pytest.mark.parametrize(
     ("bits", "dtype"),
-    first(itertools.product((8, 4), (torch.float32, torch.bfloat16)), {(8, torch.bfloat16), (4, torch.float32)}),
+    first(itertools.product((8, 4), (torch.float32, torch.bfloat16)), {(4, torch.bfloat16)}),
     ids=str,
 )
 def test_every_rule_acts_on_quantised_models(bits: int, dtype: torch.dtype) -> None:
@@ -208,7 +208,7 @@ def with_int8(
 
 
 @by_plans
-@pytest.mark.parametrize("held", ["buffers", "parameters"])
+@pytest.mark.parametrize("held", first(("buffers", "parameters"), ("buffers",)))
 def test_int8_weights_are_right_under_every_plan(held: str, plans: tuple[str, ...]) -> None:
     """Weights that are no floating parameters, or no parameters at all: the rules and the plans act all the same."""
     model, plain = with_int8(make("llama", torch.float32), held)

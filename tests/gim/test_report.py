@@ -446,7 +446,10 @@ def test_picture_has_the_colours_of_its_tokens(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("text", [HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 60])
-def test_picture_of_a_hostile_text(text: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_picture_of_a_hostile_text(
+    text: str, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "_PICTURE_CHARACTERS", 400)  # the second is cut here too, and drawn sooner
     assert picture.png(attribution(text, bos=5.0, label=HOSTILE))[:8] == b"\x89PNG\r\n\x1a\n"
     assert not recwarn.list
 

@@ -61,7 +61,9 @@ def test_many_random_draws_of_the_kernels(first: int) -> None:
     _interpreted(first, first + 62)
 
 
-@pytest.mark.parametrize("option", ["scale", "softcap", "temperature"])
+@pytest.mark.parametrize(
+    "option", ["temperature", *(pytest.param(one, marks=pytest.mark.slow) for one in ("scale", "softcap"))]
+)
 def test_a_number_wrong_by_a_thousandth_is_no_rounding(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gim_kernels.attention
 
@@ -94,6 +96,7 @@ def test_nothing_outside_a_tensor_is_read() -> None:
     assert done.stdout == "read nothing outside\n"
 
 
+@pytest.mark.slow
 def test_a_read_outside_a_tensor_would_end_the_process() -> None:
     assert _guarded("beyond").returncode < 0
 
@@ -114,7 +117,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["query", "key", "value", "grad_out"])
 def test_every_layout_of_every_tensor(name: str, dtype: torch.dtype, which: str) -> None:
     generator = torch.Generator().manual_seed(0)

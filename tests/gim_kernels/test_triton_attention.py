@@ -51,9 +51,9 @@ def run(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Te
 
 
 def head_sizes() -> Iterator[Any]:
-    """Every size in every dtype; at once most in float32, and two in bfloat16, which models run in."""
+    """Every size in every dtype; at once some in float32, and two in bfloat16, which models run in."""
     for size in (16, 20, 33, 64, 80, 96, 128, 192, 256):
-        yield pytest.param(size, torch.float32, id=f"{size}-fp32", marks=LATER if size in (20, 96, 192) else [])
+        yield pytest.param(size, torch.float32, id=f"{size}-fp32", marks=[] if size in (16, 33, 128, 256) else LATER)
         yield pytest.param(size, torch.float16, id=f"{size}-fp16", marks=pytest.mark.slow)
         yield pytest.param(size, torch.bfloat16, id=f"{size}-bf16", marks=AT_ONCE if size in (80, 128) else LATER)
 
@@ -220,7 +220,7 @@ def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, programs, **arguments)
 
     monkeypatch.setattr(tiles.Variant, "launch", spy)
-    run(inputs(1, 8, 1, 70, 20, 16), softmax_backward="temperature")
+    run(inputs(1, 8, 1, 20, 20, 16), softmax_backward="temperature")
     fold = "fold_parts_kernel"
     assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", fold, fold]
     last, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
