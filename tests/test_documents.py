@@ -38,6 +38,7 @@ def two_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(defaults, "plans", PLANS[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_plans")
 def test_the_readmes_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -396,7 +396,7 @@ def _hooked_transformer() -> None:
     [
         ("llama-4x256", {}),
         ("llama-4x256", {"kv_heads": 4}),
-        ("Qwen2.5-1.5B", {}),
+        pytest.param("Qwen2.5-1.5B", {}, marks=pytest.mark.slow),
         ("Qwen2.5-1.5B", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}),
     ],
 )

@@ -30,7 +30,7 @@ from gim.report.facts import answer_facts
 from gim.report.scale import Scale
 from gim.report.text import one_line
 from gim.targets import MEASURES, Continuation, Contrast
-from tests.families import FAMILIES, KINDS, ids, make, text_model, tokenizer
+from tests.families import FAMILIES, ids, make, text_model, tokenizer
 from tests.first import first
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, SOME, every_plan
@@ -65,7 +65,7 @@ def alone(model: Any, tokens: torch.Tensor, rules: str = "GIM") -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("family", first(FAMILIES, KINDS))
+@pytest.mark.parametrize("family", first(FAMILIES, ("gemma2", "gpt2")))
 def test_rows_are_those_of_calls_of_their_own(family: str) -> None:
     model, tokens = make(family), ids(1, FIRST + COUNT)
     with warnings.catch_warnings():
@@ -94,7 +94,7 @@ def test_every_plan_gives_the_same_rows(at_once: int, plans: Sequence[MemoryPlan
 
 
 @pytest.mark.parametrize(
-    "plans", [pytest.param(SOME, id="some"), pytest.param(every_plan(), id="every plan", marks=pytest.mark.slow)]
+    "plans", [pytest.param(SOME[1::2], id="some"), pytest.param(every_plan(), id="every plan", marks=pytest.mark.slow)]
 )
 def test_an_interrupt_leaves_the_first_rows_and_their_sum(plans: Sequence[MemoryPlan]) -> None:
     """Wherever in the backwards it comes: what is left is the result for the rows that were finished."""

@@ -156,7 +156,10 @@ def by_hand(wrapped: Any, method: str, row: torch.Tensor) -> torch.Tensor:
 
 def grid(methods: tuple[str, ...], fast: tuple[tuple[str, str], ...]) -> list[Any]:
     """Every method on every family under every plan, which is for the whole suite; a few of each for every run."""
-    few = [pytest.param(family, method, FEW, id=f"{family}-{method}-few") for family, method in fast]
+    few = [
+        pytest.param(family, method, FEW, id=f"{family}-{method}-few", marks=pytest.mark.slow if at == 2 else [])
+        for at, (family, method) in enumerate(fast)
+    ]
     every = [
         pytest.param(family, method, PLANS, id=f"{family}-{method}", marks=pytest.mark.slow)
         for family in DECODERS
