@@ -549,7 +549,7 @@ def masked(kind: str, **settings: Any) -> Any:
     return getattr(hf, f"{kind}ForMaskedLM")(config).double().eval()
 
 
-@pytest.mark.parametrize("name", first(POSITIONS, ("roberta", "esm", "esm-rotary", "camembert-classifier")))
+@pytest.mark.parametrize("name", first(POSITIONS, ("esm", "esm-rotary", "camembert-classifier")))
 def test_positions_count_as_in_the_row_alone(name: str) -> None:
     model = POSITIONS[name]()
     want = [alone(model, row) for row in prompts()]
@@ -578,7 +578,7 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", first(CLASSIFIERS, ("bert", "llama", "gpt2", "distilbert")))
+@pytest.mark.parametrize("name", first(CLASSIFIERS, ("llama", "gpt2", "distilbert")))
 def test_a_classifier_reads_no_padding(name: str) -> None:
     model = CLASSIFIERS[name]()
     want = [alone(model, row) for row in prompts()]

@@ -281,7 +281,10 @@ SHAPES = [
 EVERY_RULE = [(1, 3, 1, 111, 111, 40)]
 TWO_BYTES = [(1, 2, 1, 128, 128, 64), (2, 4, 1, 63, 63, 24)]
 #: What the interpreter gets later all the same: others have as many heads, tiles or cuts.
-AGAIN = [(1, 1, 1, 300, 300, 8), (1, 2, 2, 1, 1, 16), (1, 2, 1, 64, 150, 16)]
+AGAIN = [
+    *((torch.float32, shape) for shape in ((1, 1, 1, 300, 300, 8), (1, 2, 2, 1, 1, 16), (1, 2, 1, 64, 150, 16))),
+    *((dtype, (2, 4, 1, 63, 63, 24)) for dtype in (torch.float16, torch.bfloat16)),
+]
 
 
 def cases() -> Iterator[Any]:
@@ -290,7 +293,7 @@ def cases() -> Iterator[Any]:
             square = (rule, temperature) == ("temperature", 2.0)
             at_once = shape in EVERY_RULE or square if dtype == torch.float32 else square and shape in TWO_BYTES
             marks: Any = {"triton": LATER, "composed": [] if at_once and square else pytest.mark.slow}.get(engine, [])
-            if engine == "triton" and at_once and (rule, temperature) in SOON and shape not in AGAIN:
+            if engine == "triton" and at_once and square and (dtype, shape) not in AGAIN:
                 marks = AT_ONCE if dtype == torch.bfloat16 else []
             if shape == LARGE:
                 marks = GPU
