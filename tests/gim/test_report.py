@@ -445,7 +445,7 @@ def test_picture_has_the_colours_of_its_tokens(tmp_path: Any) -> None:
     assert rgb(LIGHT.ramp(False)[LEVELS - 1]) not in colours
 
 
-@pytest.mark.parametrize("text", [HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 60])
+@pytest.mark.parametrize("text", [HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 4])
 def test_picture_of_a_hostile_text(
     text: str, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

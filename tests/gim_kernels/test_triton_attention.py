@@ -220,7 +220,7 @@ def test_few_programs_share_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, programs, **arguments)
 
     monkeypatch.setattr(tiles.Variant, "launch", spy)
-    run(inputs(1, 8, 1, 20, 20, 16), softmax_backward="temperature")
+    run(inputs(1, 8, 1, 70, 20, 16), softmax_backward="temperature")
     fold = "fold_parts_kernel"
     assert [launch["kernel"] for launch in launched][-3:] == ["grad_key_value_kernel", fold, fold]
     last, architecture = launched[-3], tiles.architecture_of(torch.empty(0, device=DEVICE))
