@@ -140,6 +140,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+#: A decoder of each kind: rotary, with soft caps and norms behind, with experts, with learned positions. On the others
+#: it is the same proof again.
+KINDS = ("llama", "gemma2", "mixtral", "gpt2")
+
 #: Encoders that see both ways, and the sizes of what they explain.
 ENCODERS: dict[str, Family] = {
     "bert": Family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,11 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module_name(path): imports(path) for path in FILES}
+@functools.cache
+def every_import() -> dict[str, set[str]]:
+    """What each file imports, read when a test asks: every process loads this file."""
+    return {module_name(path): imports(path) for path in FILES}
+
 
 #: What attributes and explains, and how memory is spent: nothing that finds parts or applies rules knows of it.
 ABOVE = (
@@ -122,7 +127,7 @@ def wrong_arrows(imported: dict[str, set[str]]) -> set[str]:
 
 
 def test_no_arrow_points_where_it_may_not() -> None:
-    assert not wrong_arrows(IMPORTS)
+    assert not wrong_arrows(every_import())
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_no_arrow_points_where_it_may_not() -> None:
 def test_a_planted_arrow_is_seen(tmp_path: Path, who: str, code: str) -> None:
     path = tmp_path / "planted.py"
     path.write_text(code)
-    assert wrong_arrows({**IMPORTS, who: IMPORTS[who] | imports(path)})
+    assert wrong_arrows({**every_import(), who: every_import()[who] | imports(path)})
 
 
 #: What walks a model or asks it for its embedding; and what tells a front end by a model's class.

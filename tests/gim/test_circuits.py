@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from gim_kernels.budget import relative_error
 from tests import eager
 from tests.circuit_code import NAMES, Reference
 from tests.families import DROPOUT_OFF, VOCABULARY, ids, make
+from tests.first import first
 from tests.oracle import (
     CIRCUIT_LOGITS,
     CIRCUIT_RELATIVE,
@@ -29,9 +31,6 @@ from tests.oracle import (
     assert_close64,
 )
 
-#: Every family under the paper's rules, and every preset on one of them.
-FAST = [*((family, "GIM") for family in NAMES), *(("llama", rules) for rules in eager.PRESETS if rules != "GIM")]
-SLOW = [(family, rules) for family in NAMES for rules in eager.PRESETS if (family, rules) not in FAST]
 #: Their norms compute in the model's own dtype.
 IN_FLOAT64 = ("gpt2",)
 
@@ -79,14 +78,16 @@ def check_scores(family: str, rules: str, steps: int | None = None) -> None:
     assert_close64(nodes, found.sum(1), f"{family} {rules} nodes", relative=FLOAT64_MODEL_RELATIVE)
 
 
-@pytest.mark.parametrize(("family", "rules"), FAST)
+@pytest.mark.parametrize(
+    ("family", "rules"),
+    first(
+        itertools.product(NAMES, eager.PRESETS),
+        lambda family, rules: (
+            rules == "GIM" or (family == "llama" and rules in ("GRADIENT", "GIM_CONSTANT", "ATTNLRP"))
+        ),
+    ),
+)
 def test_scores_are_those_of_a_tensor_for_every_reader(family: str, rules: str) -> None:
-    check_scores(family, rules)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "rules"), SLOW)
-def test_scores_under_every_preset(family: str, rules: str) -> None:
     check_scores(family, rules)
 
 
@@ -95,7 +96,7 @@ def test_eap_ig_averages_gradients_from_the_corrupted_input_on(family: str) -> N
     check_scores(family, "GRADIENT", steps=3)
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", first(NAMES, ("llama", "gemma2", "gpt2", "gpt-neox")))
 def test_a_patched_run_is_that_of_the_models_own_code(family: str) -> None:
     pairs, model = batch(), make(family)
     reference = Reference(family, model, eager.PRESETS["GRADIENT"], pairs.clean, pairs.corrupted, loss_of(pairs))
@@ -111,7 +112,7 @@ def test_a_patched_run_is_that_of_the_models_own_code(family: str) -> None:
         assert_close64(found, want, f"{family} {seed}", relative=relative(family))
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", first(NAMES, ("gemma2", "gpt-neox")))
 def test_all_edges_are_the_model_and_none_the_corrupted_run(family: str) -> None:
     """In float32. Every edge is cut by nothing, so that every reader's own mix is made all the same."""
     pairs, model = batch(), make(family, dtype=torch.float32)
@@ -163,7 +164,11 @@ PLANS = ("mlp", "layer", "layer+attention+tile=4", "layer+offload")
 
 
 @pytest.mark.parametrize(
-    ("family", "memory"), [*(("llama", plan) for plan in PLANS), *((family, "layer") for family in NAMES)]
+    ("family", "memory"),
+    first(
+        [*(("llama", plan) for plan in PLANS), *((family, "layer") for family in NAMES if family != "llama")],
+        lambda family, plan: family == "llama" or family == "gpt2",
+    ),
 )
 def test_every_memory_plan_gives_the_same_scores(family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, model = batch(), make(family)

@@ -557,6 +557,7 @@ def test_another_metric_of_one_name_is_another(demo: tuple[Any, Any], tmp_path: 
         attribute(demo[0], PAIRS, tokenizer=demo[1], metric=lambda logits, answers: logits.detach()[:, 0])
 
 
+@pytest.mark.slow
 def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Circuit, tmp_path: Path) -> None:
     sizes, file = (0.1, 1.0), tmp_path / "score.jsonl"
     named: dict[str, Any] = {"sizes": sizes, "batch_tokens": 1, "resume": file}
@@ -583,6 +584,7 @@ def test_a_measurement_goes_on_from_its_file(demo: tuple[Any, Any], circuit: Cir
     assert caught.value.curve is not None and caught.value.curve.cpr.n == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_stays_one_where_the_finished_pairs_make_no_curve() -> None:
     model = text_model()
     same, other = Pair([1, 2], [1, 2], 4, 5), Pair([1, 2, 3], [1, 7, 3], 4, 5)

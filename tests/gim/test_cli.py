@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from gim.circuits.graph import Graph
 from gim.cli import attributions
 from gim.cli.errors import UserError
 from gim.cli.output import deliver
+from tests.first import first
 
 PROMPT = "The password of Irene is lantern. The password of Otto is camel. The password of Irene is"
 
@@ -537,21 +539,26 @@ CONSOLES: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("console", CONSOLES)
+COMMANDS = (
+    "explain -m {model} -p naïve→ --json",
+    "demo --json",
+    "show {saved} --html",
+    "show {saved} {saved} --html",
+    "evaluate -m {demo} facts-in-context --methods random --limit 1 --grid coarse --save",
+    "circuit find agreement -m {demo} --pairs 1 --level node --save",
+    "circuit show {circuit} --html",
+    "circuit export {circuit}",
+    "check {model} -p naïve→",
+    "tasks",
+)
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        "explain -m {model} -p naïve→ --json",
-        "demo --json",
-        "show {saved} --html",
-        "show {saved} {saved} --html",
-        "evaluate -m {demo} facts-in-context --methods random --limit 1 --grid coarse --save",
-        "circuit find agreement -m {demo} --pairs 1 --level node --save",
-        "circuit show {circuit} --html",
-        "circuit export {circuit}",
-        "check {model} -p naïve→",
-        "tasks",
-    ],
+    ("command", "console"),
+    first(
+        itertools.product(COMMANDS, CONSOLES),
+        lambda command, console: console == "full" or command.startswith(("explain", "tasks")),
+    ),
 )
 def test_files_are_written_whatever_the_console_takes(
     command: str, console: str, folder: Path, loaded: Any, tmp_path: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gim
 from gim.rules import get as get_rules
+from tests.first import first
 from tests.oracle import assert_close64
 
 WIDTH, HEADS, VOCABULARY = 32, 4, 40
@@ -92,9 +94,14 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **shape)).double().eval()
 
 
-@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plan", ["none", "layer", "mlp+tile=4"])
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.parametrize("warm", first((False, True), (False,)))
+@pytest.mark.parametrize(
+    ("what", "plan"),
+    first(
+        itertools.product(COMPILED, ("none", "layer", "mlp+tile=4")),
+        lambda what, plan: plan == "none" or what == "its layers",
+    ),
+)
 def test_a_compiled_model_is_explained_as_it_was_written(what: str, plan: str, warm: bool) -> None:
     model = llama()
     want = gim.explain(model, IDS, baseline_token_id=0, memory="none")

@@ -153,6 +153,7 @@ def test_the_leanest_plan_holds_checkpoints_and_two_working_sets() -> None:
     assert min(found) < found[0] / 3
 
 
+@pytest.mark.slow
 def test_every_further_layer_costs_what_the_plan_keeps() -> None:
     def activations(layers: int, plan: MemoryPlan) -> int:
         shape = {**SIZES["small"], "num_hidden_layers": layers, "vocab_size": 500, "num_key_value_heads": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from gim.applied import UnsupportedModelError
 from tests.eager import scale
 from tests.families import ids
 from tests.families import make as family
+from tests.first import first
 from tests.oracle import assert_close64
 
 WIDTH, INNER = 48, 20
@@ -185,10 +187,12 @@ def become(seed: int, hugging_face: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    "hugging_face", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "hugging face"]
+    ("hugging_face", "seeds"),
+    first(itertools.product((False, True), (range(60), range(60, 200))), {(False, range(60))}),
+    ids=str,
 )
-def test_gates_of_a_grammar_are_applied_or_refused(hugging_face: bool) -> None:
-    became = [become(seed, hugging_face) for seed in range(200)]
+def test_gates_of_a_grammar_are_applied_or_refused(hugging_face: bool, seeds: range) -> None:
+    became = [become(seed, hugging_face) for seed in seeds]
     wrong = [one for one in became if one not in ("applied", "refused")]
     assert not wrong
     assert became.count("applied") >= 0.8 * len(became)

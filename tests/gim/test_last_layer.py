@@ -16,6 +16,7 @@ from gim.applied import UnsupportedModelError
 from gim.plan import MemoryPlan
 from gim_kernels.budget import relative_error
 from tests.families import ids, make
+from tests.first import first
 from tests.gim.test_memory import BASELINE, EVERYTHING, LENGTH, close, explain, request
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
 
@@ -157,7 +158,7 @@ READ: dict[str, tuple[str, Callable[[nn.Module, Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("where", READ)
+@pytest.mark.parametrize("where", first(READ, ("norm", "body", "for all modules", "set on the final norm")))
 def test_what_a_user_reads_of_the_last_layer_is_there(where: str) -> None:
     """Read without a gradient, zeros in its place would tell nobody."""
     model, tokens = make("llama"), ids(2, LENGTH)

@@ -25,6 +25,7 @@ from gim.targets import Per
 from tests import model_code
 from tests.eager import PRESETS
 from tests.families import ENCODERS, FAMILIES, SHARED, ids, make, text_model, tokenizer
+from tests.first import first
 from tests.gim.test_cli import run
 from tests.gim.test_memory import EVERYTHING, SOME
 from tests.live import peak_bytes
@@ -54,11 +55,8 @@ def inside(model: Any, tokens: torch.Tensor, per: Per | None, plan: MemoryPlan =
 LAYOUTS = ("llama", "gemma2", "gpt2", "gpt-neox", "modernbert")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(one, marks=[] if one in LAYOUTS else pytest.mark.slow) for one in (*FAMILIES, *ENCODERS)],
-)
-@pytest.mark.parametrize("rules", ["GIM", "GRADIENT"])
+@pytest.mark.parametrize("family", first((*FAMILIES, *ENCODERS), LAYOUTS))
+@pytest.mark.parametrize("rules", first(("GIM", "GRADIENT"), ("GIM",)))
 def test_against_the_models_own_code(family: str, rules: str) -> None:
     model, tokens, parts = make(family), ids(2, LENGTH), {**FAMILIES, **ENCODERS}[family]
     layers = model.get_submodule(parts.layers)
@@ -229,7 +227,8 @@ def test_nothing_is_left_behind() -> None:
     assert [one.keys() for one in before] == [one.keys() for one in after]
 
 
-@pytest.mark.parametrize("plan", ["none", pytest.param("layer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["none", "layer"])
 def test_memory_is_that_of_an_attribution(plan: str) -> None:
     """And, where no checkpoint keeps them anyway, each layer's input; the estimate knows."""
     torch.manual_seed(0)

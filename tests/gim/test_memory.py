@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import warnings
@@ -19,13 +20,15 @@ import gim
 from gim import memory, offload, scoring
 from gim.applied import UnsupportedModelError
 from gim.checkpoint import spans
+from gim.estimate import Twin
 from gim.inputs import check_ids
 from gim.parts import anatomy
 from gim.plan import CHECKPOINTS, HEADS, MLP_TILE, OFFLOADS, PLANS, MemoryPlan
 from gim_kernels import blockwise
 from gim_kernels.budget import relative_error
 from tests.families import FAMILIES, ids, make
-from tests.gim.test_models import state
+from tests.first import first
+from tests.gim.test_models import enable_checkpoints, state
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64
 
 BASELINE = 3
@@ -74,22 +77,27 @@ def close(got: scoring.Result, want: scoring.Result, what: str) -> None:
 EVERYTHING = MemoryPlan("none", head="all")
 
 
-#: One of each lever and several together: what every family runs; the slow tests add all the others.
-SOME = (*PLANS, MemoryPlan("layer", True, "cpu", 5), MemoryPlan("mlp", mlp_tile=5), MemoryPlan("layer", head="all"))
+#: Each lever, alone where it can be and with others: what the fast suite runs. The whole one adds those that ``"auto"``
+#: chooses among, or all there are.
+SOME = tuple(
+    map(MemoryPlan.parse, ("none", "layer", "layer+head=all", "mlp", "mlp+tile=5", "layer+attention+offload+tile=5"))
+)
+by_plans = pytest.mark.parametrize(
+    "plans", [pytest.param(SOME, id="some"), pytest.param((*PLANS, *SOME), id="auto's too", marks=pytest.mark.slow)]
+)
 
 
 #: One of each layout; the others repeat the proof.
 LAYOUTS = ("llama", "qwen3", "gemma2", "phi3", "cohere2", "mixtral", "gpt2")
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=[] if family in LAYOUTS else pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", first(FAMILIES, LAYOUTS))
 def test_every_lever_gives_the_same_attribution(family: str) -> None:
     hold_plans(family, SOME)
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_combination_of_levers_gives_the_same_attribution(family: str) -> None:
     hold_plans(family, every_plan())
 
@@ -108,23 +116,27 @@ def hold_plans(family: str, plans: Sequence[MemoryPlan]) -> None:
     assert state(model) == before
 
 
-@pytest.mark.parametrize("rules", [name for name in gim.rules.PRESETS if name != "GIM"])
-def test_every_rule_set_is_kept_by_every_lever(rules: str) -> None:
+@by_plans
+@pytest.mark.parametrize(
+    "rules", first((name for name in gim.rules.PRESETS if name != "GIM"), ("GRADIENT", "GIM_CONSTANT", "ATTNLRP"))
+)
+def test_every_rule_set_is_kept_by_every_lever(rules: str, plans: Sequence[MemoryPlan]) -> None:
     model, tokens = make("qwen3"), ids(1, LENGTH)
     want = explain(model, tokens, EVERYTHING, rules=rules)
-    for plan in (*PLANS, MemoryPlan("layer", True, "cpu", 5), MemoryPlan("mlp", mlp_tile=5)):
+    for plan in plans:
         close(explain(model, tokens, plan, rules=rules), want, plan.name)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_several_positions(side: str) -> None:
+@by_plans
+@pytest.mark.parametrize("side", first(("left", "right"), ("left",)))
+def test_padding_and_several_positions(side: str, plans: Sequence[MemoryPlan]) -> None:
     model, tokens = make("mistral"), ids(3, LENGTH)
     mask = torch.ones_like(tokens)
     (mask[1].__setitem__(slice(0, 6), 0) if side == "left" else mask[1].__setitem__(slice(-6, None), 0))
     # Runs of neighbours and single positions, other ones in each row.
     positions = torch.tensor([[18, 17, 3], [9, 8, 12], [18, 0, 16]])
     want = explain(model, tokens, EVERYTHING, mask=mask, positions=positions)
-    for plan in (*PLANS, MemoryPlan("layer", True, "cpu", 5), MemoryPlan("mlp", False, "cpu", 5)):
+    for plan in plans:
         close(explain(model, tokens, plan, mask=mask, positions=positions), want, plan.name)
 
 
@@ -135,12 +147,15 @@ def test_plans_leave_the_forward_alone_bit_for_bit() -> None:
         assert torch.equal(explain(model, tokens, plan).values, want), plan.name
 
 
-def test_one_token_and_lists_of_one_layer() -> None:
+@pytest.mark.parametrize(
+    "plans", [pytest.param(SOME, id="some"), pytest.param(every_plan(), id="every plan", marks=pytest.mark.slow)]
+)
+def test_one_token_and_lists_of_one_layer(plans: Sequence[MemoryPlan]) -> None:
     model = make("llama")
     model.model.layers = nn.ModuleList([model.model.layers[0]])
     for tokens in (ids(1, 1), ids(1, 7)):
         want = explain(model, tokens, EVERYTHING)
-        for plan in every_plan():
+        for plan in plans:
             close(explain(model, tokens, plan), want, plan.name)
 
 
@@ -183,12 +198,21 @@ SHARED_WITH_THE_LAST = [
 ]
 
 
-@pytest.mark.parametrize("change", [_shared_layer, _shared_mlp, _computed_weights, *SHARED_WITH_THE_LAST])
-def test_models_built_otherwise_equal_their_full_forward(change: Callable[[Any], None]) -> None:
+@by_plans
+@pytest.mark.parametrize(
+    "change",
+    first(
+        [_shared_layer, _shared_mlp, _computed_weights, *SHARED_WITH_THE_LAST],
+        {_shared_layer, _computed_weights, *SHARED_WITH_THE_LAST[:3]},
+    ),
+)
+def test_models_built_otherwise_equal_their_full_forward(
+    change: Callable[[Any], None], plans: Sequence[MemoryPlan]
+) -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     change(model)
     want = explain(model, tokens, EVERYTHING)
-    for plan in SOME:
+    for plan in plans:
         close(explain(model, tokens, plan), want, plan.name)
 
 
@@ -229,7 +253,10 @@ BETWEEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", BETWEEN)
+@pytest.mark.parametrize(
+    "how",
+    first(BETWEEN, ("code writes into what it was computed from", "a hook on the norm", "a hook on its gradient")),
+)
 def test_what_happens_between_a_norm_and_its_mlp_is_kept(how: str) -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     plain = explain(model, tokens, EVERYTHING)
@@ -665,28 +692,33 @@ def test_a_layer_that_does_not_repeat_itself_is_named() -> None:
     assert state(model) == before
 
 
+@by_plans
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_that_the_user_enabled_are_respected_and_restored(
-    reentrant: bool, calls: list[tuple[int, bool]]
+    reentrant: bool, plans: Sequence[MemoryPlan], calls: list[tuple[int, bool]]
 ) -> None:
     model, tokens = make("llama"), ids(1, LENGTH)
     want = explain(model, tokens, EVERYTHING)
-    # Under the name that the installed version of transformers has for them.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    enable_checkpoints(model, {"use_reentrant": reentrant})
     model.train()
     before = state(model)
-    for plan in PLANS:
+    for plan in plans:
         calls.clear()
         close(explain(model, tokens, plan), want, plan.name)
         again = sum(is_again for _, is_again in calls)
         # A plan's own checkpoints take the place of the user's: never both.
         runs_again = plan.checkpoint == "layer" and not plan.keep_attention
-        assert again == (2 if runs_again else 0), plan.name
+        # The last layer runs for the explained positions alone, and not again; else it is one like the others.
+        assert again == (0 if not runs_again else 3 if plan.head == "all" else 2), plan.name
         assert state(model) == before
-    chosen = memory.choose(model, ids(1, LENGTH))
-    assert chosen.checkpoint == "layer"  # auto keeps no more than the user's checkpoints would
     assert model.is_gradient_checkpointing and model.training
+
+
+def test_auto_keeps_no_more_than_the_users_checkpoints_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PLANS", (MemoryPlan("none"), MemoryPlan("mlp"), MemoryPlan("layer")))
+    model = make("llama").train()
+    enable_checkpoints(model)
+    assert memory.choose(model, ids(1, LENGTH)).checkpoint == "layer"
 
 
 def _request(model: Any, length: int = LENGTH) -> scoring.Request:
@@ -780,9 +812,24 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> li
     return tried
 
 
+@functools.cache
+def _small() -> Any:
+    return make("llama", torch.float32)
+
+
+_estimate = functools.cache(Twin.estimate)
+
+
+@pytest.fixture
+def estimated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One model for all, of which each estimate is made once."""
+    monkeypatch.setattr(Twin, "estimate", _estimate)
+    return _small()
+
+
 @run_out
-def test_running_out_is_caught_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("llama", torch.float32)
+def test_running_out_is_caught_once(estimated: Any, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = estimated
     before, tried = state(model), failing(monkeypatch, error, 1)
     with pytest.warns(UserWarning, match="out of memory under plan none; trying plan mlp"):
         got = memory.run(*request(model), memory="auto", progress=None)
@@ -792,8 +839,10 @@ def test_running_out_is_caught_once(error: Exception, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @run_out
-def test_running_out_twice_says_what_would_fit(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("llama", torch.float32)
+def test_running_out_twice_says_what_would_fit(
+    estimated: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = estimated
     before, tried = state(model), failing(monkeypatch, error, 2)
     with warnings.catch_warnings(), pytest.raises(gim.OutOfMemoryError, match="out of memory twice") as caught:
         warnings.simplefilter("ignore")

@@ -14,7 +14,8 @@ import gim
 from gim.context import inspect
 from gim_kernels.budget import relative_error
 from tests import eager
-from tests.families import FAMILIES, ids, make
+from tests.families import FAMILIES, KINDS, ids, make
+from tests.first import first
 from tests.model_code import Wide
 from tests.oracle import (
     FLOAT64_MODEL_RELATIVE,
@@ -36,21 +37,16 @@ def embedding_gradient(model: Any, tokens: torch.Tensor, **context: Any) -> torc
     return embedded.grad
 
 
-def enable_checkpoints(model: Any) -> None:
+def enable_checkpoints(model: Any, *how: Any) -> None:
     """Hugging Face's own layer checkpoints, under the name that the installed version has for them."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    enable(*how)
 
 
-#: A family of each kind: rotary, with soft caps and norms behind, with experts, with learned positions. On the others
-#: it is the same proof again.
-KINDS = ("llama", "gemma2", "mixtral", "gpt2")
-by_kind = pytest.mark.parametrize(
-    "family", [pytest.param(one, marks=[] if one in KINDS else pytest.mark.slow) for one in FAMILIES]
-)
+by_kind = pytest.mark.parametrize("family", first(FAMILIES, KINDS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first(FAMILIES, ("gemma2", "mixtral")))
 def test_every_rule_alone_changes_the_gradient(family: str) -> None:
     model, tokens = make(family), ids(1)
     plain = gim.rules.GRADIENT
@@ -81,7 +77,7 @@ def test_every_rule_alone_changes_the_gradient(family: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@by_kind
 def test_the_forward_ignores_the_rules_and_is_the_models_own(family: str, dtype: torch.dtype) -> None:
     model, tokens = make(family, dtype), ids()
     mask = torch.ones_like(tokens)
@@ -102,7 +98,7 @@ def test_the_forward_ignores_the_rules_and_is_the_models_own(family: str, dtype:
 
 
 @pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
-@by_kind
+@pytest.mark.parametrize("family", first(FAMILIES, ("gemma2", "gpt2")))
 def test_each_row_of_a_batch_equals_its_own_run(family: str, side: str) -> None:
     model = make(family)
     rows = [ids(1, length, seed=length)[0] for length in (23, 9, 1, 16)]
@@ -144,7 +140,7 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-@by_kind
+@pytest.mark.parametrize("family", first(FAMILIES, ("llama", "gpt2")))
 def test_undo_is_exact(family: str) -> None:
     model, tokens = make(family, torch.float32), ids()
     before, logits = state(model), model(tokens).logits
@@ -408,7 +404,7 @@ def test_a_mask_of_every_query_is_the_pattern_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", first(("mistral", "qwen3", "gemma3"), ("mistral", "gemma3")))
 @pytest.mark.parametrize("left", [0, 4])
 def test_generation_with_a_static_cache(left: int, family: str, implementation: str) -> None:
     """Whose masks are made before the forward, for all slots of the cache, and left out where none is needed."""

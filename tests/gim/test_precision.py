@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, Literal
 
 import pytest
@@ -14,6 +15,7 @@ from gim import scoring
 from gim_kernels.budget import relative_error
 from tests import eager
 from tests.families import ids, make
+from tests.first import first
 from tests.oracle import FLOAT64_PLAN_RELATIVE, assert_close64, assert_within_budget
 
 BASELINE, TARGET = 3, 11
@@ -36,14 +38,13 @@ def assert_every_rule_acts(model: Any, tokens: torch.Tensor, rounding: float) ->
         assert relative_error(explain(model, tokens, preset), plain) > rounding, preset
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 @pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(name, marks=[] if name in ("GIM", "GIM_CONSTANT", "ATTNLRP") else pytest.mark.slow)
-        for name in eager.PRESETS
-    ],
+    ("preset", "family", "dtype"),
+    first(
+        itertools.product(eager.PRESETS, ("llama", "qwen3"), (torch.bfloat16, torch.float16)),
+        {("GIM", "qwen3", torch.bfloat16)},
+    ),
+    ids=str,
 )
 def test_half_precision_errs_at_most_twice_as_much_as_eager(preset: str, family: str, dtype: torch.dtype) -> None:
     model = make(family, dtype)
@@ -69,7 +70,7 @@ def test_gradients_outside_float16_lose_nothing(exponent: int) -> None:
     assert_within_budget(got, want, yardstick, f"gradients times 2^{exponent}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", first((torch.bfloat16, torch.float16), (torch.bfloat16,)), ids=str)
 def test_every_rule_acts_in_half_precision(dtype: torch.dtype) -> None:
     assert_every_rule_acts(make("llama", dtype), ids(4), 0.1)
 
@@ -117,8 +118,13 @@ def torchao_config(bits: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("preset", eager.PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "bits"),
+    first(
+        itertools.product(eager.PRESETS, (8, 4)),
+        lambda preset, bits: preset == "GIM" or (preset, bits) == ("ATTNLRP", 8),
+    ),
+)
 def test_torchao_weights_give_what_the_dequantised_model_gives(preset: str, bits: int) -> None:
     model, plain = quantised(make("llama", torch.float32), torchao_config(bits))
     tokens = ids(16)
@@ -130,8 +136,11 @@ def test_torchao_weights_give_what_the_dequantised_model_gives(preset: str, bits
     assert_within_budget(explain(model, tokens, preset), want, yardstick, f"{bits} bits, {preset}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    first(itertools.product((8, 4), (torch.float32, torch.bfloat16)), {(4, torch.bfloat16)}),
+    ids=str,
+)
 def test_every_rule_acts_on_quantised_models(bits: int, dtype: torch.dtype) -> None:
     """In bfloat16 the dequantised weights are rounded themselves, so no float model is the truth for the scores."""
     model, _ = quantised(make("llama", dtype), torchao_config(bits))
@@ -139,6 +148,11 @@ def test_every_rule_acts_on_quantised_models(bits: int, dtype: torch.dtype) -> N
 
 
 PLANS = ("auto", "none", "mlp", "mlp+tile=8", "layer", "layer+attention", "layer+attention+offload+tile=8")
+SOME = ("auto", "mlp+tile=8", "layer+attention+offload+tile=8")
+by_plans = pytest.mark.parametrize(
+    "plans", [pytest.param(SOME, id="some"), pytest.param(PLANS, id="all", marks=pytest.mark.slow)]
+)
+by_held = pytest.mark.parametrize("held", first(("buffers", "parameters"), ("parameters",)))
 
 
 class Int8(nn.Module):
@@ -193,8 +207,9 @@ def with_int8(
     return model, plain
 
 
-@pytest.mark.parametrize("held", ["buffers", "parameters"])
-def test_int8_weights_are_right_under_every_plan(held: str) -> None:
+@by_plans
+@pytest.mark.parametrize("held", first(("buffers", "parameters"), ("buffers",)))
+def test_int8_weights_are_right_under_every_plan(held: str, plans: tuple[str, ...]) -> None:
     """Weights that are no floating parameters, or no parameters at all: the rules and the plans act all the same."""
     model, plain = with_int8(make("llama", torch.float32), held)
     tokens = ids(16)
@@ -203,13 +218,14 @@ def test_int8_weights_are_right_under_every_plan(held: str) -> None:
     assert report.complete and report.counts() == {"attention": (3, 3), "norm": (7, 7), "gated_mlp": (3, 3)}
     want = truth(copy.deepcopy(plain).double(), tokens, "GIM", torch.float64)
     yardstick = truth(plain, tokens, "GIM", torch.float32)
-    for memory in PLANS:
+    for memory in plans:
         got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
         assert_within_budget(got, want, yardstick, f"{held}, {memory}")
 
 
-@pytest.mark.parametrize("held", [pytest.param("buffers", marks=pytest.mark.slow), "parameters"])
-def test_int8_layers_take_the_hidden_states_dtype_and_not_their_scales(held: str) -> None:
+@by_plans
+@by_held
+def test_int8_layers_take_the_hidden_states_dtype_and_not_their_scales(held: str, plans: tuple[str, ...]) -> None:
     model, plain = with_int8(make("llama", torch.bfloat16), held, takes=torch.bfloat16)
     tokens = ids(64)
     with gim.GIM(model) as report:
@@ -217,13 +233,14 @@ def test_int8_layers_take_the_hidden_states_dtype_and_not_their_scales(held: str
     assert report.complete and report.counts()["gated_mlp"] == (3, 3)
     want = truth(copy.deepcopy(plain).double(), tokens, "GIM", torch.float64)
     yardstick = truth(plain, tokens, "GIM", torch.bfloat16).float()
-    for memory in PLANS:
+    for memory in plans:
         got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
         assert_within_budget(got, want, yardstick, f"{held}, {memory}")
 
 
-@pytest.mark.parametrize("held", ["buffers", "parameters"])
-def test_an_mlp_whose_outliers_reach_other_tokens_runs_whole(held: str) -> None:
+@by_plans
+@by_held
+def test_an_mlp_whose_outliers_reach_other_tokens_runs_whole(held: str, plans: tuple[str, ...]) -> None:
     """Parts of its tokens would round otherwise than all of them, so every plan runs it on all."""
     float_model = make("llama", torch.float64)
     for layer in float_model.model.layers:
@@ -236,7 +253,7 @@ def test_an_mlp_whose_outliers_reach_other_tokens_runs_whole(held: str) -> None:
     (grad,) = torch.autograd.grad(logits[:, -1, TARGET].sum(), embedded)
     baseline = model.get_input_embeddings()(torch.tensor([[BASELINE]])).detach()
     want = ((embedded.detach() - baseline) * grad).sum(-1)
-    for memory in PLANS:
+    for memory in plans:
         got = gim.explain(model, tokens, target_token_id=TARGET, baseline_token_id=BASELINE, memory=memory)
         assert_close64(got, want, memory, FLOAT64_PLAN_RELATIVE)
 

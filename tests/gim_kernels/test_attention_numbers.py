@@ -27,14 +27,14 @@ KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("first", range(0, 300, 30))
+@pytest.mark.parametrize("first", range(0, 150, 30))
 def test_random_draws(first: int) -> None:
     for seed in range(first, first + 30):
         check(draw(seed, CPU), "blockwise")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(300, 20_000, 985))
+@pytest.mark.parametrize("first", range(150, 20_000, 985))
 def test_many_random_draws(first: int) -> None:
     for seed in range(first, first + 985):
         check(draw(seed, CPU), "blockwise")
@@ -50,19 +50,20 @@ def _interpreted(first: int, end: int) -> None:
 
 # exp2 may overflow where a softcap saturates or a key is masked: NumPy, which the interpreter is, says so.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("first", range(0, 12, 4))
-def test_random_draws_of_the_kernels(first: int) -> None:
-    _interpreted(first, first + 4)
+def test_random_draws_of_the_kernels() -> None:
+    _interpreted(0, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("first", range(12, 500, 61))
+@pytest.mark.parametrize("first", range(4, 500, 62))
 def test_many_random_draws_of_the_kernels(first: int) -> None:
-    _interpreted(first, first + 61)
+    _interpreted(first, first + 62)
 
 
-@pytest.mark.parametrize("option", ["scale", "softcap", "temperature"])
+@pytest.mark.parametrize(
+    "option", ["temperature", *(pytest.param(one, marks=pytest.mark.slow) for one in ("scale", "softcap"))]
+)
 def test_a_number_wrong_by_a_thousandth_is_no_rounding(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gim_kernels.attention
 
@@ -95,6 +96,7 @@ def test_nothing_outside_a_tensor_is_read() -> None:
     assert done.stdout == "read nothing outside\n"
 
 
+@pytest.mark.slow
 def test_a_read_outside_a_tensor_would_end_the_process() -> None:
     assert _guarded("beyond").returncode < 0
 
@@ -115,7 +117,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["query", "key", "value", "grad_out"])
 def test_every_layout_of_every_tensor(name: str, dtype: torch.dtype, which: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -60,12 +60,14 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", CALLS)
 def test_a_call_like_an_earlier_one_does_little(subject: str, seen: dict[str, Any]) -> None:
     """What it costs without a clock: no load of the machine changes it."""
     assert 0 < seen["calls"][subject] <= CALLS[subject]
 
 
+@pytest.mark.slow
 def test_a_length_compiles_nothing_anew(seen: dict[str, Any]) -> None:
     """Eight lengths: a kernel each; a norm's step has four."""
     assert set(seen["compilations"]) == {"norm", "layer norm", "gated", "fused gated", "attention", "norm step"}
@@ -73,11 +75,13 @@ def test_a_length_compiles_nothing_anew(seen: dict[str, Any]) -> None:
         assert count <= (4 if name == "norm step" else 1), f"{name}: {count} kernels"
 
 
+@pytest.mark.slow
 def test_a_kernel_gets_what_triton_would_give_it(seen: dict[str, Any]) -> None:
     assert len(seen["arguments"]) == 5
     assert all(seen["arguments"].values()), seen["arguments"]
 
 
+@pytest.mark.slow
 def test_triton_compiles_what_the_variant_says(seen: dict[str, Any]) -> None:
     """None is None for triton too: a stride that a descriptor does not have, say."""
     assert not seen["otherwise"], seen["otherwise"]

@@ -51,9 +51,9 @@ def run(tensors: tuple[torch.Tensor, ...], **options: Any) -> dict[str, torch.Te
 
 
 def head_sizes() -> Iterator[Any]:
-    """Every size in every dtype; at once all of float32, and two of bfloat16, which models run in."""
+    """Every size in every dtype; at once some in float32, and two in bfloat16, which models run in."""
     for size in (16, 20, 33, 64, 80, 96, 128, 192, 256):
-        yield pytest.param(size, torch.float32, id=f"{size}-fp32")
+        yield pytest.param(size, torch.float32, id=f"{size}-fp32", marks=[] if size in (33, 256) else LATER)
         yield pytest.param(size, torch.float16, id=f"{size}-fp16", marks=pytest.mark.slow)
         yield pytest.param(size, torch.bfloat16, id=f"{size}-bf16", marks=AT_ONCE if size in (80, 128) else LATER)
 
@@ -72,7 +72,7 @@ def test_head_sizes(size: int, dtype: torch.dtype) -> None:
         (Tile(16, 64, 4, 2), 2.0),
         pytest.param(Tile(64, 16, 4, 2), 3.0, marks=pytest.mark.slow),
         pytest.param(Tile(32, 32, 4, 2), 1.0, marks=pytest.mark.slow),
-        (Tile(32, 32, 4, 2, split=True), 2.0),
+        pytest.param(Tile(32, 32, 4, 2, split=True), 2.0, marks=pytest.mark.slow),
         (Tile(128, 64, 4, 1, split=True), 0.4),
     ],
     ids=["16x64-square", "64x16-warm", "32x32-exact", "32x32-split-square", "128x64-split-sharp"],
