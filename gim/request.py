@@ -17,6 +17,7 @@ from gim.asked import Asked
 from gim.attribution import Attribution
 from gim.context import resolve_rules
 from gim.inputs import (
+    check_head,
     check_ids,
     check_length,
     check_positions,
@@ -125,6 +126,7 @@ def explain(
         True
     """
     engines.check_name(engine)
+    check_head(model)
     chosen = resolve_rules(
         rules,
         freeze_norm=freeze_norm,

@@ -525,6 +525,9 @@ def test_classes_of_tokens_are_no_tokens() -> None:
         arguments: Any = given
         with pytest.raises(ValueError, match="BertForTokenClassification says a?.*class of each token"):
             gim.attribute(tagger, tokenizer(), PROMPT, **arguments)
+    for target in (None, 1):
+        with pytest.raises(ValueError, match="BertForTokenClassification says a class of each token"):
+            gim.explain(tagger, torch.arange(5), target_token_id=target, baseline_token_id=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ looks
