@@ -141,8 +141,8 @@ class Asked:
         return tuple(str(labels.get(one, one)) for one in ids)
 
     def likeliest(self, result: Result, row: int = 0) -> tuple[NextToken, ...]:
-        """The likeliest tokens of one row of a result."""
-        ids: list[int] = result.likeliest[row].tolist()
+        """The likeliest tokens of one row of a result; of an answer's, its own token last where it is none of them."""
+        ids: list[int] = list(dict.fromkeys(result.likeliest[row].tolist()))
         return tuple(map(NextToken, ids, self.words(ids), result.probabilities[row].tolist()))
 
     def displayed(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class Numbers(NamedTuple):
         token_ids: ``[B, P]``, predictions filled in.
         values: ``[B]``, the explained numbers.
         likeliest: ``[B, 5]``, the ids of largest logits at each row's first position, largest first; with
-            :attr:`Terms.total` ``[P, 5]``, at every position.
+            :attr:`Terms.total` ``[P, 6]``, at every position, and last the one explained there.
         probabilities: theirs.
         inside: where :attr:`Request.per` asks, of the stream that each layer reads ``[B, layers, L]``, or of each head
             ``[B, layers, heads]``; else None.
@@ -390,8 +390,12 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
         )
     scored = request.scored
     with torch.no_grad():
-        told = chosen[0] if scored.total else chosen[:, 0]
-        probabilities, likeliest = told.softmax(-1).topk(min(LIKELIEST, chosen.shape[-1]))
+        shares = (chosen[0] if scored.total else chosen[:, 0]).softmax(-1)
+        probabilities, likeliest = shares.topk(min(LIKELIEST, chosen.shape[-1]))
+        if scored.total:
+            likeliest = torch.cat([likeliest, wanted.mT], -1)
+            probabilities = torch.cat([probabilities, shares.gather(-1, wanted.mT)], -1)
+        del shares
     signs = scored.signs.to(device)
     terms = _measured(chosen, wanted, scored.measure) * signs
     numbers = terms.sum(-1)
