@@ -56,7 +56,7 @@ class AnswerAttribution:
             prompt and then the answer's; 0 from the token's own on.
         total: ``[P + A]``, the same for the whole answer.
         targets: what each row explains, with its value.
-        next_tokens: the likeliest tokens where each row is read.
+        next_tokens: the likeliest tokens where each row is read, and last the row's own where it is none of them.
 
     Raises:
         ValueError: shapes that do not fit, scores that are not finite float32 numbers on the CPU.

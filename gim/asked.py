@@ -102,10 +102,13 @@ class Asked:
             *(chosen, memory, progress, allow_extrapolation, strict, engine, None if per == "token" else per),
         )
 
-    def run(self, wanted: Sequence[Wanted], measure: Measure, total: Measure | None = None) -> Result:
+    def run(
+        self, wanted: Sequence[Wanted], measure: Measure, total: Measure | None = None, *, packed: bool = False
+    ) -> Result:
         """Scores of rows that begin with a prompt each, for the terms of :class:`gim.scoring.Terms`.
 
-        A shorter row is padded behind its end, and a row of fewer terms has terms that count 0.
+        A shorter row is padded behind its end, or all are ``packed`` in one. A row of fewer terms has terms that count
+        0.
         """
         length, terms = max(len(one.ids) for one in wanted), max(len(one.targets) for one in wanted)
         ids = torch.zeros(len(wanted), length, dtype=torch.int64)
@@ -126,6 +129,7 @@ class Asked:
             strict=self.strict,
             engine=self.engine,
             per=self.per,
+            packed=packed,
         )
 
     def words(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -137,8 +141,8 @@ class Asked:
         return tuple(str(labels.get(one, one)) for one in ids)
 
     def likeliest(self, result: Result, row: int = 0) -> tuple[NextToken, ...]:
-        """The likeliest tokens of one row of a result."""
-        ids: list[int] = result.likeliest[row].tolist()
+        """The likeliest tokens of one row of a result; of an answer's, its own token last where it is none of them."""
+        ids: list[int] = list(dict.fromkeys(result.likeliest[row].tolist()))
         return tuple(map(NextToken, ids, self.words(ids), result.probabilities[row].tolist()))
 
     def displayed(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[str, ...]:

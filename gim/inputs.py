@@ -32,6 +32,16 @@ def infer_baseline(tokenizer: Any) -> int:
     raise ValueError("baseline could not be inferred: the tokenizer has no space, padding or unknown token. Give one.")
 
 
+def check_head(model: nn.Module) -> None:
+    """Raise a ValueError that names the model unless its logits are of a token or of a class of the whole text."""
+    head = anatomy.of(model).head
+    if head == "class of each token":
+        raise ValueError(
+            f"model must say a token or a class of the whole text, and {type(model).__name__} says a {head}, which "
+            "cannot be explained: open gim.GIM(model), and take the gradient of the logit you mean"
+        )
+
+
 def check_target(model: nn.Module, argument: str, target: int) -> None:
     """Raise a ValueError that names ``argument`` unless the model has a logit for the target."""
     parts = anatomy.of(model)

@@ -1,32 +1,40 @@
-"""Many prompts: those alike in length run together, each result as if its prompt had run alone."""
+"""Many prompts: several run together, in one row or padded, each result as if its prompt had run alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from gim import answering
+import torch
+
+from gim import answering, scoring
 from gim.answers import AnswerAttribution
 from gim.asked import Asked
 from gim.attribution import Attribution
 from gim.layerwise import LayerwiseAttribution
 from gim.memory import OutOfMemoryError
 from gim.parts import anatomy
+from gim.parts.calling import Packing
 from gim.scoring import Progress
 from gim.single import Single, TargetLike
 from gim.targets import Measure
 
-#: Tokens of a batch, padding and all, where its rows are several, and the share of them that is no padding. Measured on
-#: one core with a model of 135M parameters: prompts of 8 to 40 tokens take 0.6 of the time of single calls; longer ones
-#: keep a core busy by themselves, and padding costs what it does.
+#: Tokens of a batch, padding and all, where its rows are several, and the share of them that is no padding.
 BATCH_TOKENS = 2048
 LEAST_FULL = 0.8
+#: Tokens whose work a document of its own in one row costs, in calls of attention. Measured on one core with a model of
+#: 135M parameters, as shares of the time of single calls: 16 prompts of 8 to 38 tokens take 0.37 in one row and 0.49
+#: padded, 5 of 8 to 220 tokens 0.72 and 1.60, 5 of 8 to 900 tokens 0.91; of about 8 tokens each, padding takes 0.86 of
+#: the time of one row. From 500 tokens on a prompt keeps a core busy by itself.
+DOCUMENT_TOKENS = 2
 #: Logits of a batch: those of every row where any row is explained.
 BATCH_LOGITS = 2**26
 
-#: What one prompt may be the cause of.
+#: What one prompt may be the cause of, and what says nothing of the model.
 OF_A_PROMPT = (ValueError, TypeError, FloatingPointError, OutOfMemoryError)
+OF_A_RUN = (FloatingPointError, OutOfMemoryError, MemoryError)
 
 Result = Attribution | LayerwiseAttribution | AnswerAttribution
 
@@ -145,8 +153,8 @@ class _Run:
         self.results: list[Result | None] = [None] * count
         self._errors: dict[int, Exception] = {}
         self._progress = progress
-        #: Whether rows of several lengths have been taken together without harm.
-        self._pads = True
+        #: Whether rows of several lengths have been taken together without harm, in one row or padded.
+        self._packs = self._pads = True
         self._report()
 
     def _report(self) -> None:
@@ -170,57 +178,90 @@ class _Run:
             self._report()
 
     def together(self, singles: Mapping[int, Single]) -> None:
-        """Run prompts, those of about the same length in one batch."""
-        for batch in self._batches(singles):
-            ones = {place: singles[place] for place in batch}
-            if len(ones) > 1 and self._batch(ones):
+        """Run prompts, as many at once as belong together."""
+        self._together(singles, packs=True)
+
+    def _together(self, singles: Mapping[int, Single], *, packs: bool) -> bool:
+        """Run prompts, of those in a batch several lengths in one row where they may be; whether each has a result."""
+        every = True
+        for ones, packed in self._batches(singles, packs):
+            error = self._batch(ones, packed) if len(ones) > 1 else None
+            if len(ones) > 1 and error is None:
                 continue
-            alone = 0
-            for place, one in ones.items():
-                found = None
-                with self.kept(place):
-                    found = one.attribution(one.asked.run([one.wanted], one.target.measure))
-                if found is not None:
-                    self.done({place: found})
-                    alone += 1
-            if len(ones) > 1 and alone == len(ones):
-                self._pads = False  # as of a model that reads padding
+            if packed:
+                fine, packing = False, _packing(ones)
+                packing.refused = str(error)
+                try:
+                    fine = self._together(ones, packs=False)
+                finally:
+                    # Where others fail too it was a prompt, and memory may be there another time.
+                    packing.refused = packing.refused if fine and not isinstance(error, OF_A_RUN) else ""
+                self._packs = self._packs and not fine
+            else:
+                fine = self._alone(ones)
+                self._pads = self._pads and not (fine and len(ones) > 1)  # as of a model that reads padding
+            every = every and fine
+        return every
 
-    def _batch(self, ones: Mapping[int, Single]) -> bool:
-        """Run some together; whether that worked. What is wrong with one shows when each runs alone."""
-        first = next(iter(ones.values()))
+    def _alone(self, ones: Mapping[int, Single]) -> bool:
+        """Run each by itself; whether each has a result."""
+        wrong = len(self._errors)
+        for place, one in ones.items():
+            found = None
+            with self.kept(place):
+                found = one.attribution(one.asked.run([one.wanted], one.target.measure))
+            if found is not None:
+                self.done({place: found})
+        return len(self._errors) == wrong
+
+    def _batch(self, ones: Mapping[int, Single], packed: bool) -> Exception | None:
+        """Run some together; why that did not work. What is wrong with one shows when each runs alone."""
+        # The shortest comes last in a row, where it has most before it and costs least to be run alone.
+        places = sorted(ones, reverse=packed, key=list(ones).index)
+        several, packing = [ones[place] for place in places], _packing(ones)
         try:
-            result = first.asked.run([one.wanted for one in ones.values()], first.target.measure)
-        except OF_A_PROMPT:
+            result = several[0].asked.run([one.wanted for one in several], several[0].target.measure, packed=packed)
+            if packed and not packing.proved:
+                _prove(several[-1], result)
+                packing.proved = True
+        except Exception as error:
+            if not packed and not isinstance(error, OF_A_PROMPT):
+                raise
+            return error
+        how = "packed in one row" if packed else "as rows of one batch"
+        if packing.refused:
+            how += f"; not packed, for {packing.refused}"
+        result = dataclasses.replace(result, memory=f"{result.memory}; {len(several)} prompts {how}")
+        self.done({place: ones[place].attribution(result, row) for row, place in enumerate(places)})
+        return None
+
+    def _batches(self, singles: Mapping[int, Single], packs: bool) -> Iterator[tuple[dict[int, Single], bool]]:
+        """Prompts by their places, those of one measure from short to long, as many as fit; whether in one row."""
+        left = sorted(singles, key=lambda one: (singles[one].target.measure, len(singles[one].wanted.ids), one))
+        while left:
+            # What comes of one batch decides how the next is made.
+            packs = packs and self._packs and _may_be_packed(singles)
+            count = 1
+            while count < len(left) and self._fit([singles[place] for place in left[: count + 1]], packs):
+                count += 1
+            ones = {place: singles[place] for place in left[:count]}
+            yield ones, packs and _is_rather_packed(_lengths(ones.values()))
+            left = left[count:]
+
+    def _fit(self, ones: Sequence[Single], packs: bool) -> bool:
+        """Whether prompts, from short to long, may run together."""
+        lengths, model = _lengths(ones), ones[0].asked.model
+        if ones[0].target.measure != ones[-1].target.measure:
             return False
-        self.done({place: one.attribution(result, row) for row, (place, one) in enumerate(ones.items())})
-        return True
-
-    def _batches(self, singles: Mapping[int, Single]) -> Iterator[list[int]]:
-        """Places, sorted by measure and length, in runs that fit one batch."""
-
-        def length(place: int) -> int:
-            return len(singles[place].wanted.ids)
-
-        batch: list[int] = []
-        explained: set[int] = set()
-        for place in sorted(singles, key=lambda one: (singles[one].target.measure, length(one), one)):
-            one = singles[place]
-            rows, padded = len(batch) + 1, (len(batch) + 1) * length(place)
-            more = explained | set(one.wanted.positions)
-            logits = rows * len(more) * anatomy.of(one.asked.model).vocabulary_size
-            alike = not batch or (
-                singles[batch[0]].target.measure == one.target.measure
-                and (self._pads or length(batch[0]) == length(place))
-            )
-            full = sum(map(length, [*batch, place])) >= LEAST_FULL * padded
-            if batch and not (alike and full and padded <= BATCH_TOKENS and logits <= BATCH_LOGITS):
-                yield batch
-                batch, more = [], set(one.wanted.positions)
-            batch.append(place)
-            explained = more
-        if batch:
-            yield batch
+        if packs and _is_rather_packed(lengths):
+            tokens, places = sum(lengths), max(len(one.wanted.positions) for one in ones)
+        else:
+            tokens = len(ones) * lengths[-1]
+            places = len({place for one in ones for place in one.wanted.positions})
+            if lengths[0] < lengths[-1] and not (self._pads and sum(lengths) >= LEAST_FULL * tokens):
+                return False
+        logits = len(ones) * places * anatomy.of(model).vocabulary_size
+        return tokens <= BATCH_TOKENS and logits <= BATCH_LOGITS
 
     def whole(self) -> list[Any]:
         """Every result.
@@ -234,3 +275,44 @@ class _Run:
         if errors:
             raise PromptError(self.results, self._errors) from errors[0]
         return self.results
+
+
+def _packing(ones: Mapping[int, Single]) -> Packing:
+    """What is known of packing for the model of some prompts."""
+    return anatomy.of(next(iter(ones.values())).asked.model).packing
+
+
+def _may_be_packed(ones: Mapping[int, Single]) -> bool:
+    """Whether nothing says against packing some prompts; on other devices each document is several launches more."""
+    parts = anatomy.of(next(iter(ones.values())).asked.model)
+    return parts.device.type == "cpu" and not parts.packing.refused
+
+
+def _is_rather_packed(lengths: Sequence[int]) -> bool:
+    """Whether lengths, ascending, would take more padding than documents of their own cost, or than is let pass."""
+    tokens = len(lengths) * lengths[-1]
+    return tokens - sum(lengths) > min(DOCUMENT_TOKENS * len(lengths), (1 - LEAST_FULL) * tokens)
+
+
+def _lengths(ones: Iterable[Single]) -> list[int]:
+    return [len(one.wanted.ids) for one in ones]
+
+
+def _prove(last: Single, packed: scoring.Result) -> None:
+    """Hold the last of several prompts in one row against the prompt alone; leaks and lost positions are no rounding.
+
+    Raises:
+        ValueError: they differ.
+    """
+    alone = last.asked.run([last.wanted], last.target.measure)
+    model = last.asked.model
+    scores = packed.scores[-1, : len(last.wanted.ids)]
+    differs = max(
+        float((scores - alone.scores[0]).abs().max() / alone.scores.abs().max().clamp_min(1e-30)),
+        float((packed.values[-1] - alone.values[0]).abs() / alone.values[0].abs().clamp_min(1.0)),
+    )
+    # Half the digits of a number: what rounding leaves after many layers, and more than a document of others does.
+    if not differs <= torch.finfo(anatomy.of(model).dtype).eps ** 0.5:
+        raise ValueError(f"{type(model).__name__} gives other results for one of several documents than for it alone")
+    if len(packed.report.unsupported) > len(alone.report.unsupported):
+        raise ValueError(f"not every rule reaches every part of {type(model).__name__} with several documents in a row")

@@ -368,8 +368,9 @@ def run(
     strict: bool = True,
     engine: Engine = "auto",
     per: Per | None = None,
+    packed: bool = False,
 ) -> Result:
-    """One forward and one backward over a checked batch, under the plan that ``memory`` means.
+    """One forward and one backward over a checked batch, under the plan that ``memory`` means; ``packed`` in one row.
 
     ``"auto"`` is the fastest of :data:`gim.plan.PLANS` that fits the device's free memory. Where memory runs out all
     the same, the next leaner plan is tried once, with a warning.
@@ -382,9 +383,8 @@ def run(
     if not isinstance(memory, MemoryPlan | str):
         raise ValueError(f"memory must be a MemoryPlan, 'auto' or one of {CHECKPOINTS}, got {memory!r}")
     chosen = MemoryPlan.parse(memory) if isinstance(memory, str) and memory != "auto" else memory
-    adviser = _Adviser(
-        model, Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id, per), rules, engine
-    )
+    request = Request.of(ids, mask, scored, position_ids, anatomy.of(model).pad_token_id, per, packed)
+    adviser = _Adviser(model, request, rules, engine)
     if isinstance(chosen, MemoryPlan):
         plan = checkpoint.suited(chosen, model)
         adviser.check(plan)
@@ -394,7 +394,7 @@ def run(
     def attempt(plan: MemoryPlan, at_once: int) -> Result | str:
         """The result, or the message with which memory ran out; the exception would hold all that was allocated."""
         try:
-            return scoring.run(model, adviser._request, baseline_id, rules, plan, progress, strict, engine, at_once)
+            return scoring.run(model, request, baseline_id, rules, plan, progress, strict, engine, at_once)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

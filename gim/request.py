@@ -16,6 +16,7 @@ from gim.answers import AnswerAttribution
 from gim.asked import Asked
 from gim.attribution import Attribution
 from gim.inputs import (
+    check_head,
     check_ids,
     check_length,
     check_positions,
@@ -124,6 +125,7 @@ def explain(
         True
     """
     engines.check_name(engine)
+    check_head(model)
     chosen = resolve(
         rules,
         freeze_norm=freeze_norm,
@@ -317,9 +319,11 @@ def attribute(
         prompt: the text; it is never cut, and special tokens that it begins or ends with are not put there again. Or a
             chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which
             the tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
-            model's own is continued. Or a list of texts or chats: those of about the same length run together, and
-            each result is that of its prompt alone, within rounding. ``target``, ``answer`` and ``segments`` are then
-            one for all, or a list with one for each.
+            model's own is continued. Or a list of texts or chats, of which several run together (prompts with an
+            answer one by one): on a CPU in one row where the model is proved to read each by itself, else padded,
+            those of about the same length; the results' ``memory`` says which. Each result is that of its prompt
+            alone, within rounding. ``target``, ``answer`` and ``segments`` are then one for all, or a list with one
+            for each.
         target: what is explained: None for the model's own prediction, a token id, text, several ids, or one of
             :class:`gim.targets.Token`, ``Contrast`` and ``Continuation``. Of a classifier, a class by number or label.
         baseline: the token that stands for "nothing", as id or text; None as in :func:`explain`.
@@ -338,7 +342,8 @@ def attribute(
             the messages of a chat, by role.
         template_arguments: what the chat template is given besides the messages, such as ``tools`` or
             ``enable_thinking``; names that the template does not read are warned of.
-        answer: what follows the prompt, as text or ids; every token of it is explained, from one forward.
+        answer: what follows the prompt, as text or ids; every token of it is explained, from one forward for each
+            prompt.
         generate: the same of what the model itself says next, at most this many tokens, as its generation config says:
             greedily where that says nothing. Tokens with which the model ends are left out.
         per: ``"token"``; or, from the same backward, ``"layer"`` for scores of the residual stream that each layer

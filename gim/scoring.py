@@ -74,7 +74,7 @@ class Numbers(NamedTuple):
         token_ids: ``[B, P]``, predictions filled in.
         values: ``[B]``, the explained numbers.
         likeliest: ``[B, 5]``, the ids of largest logits at each row's first position, largest first; with
-            :attr:`Terms.total` ``[P, 5]``, at every position.
+            :attr:`Terms.total` ``[P, 6]``, at every position, and last the one explained there.
         probabilities: theirs.
         inside: where :attr:`Request.per` asks, of the stream that each layer reads ``[B, layers, L]``, or of each head
             ``[B, layers, heads]``; else None.
@@ -108,7 +108,7 @@ class Request:
     """A checked batch and what is wanted of it.
 
     Args:
-        rows: the batch as the model reads it, ``[B, L]``.
+        rows: the batch as the model reads it, ``[B, L]``, or ``[1, L]`` packed.
         scored: what is explained, its positions columns of ``rows``.
         kept: every row's positions together: the head runs on these.
         where: ``[B, P]``, each row's positions among ``kept``.
@@ -135,9 +135,10 @@ class Request:
         position_ids: torch.Tensor | None = None,
         pad_token_id: int | None = None,
         per: Per | None = None,
+        packed: bool = False,
     ) -> Request:
-        """The request for a batch ``[B, T]``, whose positions count its columns."""
-        rows = Rows.of(ids, mask, position_ids, pad_token_id)
+        """The request for a batch ``[B, T]``, whose positions count its columns; with ``packed`` its rows in one."""
+        rows = Rows.in_one(ids, mask) if packed else Rows.of(ids, mask, position_ids, pad_token_id)
         positions = rows.columns(scored.positions.to(ids.device).expand(ids.shape[0], -1))
         # The head runs on the union of all rows' positions; each row then takes its own.
         kept, where = torch.unique(positions, return_inverse=True)
@@ -220,7 +221,7 @@ def looked_at(model: nn.Module, request: Request, stack: ExitStack) -> Taps | No
     """What looks at the model's inside until the stack closes, where that is asked for; before a plan is applied."""
     if request.per is None:
         return None
-    return stack.enter_context(tapped(request.per, model, request.rows.ids.shape[1]))
+    return stack.enter_context(tapped(request.per, model, request.rows))
 
 
 def passes(
@@ -331,7 +332,7 @@ def _backwards(
         for grad in gradients(explained, leaf, seed, at_once, places, keep=bool(total)):
             scores, finite = _scores(parts, leaf.detach(), grad, baseline_id, check)
             if mask is not None and finite:
-                _refuse_padding_that_is_read(parts.call.model, mask, grad)
+                _refuse_others_that_are_read(parts.call.model, request.rows, mask, grad)
                 scores = scores.masked_fill(~mask, 0.0)
             found.append(scores)
             del grad
@@ -353,10 +354,12 @@ def _backwards(
     return torch.cat(found), places, finite
 
 
-def _refuse_padding_that_is_read(model: nn.Module, mask: torch.Tensor, grad: torch.Tensor) -> None:
-    """An error where what is explained depends on a padded place of ``[B, L]``: a row alone would give another."""
+def _refuse_others_that_are_read(model: nn.Module, rows: Rows, mask: torch.Tensor, grad: torch.Tensor) -> None:
+    """An error where what is explained depends on a place that is no row's: a row alone would give another."""
     read = torch.zeros_like(mask)
     read[~mask] = (grad[~mask] != 0).any(-1)
+    if bool(read.any()) and rows.packed:
+        raise ValueError(f"documents that {type(model).__name__} reads in one row depend on one another")
     if bool(read.any()):
         raise ValueError(
             f"{type(model).__name__} reads padding in row {int(read.any(-1).int().argmax())}, so a padded row does not "
@@ -377,7 +380,7 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
     if logits.device != device and not logits.is_meta:
         logits = logits.to(device)  # a model that is spread over devices puts its logits out on the last
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = torch.arange(batch, device=device)[:, None]
+    rows = torch.arange(len(wide), device=device)[:, None]  # one where all rows are in one
     chosen = wide[rows, request.where]  # [B, P, V]
     wanted = request.scored.token_ids.to(device).expand(batch, -1)
     wanted = torch.where(wanted == PREDICTION, chosen.argmax(-1), wanted)
@@ -387,8 +390,12 @@ def _explained(parts: Anatomy, request: Request, prepared: Prepared, check: bool
         )
     scored = request.scored
     with torch.no_grad():
-        told = chosen[0] if scored.total else chosen[:, 0]
-        probabilities, likeliest = told.softmax(-1).topk(min(LIKELIEST, chosen.shape[-1]))
+        shares = (chosen[0] if scored.total else chosen[:, 0]).softmax(-1)
+        probabilities, likeliest = shares.topk(min(LIKELIEST, chosen.shape[-1]))
+        if scored.total:
+            likeliest = torch.cat([likeliest, wanted.mT], -1)
+            probabilities = torch.cat([probabilities, shares.gather(-1, wanted.mT)], -1)
+        del shares
     signs = scored.signs.to(device)
     terms = _measured(chosen, wanted, scored.measure) * signs
     numbers = terms.sum(-1)

@@ -12,7 +12,7 @@ from torch import nn
 from gim import targets as target_kinds
 from gim.asked import Asked, Wanted, tokens_of
 from gim.attribution import Attribution
-from gim.inputs import check_target
+from gim.inputs import check_head, check_target
 from gim.layerwise import LayerwiseAttribution
 from gim.parts import anatomy
 from gim.scoring import PREDICTION, Result
@@ -45,12 +45,8 @@ class Single:
         """The arguments of :func:`gim.attribute` of the same names, checked."""
         model, tokenizer = asked.model, asked.tokenizer
         ids, offsets, text = [*asked.ids], [*asked.offsets], asked.text
+        check_head(model)
         head = anatomy.of(model).head
-        if head == "class of each token":
-            raise ValueError(
-                f"model must say a token or a class of the whole text, and {type(model).__name__} says a {head}, which "
-                "cannot be explained: open gim.GIM(model), and take the gradient of the logit you mean"
-            )
         chosen = target_kinds.parse(_class_number(model, target) if head == "class" else target, tokenizer)
         if measure is not None:
             chosen = dataclasses.replace(chosen, measure=measure)

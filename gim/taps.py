@@ -15,6 +15,7 @@ from gim.intercept.frames import in_backward
 from gim.intercept.gates import Changes
 from gim.intercept.session import Session, session_of
 from gim.parts import anatomy
+from gim.parts.calling import Rows
 from gim.parts.layers import stream_at
 from gim.targets import Per
 
@@ -53,13 +54,14 @@ class Taps:
         per: ``"layer"``: of the stream that each layer reads, by token; ``"head"``: of the output of each head of each
             layer's attention, tokens summed.
         layers: with their names.
-        tokens: of the ids; a wrapper may have put others before those.
+        rows: what the model reads; a wrapper may have put tokens before those.
     """
 
-    def __init__(self, per: Per, layers: tuple[tuple[str, nn.Module], ...], tokens: int) -> None:
+    def __init__(self, per: Per, layers: tuple[tuple[str, nn.Module], ...], rows: Rows) -> None:
         self._per = per
         self._layers = layers
-        self._tokens = tokens
+        self._rows = rows
+        self._tokens = rows.ids.shape[1]
         self._inside: list[int] = []
         #: Shape of the scores of each row that was computed, and the scores where a gradient came.
         self._shapes: dict[int, torch.Size] = {}
@@ -118,12 +120,12 @@ class Taps:
             self._refuse(row, f"its attention's output is {list(out.shape)}, not [B, heads, T, head size]")
         if row in self._shapes and not in_backward():
             self._refuse(row, "its attention runs more than once, so a head has more than one output")
-        self._shapes[row] = out.shape[:2]
+        self._shapes[row] = torch.Size([self._rows.count, out.shape[1]])
         if not out.requires_grad:
             return out
 
         def see(out: torch.Tensor, grad: torch.Tensor) -> None:
-            self._found[row] = _by_token(out, grad).sum(-1)
+            self._found[row] = self._rows.summed(_by_token(out, grad))
 
         return _tapped(out, see)
 
@@ -166,7 +168,7 @@ def _by_token(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def applied(per: Per, model: nn.Module, tokens: int) -> Iterator[Taps]:
+def applied(per: Per, model: nn.Module, rows: Rows) -> Iterator[Taps]:
     """Inside, forward and backward of a model under its open session are looked at.
 
     A plan is applied around this, so that a checkpoint keeps nothing besides for it.
@@ -182,7 +184,7 @@ def applied(per: Per, model: nn.Module, tokens: int) -> Iterator[Taps]:
             f"per={per!r} needs a list of layers, and {type(model).__name__} has no ModuleList whose entries all "
             "contain attention"
         )
-    taps = Taps(per, layers, tokens)
+    taps = Taps(per, layers, rows)
     with closing(Changes(session)) as changes:
         for index, (_, layer) in enumerate(layers):
             changes.replace_forward(layer, taps.of_layer(index, layer))

@@ -6,7 +6,7 @@ import contextvars
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from types import ModuleType
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import nn
 
 from gim.parts import adapters
 from gim.parts.adapters import hugging_face, torch_modules
-from gim.parts.calling import Call
+from gim.parts.calling import Call, Packing
 from gim.parts.hidden_states import device_of
 
 Head = Literal["next token", "masked token", "class", "class of each token"]
@@ -42,6 +42,7 @@ class _Names:
     layers: str | None
     cores: tuple[str, ...]
     taken: torch_modules.Taken
+    packing: Packing = field(default_factory=Packing)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Anatomy:
         cores: the Hugging Face models inside that the ids go through, outermost first; the model itself may be one.
         head: what logits are of.
         call: how it is called.
+        packing: whether several rows may be read in one, which whoever has tried writes down.
     """
 
     modules: Mapping[str, nn.Module]
@@ -61,6 +63,7 @@ class Anatomy:
     cores: tuple[nn.Module, ...]
     head: Head
     call: Call
+    packing: Packing
     _embedding: str | None
 
     @property
@@ -195,6 +198,7 @@ def of(model: nn.Module) -> Anatomy:
         cores=cores,
         head=_head(model, *cores),
         call=Call(model, names.front.arguments, names.taken, cores, [layer for _, layer in layers]),
+        packing=names.packing,
         _embedding=names.embedding,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from gim.parts.adapters import hugging_face, torch_modules
 from gim.parts.layers import stream
@@ -20,21 +21,23 @@ class Rows:
     """A batch in the alignment that every model can read: each row from the first column, padding behind it.
 
     So positions are counted as in the row alone, whatever they start from and whoever counts them, and ``[CLS]`` is in
-    the first column. Columns that are padding in every row are left out.
+    the first column. Columns that are padding in every row are left out. Or all rows in one, ``[1, L]``.
 
     Args:
         ids: ``[B, L]``; padding is the model's own padding token where it has one.
-        mask: ``[B, L]`` of booleans; None where nothing is padding.
+        mask: ``[B, L]`` of booleans, which tokens are a row's; None where all are.
         position_ids: ``[B, L]`` or None.
-        start: ``[B]``, the column of each row's first token in the batch as it was given; None for the first of all.
+        shift: ``[B]``, how far left each row's tokens have come from where they were given; None for not at all.
         given: ``[B, T]``, the mask of the batch as it was given; None where nothing was padding.
+        packed: whether all rows are in one.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     position_ids: torch.Tensor | None = None
-    start: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
     given: torch.Tensor | None = None
+    packed: bool = False
 
     @classmethod
     def of(
@@ -62,13 +65,38 @@ class Rows:
             mask,
         )
 
+    @classmethod
+    def in_one(cls, ids: torch.Tensor, mask: torch.Tensor | None) -> Rows:
+        """The rows of a batch ``[B, T]`` one after another, without padding, each with positions from 0.
+
+        To models of transformers each is a document that sees no other. In front and behind stands one more document,
+        of one token that is no row's: where anything depends on it, a row is not read as it would be alone.
+        """
+        given = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        own, places, lengths = ids[given], (given.cumsum(-1) - 1)[given], given.sum(-1)
+        mask = pad(torch.ones_like(own, dtype=torch.bool), (1, 1))[None]
+        shift = given.to(torch.int32).argmax(-1) - (lengths.cumsum(0) - lengths) - 1
+        return cls(
+            torch.cat([own[:1], own, own[-1:]])[None], mask, pad(places, (1, 1))[None], shift, given, packed=True
+        )
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.ids.shape[0] if self.given is None else self.given.shape[0]
+
+    @property
+    def told(self) -> torch.Tensor | None:
+        """The mask that a model is given: models tell documents by their positions where they are given none."""
+        return None if self.packed else self.mask
+
     def columns(self, positions: torch.Tensor) -> torch.Tensor:
         """Where positions ``[B, P]`` of the batch as it was given are now."""
-        return positions if self.start is None else positions - self.start[:, None].to(positions.device)
+        return positions if self.shift is None else positions - self.shift[:, None].to(positions.device)
 
     def last(self) -> torch.Tensor:
         """The columns ``[B]``, or ``[1]`` where all rows are as long, of the rows' last tokens."""
-        if self.mask is None:
+        if self.told is None or self.mask is None:
             return torch.tensor([self.ids.shape[1] - 1], device=self.ids.device)
         return self.mask.sum(-1) - 1
 
@@ -80,6 +108,27 @@ class Rows:
         # Both masks go through the same tokens in the same order.
         found[self.given] = scores.flatten() if self.mask is None else scores[self.mask]
         return found
+
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        """Of numbers ``[B, H, L]``, or ``[1, H, L]`` of rows in one, each row's sums ``[B, H]``."""
+        if not self.packed or self.given is None or self.mask is None:
+            return x.sum(-1)
+        row = self.given.nonzero()[:, 0]
+        own = x[0].mT[self.mask[0]]
+        return own.new_zeros(len(self.given), own.shape[1]).index_add_(0, row, own)
+
+
+@dataclass
+class Packing:
+    """Whether a model reads several rows in one as it reads each alone, as far as that is known.
+
+    Args:
+        proved: it has been seen to.
+        refused: why it does not.
+    """
+
+    proved: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +195,7 @@ class Call:
             reason = hugging_face.refusal(core)
             if reason is not None:
                 raise ValueError(f"{type(core).__name__} {reason}")
-        positional, named = self.arguments(self.taken, self.model, rows.ids, rows.mask, rows.position_ids)
+        positional, named = self.arguments(self.taken, self.model, rows.ids, rows.told, rows.position_ids)
         prepared = Prepared(self, rows, kept, positional, named, narrow, leaves)
         keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
         prepared.keeps = keeper is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -154,14 +153,9 @@ def _line(answer: AnswerAttribution, place: int) -> str:
 
 
 def _probability(answer: AnswerAttribution, place: int) -> float | None:
-    """How likely the model held a token of an answer; None where neither the likeliest tokens nor its number tell."""
-    target = answer.targets[place]
-    found = [one.probability for one in answer.next_tokens[place] if one.token_id == target.token_ids[0]]
-    if not found and target.measure == "logprob":
-        return exp(target.value)
-    if not found and target.measure == "logodds":
-        return 1 / (1 + exp(-target.value)) if target.value > -700 else 0.0
-    return found[0] if found else None
+    """How likely the model held a token of an answer; None where its result does not tell."""
+    own = answer.targets[place].token_ids[0]
+    return next((one.probability for one in answer.next_tokens[place] if one.token_id == own), None)
 
 
 def _strongest(answer: AnswerAttribution, place: int) -> str:

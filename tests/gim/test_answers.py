@@ -309,7 +309,7 @@ def test_an_answer_as_text_ids_and_rows(model: Any, answer: gim.AnswerAttributio
         assert row.target.token_ids == (one,) and row.target.measure == "logit"
         assert not answer.scores[place, len(before) + place :].any()
         likeliest = model(ids_before).logits[0, -1].softmax(-1).topk(5)
-        assert [one.token_id for one in row.next_tokens] == likeliest.indices.tolist()
+        assert [next.token_id for next in row.next_tokens] == list(dict.fromkeys([*likeliest.indices.tolist(), one]))
     with pytest.raises(IndexError, match="place must be in"):
         answer.row(len(given))
     assert answer.row(np.int64(1)) == answer.row(1)
@@ -529,6 +529,9 @@ def test_classes_of_tokens_are_no_tokens() -> None:
         arguments: Any = given
         with pytest.raises(ValueError, match="BertForTokenClassification says a?.*class of each token"):
             gim.attribute(tagger, tokenizer(), PROMPT, **arguments)
+    for target in (None, 1):
+        with pytest.raises(ValueError, match="BertForTokenClassification says a class of each token"):
+            gim.explain(tagger, torch.arange(5), target_token_id=target, baseline_token_id=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ looks
@@ -604,12 +607,13 @@ def test_what_tokens_were_made_of_has_whole_numbers_and_places(answer: gim.Answe
         assert width < 120 or len(found) == 4
 
 
-@pytest.mark.parametrize("measure", ["logprob", "logodds"])
+@pytest.mark.parametrize("measure", ["logit", "logprob", "logodds"])
 def test_a_token_that_is_not_likely_has_its_probability(model: Any, measure: Any) -> None:
     made = tokenizer()
     before, least = made(PROMPT).input_ids, model(torch.tensor([made(PROMPT).input_ids])).logits[0, -1].softmax(-1)
     found = gim.attribute(model, made, PROMPT, answer=[int(least.argmin())], measure=measure)
     assert before and f", {100 * float(least.min()):.3g} %. " in found.to_html()
+    assert [one.token_id for one in found.next_tokens[0]] == [*least.topk(5).indices.tolist(), int(least.argmin())]
 
 
 def test_every_table_of_parts_names_its_measure(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Lists of prompts: in batches, each result as if its prompt had run alone."""
+"""Lists of prompts: in padded batches, each result as if its prompt had run alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import gim
 from gim import many
+from gim.parts import anatomy
 from gim.targets import Continuation, Contrast, Token
 from tests.families import SHARED, make, text_model, tokenizer
 from tests.first import first
@@ -54,7 +55,8 @@ def assert_alike(found: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("rules", first(("GIM", "GIM_CONSTANT", "GRADIENT"), ("GIM",)))
-def test_each_is_what_its_prompt_gives_alone(model: Any, rules: str) -> None:
+def test_each_is_what_its_prompt_gives_alone(model: Any, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy.of(model).packing, "refused", "told to pad")
     with forwards(model) as seen:
         found = gim.attribute(model, tokenizer(), PROMPTS, rules=rules)
     batches = [shape for shape in seen if shape != (1, 1)]  # the baseline's embedding is looked up too
@@ -69,6 +71,7 @@ def test_each_is_what_its_prompt_gives_alone(model: Any, rules: str) -> None:
 
 
 def test_batches_are_sorted_by_length_and_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy.of(model).packing, "refused", "told to pad")
     lengths = {text: len(tokenizer()(text).input_ids) for text in PROMPTS}
     monkeypatch.setattr(many, "BATCH_TOKENS", 2 * max(lengths.values()))
     monkeypatch.setattr(many, "LEAST_FULL", 0.0)
