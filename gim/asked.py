@@ -88,8 +88,8 @@ class Asked:
     ) -> Asked:
         """The arguments of :func:`gim.attribute` of the same names, checked."""
         engines.check_name(engine)
-        if per != "token" and per not in PERS:
-            raise ValueError(f"per must be one of {('token', *PERS)}, got {per!r}")
+        if not isinstance(per, str) or per not in ("token", *PERS):
+            raise ValueError(f"per must be one of {('token', *PERS)}, got {per!r:.80}")
         chosen = get_rules(rules)
         encoded = prompts.encode(prompt, tokenizer, template_arguments)
         named = encoded.segments if segments is None else check_segments(segments, len(encoded.text))

@@ -82,6 +82,8 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
         return True  # all logits go to code that nobody knows
     early, last = parts.early, {layer for _, layer in parts.layers[-1:]}
     width, dtype = parts.hidden_size, parts.dtype
+    where = parts.layers[-1][0] if parts.layers else ""
+    around = {one for name, one in parts.modules.items() if not name or where.startswith(f"{name}.")}
 
     def is_changed(module: nn.Module, behind: bool) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""
@@ -94,7 +96,7 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
         if not behind or width is None or not is_users(type(module).forward):
             return False
         # A final norm or a head of somebody's own.
-        return last.isdisjoint(module.modules()) and mixes_tokens(module, width, dtype)
+        return module not in around and mixes_tokens(module, width, dtype)
 
     return is_changed(model, behind=True)
 

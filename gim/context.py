@@ -72,6 +72,7 @@ class GIM:
         UnsupportedModelError: on entering, or at a forward pass: a part is not covered, or does not lie
             whole in this process (a sharded sequence, sharded or offloaded weights, a stage of a pipeline); names it.
         ValueError: a value that no rule allows; no such engine; dropout is on.
+        TypeError: ``strict`` is no bool.
         TypeError, RuntimeError: on entering: the engine cannot run the model's dtype, or on its device.
         NotImplementedError: at a forward pass: the engine has not what an attention needs, such as a softcap.
         RuntimeError: at a forward pass: forward-mode derivatives are asked for.
@@ -107,6 +108,8 @@ class GIM:
     ) -> None:
         anatomy.check_module(model)
         self.model = model
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be True or False, got {strict!r:.80}")
         self.strict = strict
         engines.check_name(engine)
         self.engine = engine

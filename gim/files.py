@@ -65,7 +65,10 @@ def check_writable(path: str | os.PathLike[str], argument: str | None = None) ->
 
     Raises:
         OSError: it cannot be; the message names the argument, the path and the reason.
+        TypeError: it is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument or 'path'} must be a path, got {type(path).__name__}")
     said = f"{argument}: cannot write {path}" if argument else f"cannot write {path}"
     target = Path(path).resolve()
     folder = target.parent

@@ -180,6 +180,8 @@ def check_length(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None,
 
 def check_room(model: nn.Module, prompt: int, allow_extrapolation: bool, argument: str = "", more: int = 1) -> None:
     """The same of a prompt of so many tokens, and of ``more`` that ``argument`` puts behind it."""
+    if not isinstance(allow_extrapolation, bool):
+        raise TypeError(f"allow_extrapolation must be True or False, got {allow_extrapolation!r:.80}")
     limit = anatomy.of(model).position_limit
     # The last token that follows is said and not read.
     if limit is not None and prompt + more - 1 > limit and not allow_extrapolation:

@@ -37,8 +37,8 @@ def check_text(text: str, argument: str) -> None:
 
 def check_measure(measure: str) -> None:
     """Raise a ValueError unless there is a measure of that name."""
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {MEASURES}, got {measure!r}")
+    if not isinstance(measure, str) or measure not in MEASURES:
+        raise ValueError(f"measure must be one of {MEASURES}, got {measure!r:.80}")
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ def check_name(engine: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r:.80}")
 
 
 def choose(engine: str, x: torch.Tensor) -> Engine:

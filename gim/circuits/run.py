@@ -253,11 +253,12 @@ class _Sums:
     ) -> None:
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.done: set[int] = set()
-        self._path = None if path is None else Path(path)
+        self._path: Path | None = None
         self._settings = json.loads(json.dumps(settings))
-        if self._path is None:
+        if path is None:
             return
-        check_writable(self._path, "resume")
+        check_writable(path, "resume")
+        self._path = Path(path)
         if self._path.exists() and self._path.stat().st_size:
             self._read(self._path, pairs)
 

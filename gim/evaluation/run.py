@@ -283,9 +283,9 @@ def _measures(measures: Iterable[MeasureName] | MeasureName) -> list[MeasureName
 def _check(
     protocol: str, grid: str, batch_tokens: int | None, seed: int, limit: int | None, forward_dtype: Any
 ) -> None:
-    if protocol not in PROTOCOLS:
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r:.80}")
-    if grid not in GRIDS:
+    if not isinstance(grid, str) or grid not in GRIDS:
         raise ValueError(f"grid must be one of {GRIDS}, got {grid!r:.80}")
     if protocol == "paper" and grid != "full":
         raise ValueError("protocol 'paper' has one grid, 'full': on another its numbers are not the paper's")
@@ -294,7 +294,7 @@ def _check(
             raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number >= 0, got {seed!r:.80}")
-    if forward_dtype is not None and not getattr(forward_dtype, "is_floating_point", False):
+    if forward_dtype is not None and not (isinstance(forward_dtype, torch.dtype) and forward_dtype.is_floating_point):
         raise TypeError(f"forward_dtype must be a floating-point torch.dtype or None, got {forward_dtype!r:.80}")
 
 

@@ -29,8 +29,8 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], digests: Sequence[str]) -> None:
+        check_writable(path, "resume")
         self.path = Path(path)
-        check_writable(self.path, "resume")
         self.records: dict[int, Record] = {}
         header = {"schema": SCHEMA, **json.loads(json.dumps(settings))}
         if not self.path.exists() or self.path.stat().st_size == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -459,3 +460,66 @@ def test_position_ids_that_do_not_fit_are_refused(model: Any) -> None:
     ):
         with pytest.raises(error, match=message):
             explain(model, position_ids=places)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("strict", np.zeros(2)),
+        ("strict", "false"),
+        ("allow_extrapolation", torch.zeros(2)),
+        ("engine", np.zeros(2)),
+        ("per", np.zeros(2)),
+        ("measure", np.zeros(2)),
+    ],
+)
+def test_flags_and_names_of_another_type_are_named(argument: str, value: Any) -> None:
+    model, tokenizer = gim.demo.load()
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must be "):
+        gim.attribute(model, tokenizer, "The password of Irene is", **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("model_or_config", None),
+        ("model_or_config", "meta-llama/Llama-3.1-8B"),
+        ("plans", None),
+        ("plans", ["layer"]),
+        ("plans", "layer"),
+        ("device", "gpu"),
+        ("device", ""),
+        ("device", -1),
+    ],
+)
+def test_what_no_memory_can_be_estimated_of_is_named(argument: str, value: Any) -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    given = {"model_or_config": config, "device": "cpu"} | {argument: value}
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must be "):
+        gim.estimate_memory(tokens=4, **given)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("resume", 3),
+        ("resume", [b"path"]),
+        ("grid", np.zeros(2)),
+        ("protocol", np.zeros(2)),
+        ("forward_dtype", torch.zeros(2)),
+    ],
+)
+def test_arguments_of_an_evaluation_of_another_type_are_named(argument: str, value: Any) -> None:
+    model, tokenizer = gim.demo.load()
+    pairs = [("The password of Irene is lantern. The password of Irene is", " lantern")] * 2
+    with pytest.raises((TypeError, ValueError), match=f"^{argument} must be "):
+        gim.evaluate(model, tokenizer, pairs, methods=("GIM",), **{argument: value})
+
+
+@pytest.mark.parametrize("resume", [3, [b"path"]])
+def test_a_file_of_circuits_that_is_no_path_is_named(resume: Any) -> None:
+    model, tokenizer = gim.demo.load()
+    fact = "The password of Irene is {}. The password of Irene is"
+    pairs = [gim.circuits.Pair(fact.format("lantern"), fact.format("copper"), " lantern", " copper")]
+    with pytest.raises(TypeError, match="^resume must be a path"):
+        gim.circuits.attribute(model, pairs, tokenizer=tokenizer, resume=resume)
