@@ -82,8 +82,8 @@ def _is_read_elsewhere(model: nn.Module) -> bool:
         return True  # all logits go to code that nobody knows
     early, last = parts.early, {layer for _, layer in parts.layers[-1:]}
     width, dtype = parts.hidden_size, parts.dtype
-    where = parts.layers[-1][0] if parts.layers else ""
-    around = {one for name, one in parts.modules.items() if not name or where.startswith(f"{name}.")}
+    names = parts.layers[-1][0].split(".") if parts.layers else [""]
+    around = {parts.modules.get(".".join(names[:depth])) for depth in range(len(names))}
 
     def is_changed(module: nn.Module, behind: bool) -> bool:
         """Whether a user acts on a module, or on one in it; on what runs before the last layer they may."""

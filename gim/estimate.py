@@ -115,7 +115,8 @@ def estimate_memory(
     Raises:
         EstimateError: the model's code cannot be run without data, or a plan does not apply to it; says why.
         ValueError: a count that is not positive, a device that torch does not know.
-        TypeError: neither a model nor a config, or plans that are none; names the argument.
+        EstimateError: neither a model nor a config.
+        TypeError: plans that are none.
 
     Numerics: bytes are those that tensors ask for. On a GPU compare them with ``torch.cuda.max_memory_allocated``;
     what an allocator rounds up or a library keeps for itself comes on top.
@@ -134,7 +135,7 @@ def estimate_memory(
     if explained > tokens:
         raise ValueError(f"explained must be at most the {tokens} tokens, got {explained}")
     if not isinstance(model_or_config, nn.Module) and not hasattr(model_or_config, "get_text_config"):
-        raise TypeError(f"model_or_config must be a model or its config, got {type(model_or_config).__name__}")
+        raise EstimateError(f"model_or_config must be a model or its config, got {type(model_or_config).__name__}")
     if not isinstance(plans, Sequence) or not all(isinstance(plan, MemoryPlan) for plan in plans):
         raise TypeError(f"plans must be a sequence of MemoryPlan, got {plans!r:.80}")
     try:

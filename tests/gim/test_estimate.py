@@ -209,7 +209,7 @@ def test_bad_input() -> None:
             gim.estimate_memory(config, **{"tokens": 8, name: value})
     with pytest.raises(ValueError, match="explained must be at most the 8 tokens, got 9"):
         gim.estimate_memory(config, 8, explained=9)
-    with pytest.raises(gim.EstimateError, match="no model can be made from this config"):
+    with pytest.raises(gim.EstimateError, match="model_or_config must be a model or its config, got object"):
         gim.estimate_memory(object(), 8)
 
 
