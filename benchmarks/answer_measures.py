@@ -2,8 +2,9 @@
 
 Short questions are put to real models, which answer greedily. The yardstick is what happens to the answer's
 log-probability when one token of the question is replaced, by each of three others in turn. Each measure's sum over the
-answer is explained, and asked: is the sign of the most important token right, does it come first, and how do its ranks
-correlate with the yardstick's? The measure is chosen on one half of the questions; the other half is what counts.
+answer is explained by several presets of rules, and asked: is the sign of the most important token right, does it come
+first, and how do its ranks correlate with the yardstick's? What is best on one half of the questions is reported on the
+other. So is how far the yardstick agrees with itself: how often one replacement names the token that the other two do.
 What is finished is kept in the state's file, and the same command goes on from there.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product, takewhile
 from pathlib import Path
@@ -23,21 +24,25 @@ import numpy
 import torch
 from scipy import stats
 
+import gim
 from benchmarks import results
 from benchmarks.faithfulness import MODELS, load
 from benchmarks.measure import commit, device_name
 from gim.answering import generated
-from gim.asked import Asked, Wanted
+from gim.asked import Asked
 from gim.evaluation import fingerprint
-from gim.targets import MEASURES, Measure
+from gim.inputs import infer_baseline
+from gim.targets import MEASURES
 
 #: What a token of the question is replaced by, in turn.
 REPLACEMENTS = (" ", " the", " something")
 TOKENS = 12
 SEED = 0
 RESAMPLES = 10_000
-#: What a whole answer's number can be: a sum over its tokens of a measure, or of logits minus the runner-up's.
-CANDIDATES = (*MEASURES, "runner-up")
+PRESETS = ("GIM", "GIM_CONSTANT", "ATTNLRP", "GRADIENT")
+#: What a whole answer's number can be: a sum over its tokens of a measure, or of logits minus the likeliest other's.
+CANDIDATES = (*MEASURES, "contrast")
+SETTINGS = tuple(product(PRESETS, CANDIDATES))
 
 _COUNTRIES = (
     "France", "Italy", "Japan", "Germany", "Spain", "Russia", "Egypt", "Greece", "England", "Austria", "China", "India",
@@ -74,7 +79,8 @@ def questions() -> list[str]:
 
 @dataclass(frozen=True)
 class Answered:
-    """One question: of each candidate whether the sign is right and the strongest token first, and the correlation."""
+    """One question: by ``"rules/measure"`` whether the sign is right, whether the strongest token is first, and the
+    correlation; of each replacement whether it names the strongest token that the others name together."""
 
     model: str
     question: str
@@ -82,10 +88,37 @@ class Answered:
     token: str
     effect: float
     found: dict[str, tuple[bool, bool, float]]
+    alike: list[bool]
+
+
+def numbers(logits: torch.Tensor, answer: Sequence[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is explained, of logits ``[A, V]``: each candidate's sum over the answer's tokens ``[A]``."""
+    at = torch.tensor(answer, device=logits.device)[:, None]
+    own, others = logits.gather(-1, at)[:, 0], logits.scatter(-1, at, -torch.inf)
+    yield "logit", own.sum()
+    yield "logprob", logits.log_softmax(-1).gather(-1, at).sum()
+    yield "logodds", (own - others.logsumexp(-1)).sum()
+    yield "contrast", (own - others.max(-1).values).sum()
+
+
+def gradients(model: Any, rules: str, embedded: torch.Tensor, answer: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Of each candidate the gradient of embeddings, both ``[T, d]``, by a preset's rules, from one forward. The last
+    positions say the answer."""
+    leaf = embedded.detach().requires_grad_(True)
+    with gim.GIM(model, rules=rules):
+        logits = model(inputs_embeds=leaf[None], use_cache=False, logits_to_keep=len(answer)).logits[0]
+        return {
+            name: torch.autograd.grad(number, leaf, retain_graph=True)[0] for name, number in numbers(logits, answer)
+        }
+
+
+def strongest(effects: torch.Tensor) -> int:
+    """Where the largest effect of all is, whatever its sign."""
+    return int(effects.abs().argmax())
 
 
 def ask(name: str, model: Any, tokenizer: Any, question: str) -> Answered:
-    """Put one question and hold the candidates against the yardstick."""
+    """Put one question and hold the settings against the yardstick."""
     chat = bool(tokenizer.chat_template)
     prompt: Any = [{"role": "user", "content": question}] if chat else f"Question: {question}\nAnswer:"
     asked = Asked.of(
@@ -96,63 +129,62 @@ def ask(name: str, model: Any, tokenizer: Any, question: str) -> Answered:
     if not chat:  # a model that is not made for answers goes on with questions of its own
         line = list(takewhile(lambda one: "\n" not in tokenizer.decode([one]), answer))
         answer = line or answer
-    first, start = len(asked.ids), asked.text.index(question)
+    start = asked.text.index(question)
     places = [i for i, (a, b) in enumerate(asked.offsets) if a < start + len(question) and start < b]
     ids = torch.tensor([*asked.ids, *answer[:-1]])
 
     @torch.no_grad()
-    def logits(rows: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(model(input_ids=rows, use_cache=False).logits)[:, first - 1 :].float()
-
     def said(rows: torch.Tensor) -> torch.Tensor:
         at = torch.tensor(answer).expand(len(rows), -1)[..., None]
-        return logits(rows).log_softmax(-1).gather(-1, at).sum((1, 2))
+        logits = model(input_ids=rows, use_cache=False, logits_to_keep=len(answer)).logits
+        return torch.as_tensor(logits).float().log_softmax(-1).gather(-1, at).sum((1, 2))
 
-    effects = torch.zeros(len(places))
-    for text in REPLACEMENTS:
+    changes = torch.zeros(len(REPLACEMENTS), len(places))
+    for row, text in zip(changes, REPLACEMENTS, strict=True):
         rows = ids.repeat(len(places), 1)
         rows[range(len(places)), places] = tokenizer.encode(text, add_special_tokens=False)[0]
-        effects += (said(ids[None]) - said(rows)) / len(REPLACEMENTS)
-    strongest = int(effects.abs().argmax())
+        row[:] = said(ids[None]) - said(rows)
+    effects = changes.mean(0)
+    first = strongest(effects)
 
-    likeliest = logits(ids[None])[0].topk(2).indices.tolist()
-    others = [second if best == own else best for own, (best, second) in zip(answer, likeliest, strict=True)]
-    positions, found = list(range(first - 1, first - 1 + len(answer))), {}
-    for candidate in CANDIDATES:
-        measure: Measure = "logit" if candidate == "runner-up" else candidate  # type: ignore[assignment]
-        against = others if candidate == "runner-up" else []
-        signs = [1] * len(answer) + [-1] * len(against)
-        at = positions + (positions if against else [])
-        wanted = Wanted(ids.tolist(), at, [*answer, *against], signs)
-        scores = asked.run([wanted], measure).scores[0, places]
-        found[candidate] = (
-            bool(scores[strongest].sign() == effects[strongest].sign()),
-            int(scores.abs().argmax()) == strongest,
-            float(stats.spearmanr(scores, effects).statistic),
-        )
+    table, found = model.get_input_embeddings(), {}
+    embedded, baseline = table(ids).detach(), table(torch.tensor([infer_baseline(tokenizer)])).detach()
+    for rules in PRESETS:
+        for measure, grad in gradients(model, rules, embedded, answer).items():
+            scores = ((embedded - baseline) * grad).sum(-1)[places]
+            found[f"{rules}/{measure}"] = (
+                bool(scores[first].sign() == effects[first].sign()),
+                strongest(scores) == first,
+                float(stats.spearmanr(scores, effects).statistic),
+            )
     return Answered(
-        name, question, tokenizer.decode(answer), tokenizer.decode([asked.ids[places[strongest]]]),
-        float(effects[strongest]), found,
+        name, question, tokenizer.decode(answer), tokenizer.decode([asked.ids[places[first]]]), float(effects[first]),
+        found,
+        [strongest(own) == strongest(changes.sum(0) - own) for own in changes],
     )  # fmt: skip
 
 
-def summary(answered: Sequence[Answered]) -> dict[str, dict[str, Any]]:
-    """Of each candidate the three means, each with its 95 % interval by resampling questions."""
+def summary(answered: Sequence[Answered]) -> list[dict[str, Any]]:
+    """Of each setting the three means, each with its 95 % interval by resampling questions."""
     rng = numpy.random.default_rng(SEED)
     drawn = rng.integers(len(answered), size=(RESAMPLES, len(answered)))
-    table: dict[str, dict[str, Any]] = {}
-    for candidate in CANDIDATES:
-        columns = numpy.array([[float(x) for x in one.found[candidate]] for one in answered])
-        table[candidate] = {}
-        for name, column in zip(("sign", "first", "spearman"), columns.T, strict=True):
-            low, high = numpy.quantile(column[drawn].mean(1), [0.025, 0.975])
-            table[candidate][name] = [round(float(x), 4) for x in (column.mean(), low, high)]
-    return table
+
+    def interval(column: numpy.ndarray[Any, Any]) -> list[float]:
+        return [round(float(x), 4) for x in (column.mean(), *numpy.quantile(column[drawn].mean(1), [0.025, 0.975]))]
+
+    rows: list[dict[str, Any]] = []
+    for rules, measure in SETTINGS:
+        columns = numpy.array([[float(x) for x in one.found[f"{rules}/{measure}"]] for one in answered])
+        named = zip(("sign", "first", "spearman"), map(interval, columns.T), strict=True)
+        rows.append({"rules": rules, "measure": measure, **dict(named)})
+    alike = interval(numpy.array([numpy.mean(one.alike) for one in answered]))
+    return [*rows, {"rules": "yardstick", "measure": "another replacement", "first": alike}]
 
 
-def winner(table: dict[str, dict[str, Any]]) -> str:
-    """The candidate whose sign is right and whose strongest token comes first most often."""
-    return max(CANDIDATES, key=lambda one: (table[one]["sign"][0] + table[one]["first"][0], table[one]["spearman"][0]))
+def best(rows: Sequence[dict[str, Any]], rules: str) -> str:
+    """The measure under a preset's rules whose sign is right and whose strongest token comes first most often."""
+    own = [row for row in rows if row["rules"] == rules]
+    return str(max(own, key=lambda row: (row["sign"][0] + row["first"][0], row["spearman"][0]))["measure"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,11 +234,9 @@ def write(folder: Path, answered: list[Answered]) -> Path:
         "replacements": list(REPLACEMENTS),
         "seed": SEED,
         "models": {name: MODELS[name] for name in names},
-        "chosen": winner(summary(chosen_on)),
+        "chosen": {rules: best(summary(chosen_on), rules) for rules in PRESETS},
         "rows": [
-            {"part": part, "questions": len(ones), "measure": measure, **numbers}
-            for part, ones in parts.items()
-            for measure, numbers in summary(ones).items()
+            {"part": part, "questions": len(ones), **row} for part, ones in parts.items() for row in summary(ones)
         ],
     }
     path = folder / results.default_name(found)

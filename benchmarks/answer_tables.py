@@ -11,26 +11,33 @@ _NAMES = {
     "logit": "logits",
     "logprob": "log-probabilities",
     "logodds": "log-odds",
-    "runner-up": "logits minus the runner-up's",
+    "contrast": "logits minus the likeliest other's",
 }
 
 
 def summary(results: Results | None) -> str:
-    """Every measure on the half of the questions that did not choose it; empty without results."""
+    """Every measure by GIM's rules on the half of the questions that did not choose, and of every other preset the one
+    chosen; empty without results."""
     if results is None:
         return ""
-    rows = [
-        [
-            _NAMES[row["measure"]] + (" (chosen)" if row["measure"] == results["chosen"] else ""),
-            str(row["questions"]),
-            *(share(row[name]) for name in ("sign", "first")),
-            f"{row['spearman'][0]:.2f} [{row['spearman'][1]:.2f}, {row['spearman'][2]:.2f}]",
-        ]
-        for row in results["rows"]
-        if row["part"] == "reported"
-    ]
-    header = ["sum over the answer of", "questions", "sign right", "strongest token first", "rank correlation"]
-    return table(header, rows) + measured(results)
+    models = list(results["models"])
+    parts = {(row["part"], row["rules"], row["measure"]): row for row in results["rows"] if row["part"] != "chosen on"}
+    lines = []
+    for part, rules, measure in parts:
+        if part != "reported":
+            continue
+        row = parts[part, rules, measure]
+        chosen = results["chosen"].get(rules) == measure
+        firsts = [share(parts[one, rules, measure]["first"]) for one in ("reported", *models)]
+        if "sign" not in row:
+            lines.append([f"{measure}", rules, "", *firsts, ""])
+        elif chosen or rules == "GIM":
+            mean, low, high = row["spearman"]
+            said = _NAMES[measure] + (" (chosen)" if chosen else "")
+            lines.append([said, rules, share(row["sign"]), *firsts, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
+    questions = next(iter(parts.values()))["questions"]
+    header = ["sum over the answer of", "rules", "sign right", "strongest token first", *models, "rank correlation"]
+    return f"{questions} questions.\n\n" + table(header, lines) + measured(results)
 
 
 def share(numbers: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,14 @@ from typing import Any
 import numpy
 import torch
 
-import gim
 from benchmarks import results
-from benchmarks.answer_measures import RESAMPLES
+from benchmarks.answer_measures import CANDIDATES, RESAMPLES, gradients
 from benchmarks.faithfulness import MODELS, load
 from benchmarks.jobs import Jobs
 from gim.evaluation.tasks.facts import CAPITALS
 from gim.inputs import infer_baseline
 
 PRESETS = ("GIM", "GIM_CONSTANT", "ATTNLRP", "TRANSFORMER_LRP", "GRADIENT")
-MEASURES = ("logit", "logprob", "logodds", "contrast")
 #: What every token is compared with: a token's text, the default, or no baseline at all.
 BASELINES = ("default", " the", ".", " something", "\n", "none")
 #: Whether the first token is compared with itself.
@@ -151,19 +149,10 @@ def settings() -> list[tuple[str, str, str, str]]:
     return [
         (preset, measure, baseline, first)
         for preset in PRESETS
-        for measure in MEASURES
+        for measure in CANDIDATES
         for baseline in BASELINES
         for first in FIRST
     ]
-
-
-def numbers(logits: torch.Tensor, answer: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is explained, of logits ``[V]``; a contrast is with the likeliest other token."""
-    own, others = logits[answer], torch.cat([logits[:answer], logits[answer + 1 :]])
-    yield "logit", own
-    yield "logprob", logits.log_softmax(-1)[answer]
-    yield "logodds", own - others.logsumexp(-1)
-    yield "contrast", own - others.max()
 
 
 def scores(model: Any, tokenizer: Any, ids: torch.Tensor, answer: int) -> dict[tuple[str, str, str], torch.Tensor]:
@@ -179,13 +168,9 @@ def scores(model: Any, tokenizer: Any, ids: torch.Tensor, answer: int) -> dict[t
         compared[name] = table(torch.tensor([one])).detach()
     found = {}
     for preset in PRESETS:
-        leaf = embedded.clone().requires_grad_(True)
-        with gim.GIM(model, rules=preset):
-            logits = model(inputs_embeds=leaf[None], use_cache=False).logits[0, -1].float()
-            for measure, number in numbers(logits, answer):
-                (grad,) = torch.autograd.grad(number, leaf, retain_graph=True)
-                for baseline, other in compared.items():
-                    found[preset, measure, baseline] = ((embedded - other) * grad).sum(-1)
+        for measure, grad in gradients(model, preset, embedded, [answer]).items():
+            for baseline, other in compared.items():
+                found[preset, measure, baseline] = ((embedded - other) * grad).sum(-1)
     return found
 
 
