@@ -16,8 +16,8 @@ _NAMES = {
 
 
 def summary(results: Results | None) -> str:
-    """Every measure by GIM's rules on the half of the questions that did not choose, and of every other preset the one
-    chosen; empty without results."""
+    """Every measure under both softmax rules on the half of the questions that did not choose, and of every other
+    preset the one that is best on the half that did; empty without results."""
     if results is None:
         return ""
     models = list(results["models"])
@@ -30,10 +30,10 @@ def summary(results: Results | None) -> str:
         chosen = results["chosen"].get(rules) == measure
         firsts = [share(parts[one, rules, measure]["first"]) for one in ("reported", *models)]
         if "sign" not in row:
-            lines.append([f"{measure}", rules, "", *firsts, ""])
-        elif chosen or rules == "GIM":
+            lines.append([measure, rules, "", *firsts, ""])
+        elif chosen or rules in ("GIM", "GIM_CONSTANT"):
             mean, low, high = row["spearman"]
-            said = _NAMES[measure] + (" (chosen)" if chosen else "")
+            said = _NAMES[measure] + (" (best on the other half)" if chosen else "")
             lines.append([said, rules, share(row["sign"]), *firsts, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
     questions = next(iter(parts.values()))["questions"]
     header = ["sum over the answer of", "rules", "sign right", "strongest token first", *models, "rank correlation"]
