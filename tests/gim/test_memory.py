@@ -279,15 +279,6 @@ class Placed(nn.Module):
         return out * (1 + torch.arange(x.shape[1])[:, None] / 8)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp+tile=5", "layer+attention+tile=5", "layer+tile=4+head=all"])
-def test_a_norm_that_knows_places_runs_whole_in_front_of_an_mlp_in_parts(name: str) -> None:
-    model, tokens = make("llama"), ids(2, LENGTH)
-    for layer in model.model.layers:
-        layer.post_attention_layernorm = Placed(layer.post_attention_layernorm)
-    want = explain(model, tokens, EVERYTHING)
-    close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
-
-
 class Choosing(nn.Module):
     """An MLP that does one thing or another to all tokens, by how large any number of theirs is."""
 
@@ -300,11 +291,12 @@ class Choosing(nn.Module):
         return out * 2 if bool((x.abs() > 2.0).any()) else out
 
 
-@pytest.mark.parametrize("name", ["none", "mlp+tile=2", "layer+attention+tile=2"])
-def test_an_mlp_that_looks_at_all_tokens_for_one_choice_runs_whole(name: str) -> None:
+@pytest.mark.parametrize("name", ["none", "mlp", "mlp+tile=2", "layer+attention+tile=5", "layer+tile=4+head=all"])
+@pytest.mark.parametrize(("part", "other"), [("post_attention_layernorm", Placed), ("mlp", Choosing)])
+def test_what_looks_at_places_or_at_all_tokens_runs_whole(part: str, other: type[nn.Module], name: str) -> None:
     model, tokens = make("llama"), ids(2, LENGTH)
     for layer in model.model.layers:
-        layer.mlp = Choosing(layer.mlp)
+        setattr(layer, part, other(getattr(layer, part)))
     want = explain(model, tokens, EVERYTHING)
     close(explain(model, tokens, MemoryPlan.parse(name)), want, name)
 
@@ -714,8 +706,7 @@ def test_checkpoints_that_the_user_enabled_are_respected_and_restored(
     assert model.is_gradient_checkpointing and model.training
 
 
-def test_auto_keeps_no_more_than_the_users_checkpoints_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PLANS", (MemoryPlan("none"), MemoryPlan("mlp"), MemoryPlan("layer")))
+def test_auto_keeps_no_more_than_the_users_checkpoints_would() -> None:
     model = make("llama").train()
     enable_checkpoints(model)
     assert memory.choose(model, ids(1, LENGTH)).checkpoint == "layer"
