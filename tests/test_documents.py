@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import gim
 from benchmarks import documents
-from gim.plan import PLANS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,16 +28,7 @@ def test_a_stale_part_is_noticed() -> None:
         documents.current("<!-- generated: nothing -->\n<!-- end -->")
 
 
-@pytest.fixture
-def two_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is estimated of every plan unless others are named: of two the code is the same, in a fifth of the time."""
-    defaults = gim.estimate_memory.__kwdefaults__
-    assert defaults is not None and defaults["plans"] == PLANS
-    monkeypatch.setitem(defaults, "plans", PLANS[:2])
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_plans")
 def test_the_readmes_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +52,6 @@ def test_the_readme_says_what_make_and_gim_know() -> None:
         assert f"`{preset}`" in README
 
 
-@pytest.mark.usefixtures("two_plans")
 @pytest.mark.parametrize(
     "name",
     [
@@ -86,6 +74,7 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 def test_every_public_function_documents_itself() -> None:
+    import gim
     import gim_kernels
 
     for module in (gim_kernels, gim):

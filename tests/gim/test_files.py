@@ -113,7 +113,7 @@ def change_a_value(random_: random.Random, fields: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 1000), pytest.param(1, 100_000, marks=pytest.mark.slow)], ids=["some", "many"]
+    ("seed", "count"), [(0, 3000), pytest.param(1, 100_000, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_a_mutated_file_is_read_or_is_a_value_error(tmp_path: Path, seed: int, count: int) -> None:
     random_ = random.Random(seed)

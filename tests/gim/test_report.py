@@ -24,6 +24,7 @@ from gim.report.pieces import context, pieces
 from gim.report.scale import DARK, LEVELS, LIGHT, Scale, Theme
 from gim.report.text import one_line, visible
 from gim.targets import Explained
+from tests.first import first
 
 HOSTILE = (
     "<script>alert(1)</script> \"quotes\" & 'single' </style></span><!-- a\u202eevil\u202c \x00 \x1b[31mred "
@@ -409,7 +410,12 @@ def test_terminal_cuts_no_number(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", [attribution("", [], offsets=[]), attribution("a", [0.0]), attribution("x" * 500, [0.0] * 100)]
+    "result",
+    [
+        attribution("", [], offsets=[]),
+        attribution("a", [0.0]),
+        pytest.param(attribution("x" * 4000, [0.0] * 800), marks=pytest.mark.slow),
+    ],
 )
 def test_degenerate_attributions_can_be_drawn(result: Attribution) -> None:
     assert "Every score is 0." in printed(result)
@@ -445,11 +451,8 @@ def test_picture_has_the_colours_of_its_tokens(tmp_path: Any) -> None:
     assert rgb(LIGHT.ramp(False)[LEVELS - 1]) not in colours
 
 
-@pytest.mark.parametrize("text", [HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 4])
-def test_picture_of_a_hostile_text(
-    text: str, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(picture, "_PICTURE_CHARACTERS", 400)  # the second is cut here too, and drawn sooner
+@pytest.mark.parametrize("text", first((HOSTILE + "$x_1$ $\\nope{$", HOSTILE * 60), (HOSTILE + "$x_1$ $\\nope{$",)))
+def test_picture_of_a_hostile_text(text: str, recwarn: pytest.WarningsRecorder) -> None:
     assert picture.png(attribution(text, bos=5.0, label=HOSTILE))[:8] == b"\x89PNG\r\n\x1a\n"
     assert not recwarn.list
 

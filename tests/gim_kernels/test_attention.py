@@ -448,7 +448,7 @@ def test_keys_that_do_not_exist_are_never_used(engine: str) -> None:
     ],
 )
 def test_the_forward_does_not_depend_on_the_rule(engine: str, dtype: torch.dtype) -> None:
-    query, key, value, _ = inputs(engine, 1, 2, 1, 70, 70, 16, dtype=dtype)
+    query, key, value, _ = inputs(engine, 1, 4, 2, 70, 70, 16, dtype=dtype)
     plain = gim_kernels.attention(query, key, value, causal=True, engine=engine)
     for rule, temperature in RULES:
         out = gim_kernels.attention(
@@ -509,16 +509,16 @@ def test_views_of_any_stride(engine: str) -> None:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device_of(engine))
 
-    packed = normal(2, 50, 2 + 2 + 2, 16)  # fused projection: heads of q, k and v side by side
-    query, key, value = (x.transpose(1, 2) for x in packed.split(2, 2))
-    grad_out = normal(2, 2, 50, 16)
+    packed = normal(2, 50, 4 + 2 + 2, 16)  # fused projection: heads of q, k and v side by side
+    query, key, value = (x.transpose(1, 2) for x in packed.split((4, 2, 2), 2))
+    grad_out = normal(2, 4, 50, 16)
     want = hold(engine, (query, key, value, grad_out), causal=True, softmax_backward="temperature")
     columns = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value, grad_out))
     assert all(x.stride(-1) != 1 for x in columns)
     for name, x in run(engine, columns, causal=True, softmax_backward="temperature").items():
         assert torch.equal(x, want[name]), name
     shared = normal(1, 1, 50, 16).expand(2, 2, 50, 16)  # stride 0 over batch and heads
-    ones = torch.ones((), device=device_of(engine)).expand(2, 2, 50, 16)  # what .sum().backward() hands over
+    ones = torch.ones((), device=device_of(engine)).expand(2, 4, 50, 16)  # what .sum().backward() hands over
     hold(engine, (query, shared, shared, ones), softmax_backward="temperature")
 
 

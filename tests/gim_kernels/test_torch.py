@@ -51,10 +51,10 @@ OPERATORS: dict[str, Operator] = {
     "attention": (
         attend,
         {
-            "query": numbers(2, 2, 7, 16, seed=0),
-            "key": numbers(2, 1, 9, 16, seed=1),
-            "value": numbers(2, 1, 9, 16, seed=2),
-            "sinks": numbers(2, seed=3),
+            "query": numbers(2, 4, 7, 16, seed=0),
+            "key": numbers(2, 2, 9, 16, seed=1),
+            "value": numbers(2, 2, 9, 16, seed=2),
+            "sinks": numbers(4, seed=3),
         },
     ),
     "rms_norm": (
@@ -253,7 +253,7 @@ def test_several_gradients_at_once_are_those_one_after_the_other(
     given = {key: x.clone().requires_grad_(parameters_too or key not in parameters) for key, x in inputs.items()}
     wanted = tuple(x for x in given.values() if x.requires_grad)
     y = function(*given.values())
-    grads = torch.stack([numbers(*y.shape, seed=seed) for seed in range(2)])
+    grads = torch.stack([numbers(*y.shape, seed=seed) for seed in range(3)])
     want = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for grad in grads]
     for mine, theirs in zip(BATCHED[way](y, wanted, grads), zip(*want, strict=True), strict=True):
         torch.testing.assert_close(mine, torch.stack(theirs))
