@@ -288,7 +288,7 @@ class Choosing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.mlp(x)
-        return out * 2 if bool((x.abs() > 2.0).any()) else out
+        return out * 2 if bool((x.abs() > 3.0).any()) else out
 
 
 @pytest.mark.parametrize("name", ["none", "mlp", "mlp+tile=2", "layer+attention+tile=5", "layer+tile=4+head=all"])
