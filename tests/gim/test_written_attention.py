@@ -218,17 +218,20 @@ def test_scores_that_no_rule_reaches_are_found(name: str, monkeypatch: pytest.Mo
         gradient(Attention(ATTENTIONS[name]).double().eval(), "TSG_ONLY")
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["before", "before and after"])
 @pytest.mark.parametrize("how", ["linear", "einsum"])
-def test_scores_whose_heads_talk_are_scores(how: str) -> None:
-    """As in CaiT: a linear map over heads, before the softmax."""
+def test_scores_whose_heads_talk_are_scores(how: str, both: bool) -> None:
+    """As in CaiT: a linear map over heads before the softmax, and over what it gives."""
+    talks: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "linear": lambda x, weight: F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2),
+        "einsum": lambda x, weight: torch.einsum("bhts,gh->bgts", x, weight),
+    }
 
     def compute(m: Attention, x: torch.Tensor) -> torch.Tensor:
-        scores, weight = m.scores(x), m.mix.weight[:, :, 1, 1]
-        mixed = {
-            "linear": lambda: F.linear(scores.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2),
-            "einsum": lambda: torch.einsum("bhts,gh->bgts", scores, weight),
-        }[how]()
-        return attend(m, mixed, x)
+        weights = m.softmax(talks[how](m.scores(x), m.mix.weight[:, :, 1, 1]))
+        if both:
+            weights = talks[how](weights, m.mix.weight[:, :, 0, 1])
+        return m.joined(weights @ m.heads("value", x))
 
     with pytest.raises(UnsupportedModelError, match="softmax over keys"):
         gradient(Attention(compute).double().eval(), "GIM")
