@@ -28,7 +28,7 @@ from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.taps import Taps
 from gim.taps import applied as tapped
-from gim.targets import Measure, Per
+from gim.targets import LIKELIEST, Measure, Per
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -41,8 +41,6 @@ SCORE_TILE = 4096
 #: all others are multiples, is scaled by these powers of two, one after another. Attributions are divided by it.
 HALF_SEEDS = (2.0**8, 1.0, 2.0**-8)
 
-#: How many of the likeliest tokens a result tells.
-LIKELIEST = 5
 
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
 PREDICTION = -1

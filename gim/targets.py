@@ -16,6 +16,8 @@ MEASURE_NAMES: dict[Measure, str] = {"logit": "logit", "logprob": "log-probabili
 #: What is looked at inside a model beside the tokens.
 Per = Literal["layer", "head"]
 PERS: tuple[Per, ...] = ("layer", "head")
+#: How many of the likeliest tokens a result tells.
+LIKELIEST = 5
 TokenLike = int | str
 #: Sequences of whole numbers that are never meant as ids.
 BYTES = (bytes, bytearray)

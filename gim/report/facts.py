@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gim.answers import INTERRUPTED
 from gim.report.text import number, one_line, shortened
-from gim.targets import MEASURE_NAMES
+from gim.targets import LIKELIEST, MEASURE_NAMES
 
 if TYPE_CHECKING:
     from gim.attribution import Attribution
@@ -48,7 +48,8 @@ def answer_facts(attribution: Attribution) -> list[tuple[str, str]]:
         # Of an answer they are those of its first token.
         name = "Likeliest first" if attribution.target.kind == "answer" else "Likeliest"
         likely = [f"{one.token!r} {100 * one.probability:.3g} %" for one in attribution.next_tokens]
-        facts.append((name, ", ".join(likely)))
+        own = [f"; the answer's own {one}" for one in likely[LIKELIEST:]]  # which is none of them
+        facts.append((name, ", ".join(likely[:LIKELIEST]) + "".join(own)))
     facts += [("Note", note) for note in attribution.report.notes if note.startswith(INTERRUPTED)]
     if any(attribution.aside):
         facts.append(("Set aside", _set_aside(attribution)))

@@ -614,6 +614,10 @@ def test_a_token_that_is_not_likely_has_its_probability(model: Any, measure: Any
     found = gim.attribute(model, made, PROMPT, answer=[int(least.argmin())], measure=measure)
     assert before and f", {100 * float(least.min()):.3g} %. " in found.to_html()
     assert [one.token_id for one in found.next_tokens[0]] == [*least.topk(5).indices.tolist(), int(least.argmin())]
+    said = dict(answer_facts(found.prompt))["Likeliest first"]
+    assert said.endswith(
+        f" %; the answer's own {made.decode([int(least.argmin())])!r} {100 * float(least.min()):.3g} %"
+    )
 
 
 def test_every_table_of_parts_names_its_measure(model: Any) -> None:
