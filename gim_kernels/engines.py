@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -66,14 +66,15 @@ def pointwise_of(engine: Engine) -> PointwiseEngine:
     return found
 
 
-def check_name(engine: str) -> None:
-    """Raise unless that is an engine.
+def check_name(engine: str) -> Engine:
+    """The name itself, if it is an engine's.
 
     Raises:
         ValueError: it is not.
     """
     if not isinstance(engine, str) or engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r:.80}")
+    return engine
 
 
 def choose(engine: str, x: torch.Tensor) -> Engine:
@@ -85,16 +86,16 @@ def choose(engine: str, x: torch.Tensor) -> Engine:
     Raises:
         ValueError: a name that is not an engine.
     """
-    check_name(engine)
-    if engine == "auto":
+    name = check_name(engine)
+    if name == "auto":
         return "triton" if x.device.type == "cuda" else "blockwise"
-    return cast(Engine, engine)
+    return name
 
 
 def choose_pointwise(engine: str, x: torch.Tensor) -> Engine:
     """The engine that will run a norm or a gated product on ``x``: under ``"composed"``, the one of ``"auto"``."""
-    check_name(engine)
-    return choose(engine if engine in POINTWISE else "auto", x)
+    chosen = choose(engine, x)
+    return chosen if chosen in POINTWISE else choose("auto", x)
 
 
 def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
