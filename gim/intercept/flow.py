@@ -256,13 +256,14 @@ def _describe(node: Any, inputs: list[Origin | None]) -> Origin:
     return _new(scores=kind == "norm" and first.scores)
 
 
-def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
+def tell_weight(result: Any, operands: Sequence[Any], axis: int | None, *how: Any) -> None:
     """Say by which weight a linear map was made whose result has been computed.
 
     Args:
         result: of the map.
         operands: what it was applied to, and the weight, in either order.
-        how: what else the map depends on, but for what it adds.
+        axis: of a product of matrices, over which of the last two axes of a weight that comes second it sums, -1 or -2.
+        how: what any other map depends on besides, but for what it adds.
     """
     node: Any = result.grad_fn
     data, weight = operands
@@ -273,13 +274,25 @@ def tell_weight(result: Any, operands: Sequence[Any], *how: Any) -> None:
     else:
         if weight.requires_grad and not origin(weight).constant:
             data, weight = weight, data
+            axis = axis and -1
         if type(weight) not in (torch.Tensor, nn.Parameter) or (weight.requires_grad and not origin(weight).constant):
             return
-        # Another weight can come to lie where one has been, as those do that are made anew for each call.
-        held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
-        held = *held, weight.storage_offset(), weight.shape, weight.stride()
+        base: Any = weight._base
+        if axis is not None and type(base) is nn.Parameter and _is_turned(weight, base):
+            held, axis = weakref.ref(base), -3 - axis
+        elif type(weight) is nn.Parameter:
+            held = weakref.ref(weight)
+        else:
+            # Another weight can come to lie where one has been, as those do that are made anew for each call.
+            held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
+            held = *held, weight.storage_offset(), weight.shape, weight.stride()
     if data.requires_grad:  # else the way to an input leads to the weight alone, whatever it is applied to
-        node.metadata[_WEIGHT] = operands[0] is weight, held, *how
+        node.metadata[_WEIGHT] = (held, axis) if axis is not None else (operands[0] is weight, held, *how)
+
+
+def _is_turned(view: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a view of a matrix is all of it, with rows and columns exchanged."""
+    return base.dim() == 2 and view.shape == base.shape[::-1] and view.stride() == base.stride()[::-1]
 
 
 def _mapped(node: Any) -> Origin:

@@ -20,12 +20,14 @@ def _map(session: Session, func: Callable[..., Any], *args: Any, **named: Any) -
     if named:
         operands += tuple([named[name] for name in ("weight", "vec") if name in named])
         how += tuple([item for item in named.items() if item[0] not in ("weight", "vec", "bias")])
-    flow.tell_weight(out, operands[:2], func.__name__, *map(str, how))
+    flow.tell_weight(out, operands[:2], _AXES.get(func), func.__name__, *map(str, how))
     return out
 
 
 #: Maps whose first argument is what is added to the product.
 _ADDING = (torch.addmm, torch.Tensor.addmm)
+#: Over which of its last two axes a weight that comes second is summed.
+_AXES = {F.linear: -1, **dict.fromkeys(_ADDING, -2), **dict.fromkeys((torch.mv, torch.Tensor.mv), -2)}
 HANDLERS: dict[Any, Callable[..., Any]] = dict.fromkeys(
     (
         F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.mv, torch.Tensor.mv,

@@ -45,6 +45,7 @@ _RULED = re.compile("norm|silu|gelu|glu|softmax|att|gate|dropout|mlp|moe|expert"
 #: Operators of torch that hold gates nobody can see.
 _RECURRENT = re.compile("lstm|gru|rnn")
 LOOKUP = {"embedding", "index", "index_select", "gather", "_embedding_bag"}
+MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 AFFINE = {"add", "sub", "rsub", "where", "neg", "masked_fill", "lerp"}
 #: What writes into places that a tensor or numbers say, several into one.
 SCATTERS = {"index_add", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_reduce", "segment_reduce"}

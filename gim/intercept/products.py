@@ -87,17 +87,21 @@ def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any
     equation, operands = args[0], list(args[1:])
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str) or not all(map(flows, operands)):
+    if len(operands) != 2 or not isinstance(equation, str):
+        return func(*args, **named)
+    terms, _, result = equation.replace(" ", "").partition("->")
+    one, _, two = terms.partition(",")
+    if not all(map(flows, operands)):
         out = func(*args, **named)
-        if len(operands) == 2:
-            tell_weight(out, operands, str(equation))
-        return out
-    sides = equation.replace(" ", "").split("->")
-    terms = sides[0].split(",")
-    if len(sides) == 2 and terms[0] == terms[1] == sides[1] and torch.is_grad_enabled():
+    elif one == two == result and torch.is_grad_enabled():
         return multiply(session, lambda a, b: func(equation, a, b), operands[0], operands[1], False)
-    out = values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
-    tell_weight(out, operands, equation)
+    else:
+        out = values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
+    summed = one[-1:] or ","
+    if len(set(two)) == 2 and summed not in result and result == one[:-1] + two.replace(summed, ""):
+        tell_weight(out, operands, two.index(summed) - 2)  # a product of matrices
+    else:
+        tell_weight(out, operands, None, equation)
     return out
 
 

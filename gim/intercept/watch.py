@@ -37,6 +37,7 @@ from gim.intercept.operators import (
     CLIPS,
     EXTREMES,
     LOOKUP,
+    MATRIX_PRODUCTS,
     POWERS,
     QUOTIENTS,
     SCATTERS,
@@ -245,7 +246,7 @@ class Watch(TorchDispatchMode):
                     last, before = _last_strides(outs[0], 1), _last_strides(tensors[0], 2)
                     if last != before[-1:]:
                         value = value.like(aside=not first.aside and last != before[:1], id=value.id)
-                self._places.put(outs[0], value, outs[0] is tensors[0])
+                self._places.put(outs[0], value, False)  # as squeeze_, which writes no number
             return out
         if kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
@@ -446,7 +447,7 @@ class Watch(TorchDispatchMode):
     ) -> Value:
         """A value times weights: one map of one value is one value, however often it is computed."""
         (x, value), name = of, how[0]
-        key = (how, out.shape, *map(self._identity, operands))
+        key = self._matrix(name, operands) or (how, out.shape, *map(self._identity, operands))
         if key in self._maps:
             return self._maps[key]
         if value.soft and not value.scores and len(operands) == 2:
@@ -459,6 +460,18 @@ class Watch(TorchDispatchMode):
         if (spans(out) < spans(x) and (bent or out.shape[-1:] == (1,))) or (bent and name == "cumsum"):
             new.stat = (0, value.source, "bent map" if bent else "map", spans(out))
         return new
+
+    def _matrix(self, name: str, operands: list[tuple[torch.Tensor, Value]]) -> Any:
+        """What a product with a matrix of weights computes, whichever way round and by whatever name."""
+        if name not in MATRIX_PRODUCTS:
+            return None
+        first = not operands[0][1].dep
+        (_, value), (weights, _) = operands[::-1] if first else operands
+        address, (offset, sizes, strides), version = self._places.where(weights)
+        axes = list(zip(sizes, strides, strict=True))
+        summed = axes.pop(-1 if first or len(axes) == 1 else -2)
+        kept = [one for one in axes if one[0] > 1 and one[1]]  # but what repeats
+        return value.id, address, version, offset, summed, *kept
 
     def _identity(self, operand: tuple[torch.Tensor, Value]) -> Any:
         tensor, value = operand

@@ -71,6 +71,22 @@ TWICE: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
         torch.stack([torch.mv(m.square, y) for y in x[0]])
         * torch.sigmoid(torch.stack([torch.mv(m.square, vec=y) for y in x[0]]))
     )[None],
+    "linear, and a product with the transposed": lambda m, x: m.one(x) * torch.sigmoid(x @ m.one.weight.T + m.one.bias),
+    "a product, and linear with the transposed": lambda m, x: (x @ m.square) * torch.sigmoid(F.linear(x, m.square.mT)),
+    "linear, and einsum": lambda m, x: F.linear(x, m.square) * torch.sigmoid(torch.einsum("btd,kd->btk", x, m.square)),
+    "a product, and einsum": lambda m, x: (x @ m.square) * torch.sigmoid(torch.einsum("b t d, dk -> btk", x, m.square)),
+    "a vector by three names": lambda m, x: (
+        torch.stack([torch.mv(m.square, y) for y in x[0]])
+        * torch.sigmoid(torch.stack([F.linear(y, m.square) for y in x[0]]))
+        * torch.tanh(torch.stack([m.square @ y for y in x[0]]))
+    )[None],
+    "addmm, and linear": lambda m, x: (torch.addmm(m.one.bias, x[0], m.one.weight.t()) * torch.sigmoid(m.one(x[0])))[
+        None
+    ],
+    "twice a product": lambda m, x: (
+        torch.addmm(m.one.bias, x[0], m.square) * torch.sigmoid(torch.addmm(m.one.bias, x[0], m.square, alpha=2))
+    )[None],
+    "the other way round": lambda m, x: (m.square @ x.mT).mT * torch.sigmoid(F.linear(x, m.square)),
     "two maps": lambda m, x: m.two(m.one(x)) * torch.sigmoid(m.two(m.one(x))),
     "view of a weight": lambda m, x: (
         F.linear(x, m.square[:8]).repeat(1, 1, 2) * torch.sigmoid(F.linear(x, m.square[:8]).repeat(1, 1, 2))
@@ -81,6 +97,9 @@ TWO: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
     "modules": lambda m, x: m.gated(torch.sigmoid(m.one(x)), m.two(x)),
     "from the left": lambda m, x: m.gated(torch.sigmoid(m.square @ x.mT), m.one.weight @ x.mT).mT,
     "of one tensor": lambda m, x: m.gated(torch.sigmoid(x @ m.square), F.linear(x, m.square)),
+    "of one tensor by einsum": lambda m, x: m.gated(
+        torch.sigmoid(torch.einsum("btd,kd->btk", x, m.square)), torch.einsum("btd,dk->btk", x, m.square)
+    ),
     "rows of a weight": lambda m, x: m.gated(
         torch.sigmoid(F.linear(x, m.square[:8])), F.linear(x, m.square[8:])
     ).repeat(1, 1, 2),
