@@ -105,7 +105,14 @@ class _Running:
         self._log = log.open("w", encoding="utf-8")
         command = [*step.tool, sys.executable, "-u", *step.command]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, env=dict(variables), start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=dict(variables),
+            start_new_session=True,
+            # What a shell runs in the background ignores interrupts, and so would what that starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait(self, seconds: float) -> str:

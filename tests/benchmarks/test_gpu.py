@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -51,9 +52,14 @@ def test_steps_run_in_order_and_one_that_fails_does_not_stop_the_others(tmp_path
 
 
 @pytest.mark.slow
-def test_a_step_that_takes_too_long_is_interrupted_and_can_write_what_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.default_int_handler, signal.SIG_IGN], ids=["here", "in the background"])
+def test_a_step_that_takes_too_long_is_interrupted_and_can_write_what_it_has(tmp_path: Path, how: Any) -> None:
+    before = signal.signal(signal.SIGINT, how)  # as a shell leaves it to what it runs
     begin = time.monotonic()
-    outcome = gpu.run([Step("slow", ("-c", SLEEPS), 4)], tmp_path, limit=100)
+    try:
+        outcome = gpu.run([Step("slow", ("-c", SLEEPS), 4)], tmp_path, limit=100)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome == {"slow": "stopped after 4 s"} and time.monotonic() - begin < 4 + gpu.GRACE
     assert (tmp_path / "slow.log").read_text().splitlines() == ["begun", "kept"]
 
