@@ -122,6 +122,11 @@ class Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What would keep a compiler out of every call costs as much as two operators, and a session keeps it out."""
+        return False
+
     def __init__(
         self, modules: Mapping[str, nn.Module], sites: Sites = SITES, given: Iterable[Any] | None = None
     ) -> None:
