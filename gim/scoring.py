@@ -343,8 +343,9 @@ def _backwards(
         finite = take(places)
     except KeyboardInterrupt:
         done = min(terms, sum(map(len, found)))
-        if not total or not done:
-            raise
+        session = session_of(parts.call.model)
+        if not total or not done or (session is not None and session.proof.runs_new_code):
+            raise  # nothing is finished, or nothing of what was watched
         # What is finished is the attribution of the first terms, whose sum is one backward more.
         found[:] = [torch.cat(found)[:done]]
         places = [*range(done), terms + done - 1]

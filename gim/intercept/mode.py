@@ -36,7 +36,7 @@ _FIRST = (("input",), ("other", "mat1", "mat2", "tensor1", "end", "vec"), ("tens
 
 
 #: What code may call or not without computing other numbers.
-_TELLING_NOTHING = frozenset(["__get__", "__set__", "_set_grad_enabled"])
+_TELLING_NOTHING = frozenset(["__get__", "__set__", "_set_grad_enabled", "empty"])
 
 
 def _by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import re
 import warnings
 from collections import UserList
@@ -110,9 +111,11 @@ def test_an_interrupt_leaves_the_first_rows_and_their_sum(plans: Sequence[Memory
         asked = scoring.Request.of(row, None, terms)
         return scoring.run(model, asked, BASELINE, gim.rules.get("GIM"), EVERYTHING, None)
 
-    for plan in plans:
+    places = ((1, layers), (1, 2 * layers + 1), (2, layers + 1), (1, COUNT * layers + 1))
+    for number, plan in enumerate(plans):
         want = several(model, tokens, plan, 1)
-        for at_once, after in ((1, layers), (1, 2 * layers + 1), (2, layers + 1), (1, COUNT * layers + 1)):
+        # Every place under some plans; under each of all plans one place, in turn.
+        for at_once, after in places if len(plans) <= len(SOME) else (places[number % len(places)],):
             came: list[int] = []
 
             def interrupt(stage: str, done: int, _: int, after: int = after, came: list[int] = came) -> None:
@@ -139,6 +142,30 @@ def test_an_interrupt_before_any_row_is_an_interrupt() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         several(make("llama"), ids(1, FIRST + COUNT), EVERYTHING, 1, progress=interrupt)
+
+
+def test_an_interrupt_of_what_was_not_watched_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that calls what no watched forward called runs once more: rows that were finished before are not given."""
+    model, tokens = make("llama"), ids(1, FIRST + COUNT)
+
+    class Layer(type(model.model.layers[-1])):
+        def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
+            return super().forward(x.flip(0).flip(0) if "TURNED" in os.environ else x, *given, **named)
+
+    model.model.layers[-1].__class__ = Layer
+    stops: list[int] = []
+
+    def interrupt(stage: str, done: int, _: int) -> None:
+        if stage == "backward" and done in stops:
+            raise KeyboardInterrupt
+
+    several(model, tokens, EVERYTHING, 1, progress=interrupt)
+    stops.append(len(model.model.layers) + 1)
+    assert len(several(model, tokens, EVERYTHING, 1, progress=interrupt).scores) == 2
+    monkeypatch.setenv("TURNED", "twice")
+    with pytest.raises(KeyboardInterrupt):
+        several(model, tokens, EVERYTHING, 1, progress=interrupt)
+    assert len(several(model, tokens, EVERYTHING, 1, progress=interrupt).scores) == 2  # watched now
 
 
 def test_a_cut_answer_is_the_answers_beginning(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
