@@ -314,6 +314,39 @@ def test_a_model_that_lacks_weights_is_not_loaded(tmp_path: Path) -> None:
         gim.load(tmp_path)
 
 
+TINY: dict[str, Any] = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": 320, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def token_classifier() -> Any:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return hf.Qwen2ForTokenClassification(hf.Qwen2Config(**TINY, **heads, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (token_classifier, "it was saved as Qwen2ForTokenClassification, and Qwen2ForCausalLM has no place for 2 of"),
+        (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQ2SEQ)), "BartForConditionalGeneration is an enc"),
+    ],
+    ids=["tied head", "encoder-decoder"],
+)
+def test_a_checkpoint_of_another_kind_is_not_loaded_as_a_language_model(
+    tmp_path: Path, build: Any, message: str
+) -> None:
+    """Part of its weights would make one: the tied embeddings as a head, or the decoder without its encoder."""
+    model, (_, tokenizer) = build(), gim.demo.load()
+    held = {name: weight.clone() for name, weight in model.state_dict().items()}  # embeddings under each of their names
+    model.save_pretrained(tmp_path)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        gim.load(tmp_path)
+
+
 class Marks:
     """Unpickling it makes a file."""
 
