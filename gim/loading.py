@@ -139,7 +139,7 @@ def device_named(device: torch.device | str | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]  # of some devices torch lists all that it was built for
         raise ValueError(f"{str(device)!r} is not a device that is there: {first}") from error
     return found
 

@@ -292,6 +292,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, ValueError, "dtype must be a floating point dtype, got 'bf16'"),
         ({"dtype": 16}, TypeError, "dtype must be a torch.dtype, its name or None, got 16"),
         ({"device": "abacus"}, ValueError, "'abacus' is not a device that is there: "),
+        ({"device": "xla"}, ValueError, r"'xla' is not a device that is there: .{1,120}$"),
         ({"device": 0}, TypeError, "device must be a torch.device, its name or None, got 0"),
     ],
 )
