@@ -47,6 +47,7 @@ def attribute(
         raise ValueError("answer and generate cannot both be given: one says what the answer is, the other asks for it")
     if measure is not None:
         check_measure(measure)
+    anatomy.of(asked.model).call.refuse()
     head = anatomy.of(asked.model).head
     name = "answer" if generate is None else "generate"
     if head != "next token":

@@ -132,10 +132,10 @@ class Asked:
             packed=packed,
         )
 
-    def words(self, ids: Sequence[int]) -> tuple[str, ...]:
+    def words(self, ids: Sequence[int], result: Result) -> tuple[str, ...]:
         """What the head's outputs stand for: tokens, or classes."""
         parts = anatomy.of(self.model)
-        if parts.head != "class":
+        if not result.of_rows:
             return tuple(map(self._alone, ids))
         labels: Any = getattr(parts.config, "id2label", None) or {}
         return tuple(str(labels.get(one, one)) for one in ids)
@@ -143,7 +143,7 @@ class Asked:
     def likeliest(self, result: Result, row: int = 0) -> tuple[NextToken, ...]:
         """The likeliest tokens of one row of a result; of an answer's, its own token last where it is none of them."""
         ids: list[int] = list(dict.fromkeys(result.likeliest[row].tolist()))
-        return tuple(map(NextToken, ids, self.words(ids), result.probabilities[row].tolist()))
+        return tuple(map(NextToken, ids, self.words(ids, result), result.probabilities[row].tolist()))
 
     def displayed(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[str, ...]:
         """The tokens of a text as they are shown."""

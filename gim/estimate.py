@@ -16,6 +16,7 @@ from gim import checkpoint
 from gim.context import GIM
 from gim.intercept.session import session_of
 from gim.ledger import Ledger, Tag
+from gim.loading import auto_class
 from gim.offload import IN_FLIGHT, forget_pool
 from gim.parts import anatomy
 from gim.parts.hidden_states import device_of
@@ -272,8 +273,15 @@ class Twin:
         low, high = 0, LONGEST + 1
         at_low = memory - self.weights
         tokens, last = near, (0, at_low)
+        limit = anatomy.of(self.model).position_limit
         while high - low > 1:
-            left = room(tokens)
+            try:
+                left = room(tokens)
+            except EstimateError:
+                if limit is None or tokens <= limit:
+                    raise
+                high, tokens = limit + 1, limit  # a model with a table of positions cannot be run beyond them
+                continue
             if left >= 0:
                 low, at_low = tokens, left
                 if left <= 2 * aim or low == LONGEST:
@@ -437,8 +445,6 @@ def weight_bytes(model: nn.Module) -> int:
 
 def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Module:
     """A model of the config, on the meta device, in evaluation mode, its parameters frozen."""
-    from transformers import AutoModelForCausalLM
-
     is_model = isinstance(model_or_config, nn.Module)
     config = copy.deepcopy(model_or_config.config if is_model else model_or_config)
     if dtype is None and is_model:
@@ -446,7 +452,7 @@ def _without_memory(model_or_config: Any, dtype: torch.dtype | None) -> nn.Modul
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     config._attn_implementation_internal = None
     with torch.device("meta"):
-        model = type(model_or_config)(config) if is_model else AutoModelForCausalLM.from_config(config)
+        model = type(model_or_config)(config) if is_model else auto_class(config).from_config(config)
     for module in anatomy.of(model).modules.values():
         for parameter in module._parameters.values():
             if parameter is not None:

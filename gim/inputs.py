@@ -33,8 +33,10 @@ def infer_baseline(tokenizer: Any) -> int:
 
 
 def check_head(model: nn.Module) -> None:
-    """Raise a ValueError that names the model unless its logits are of a token or of a class of the whole text."""
-    head = anatomy.of(model).head
+    """Raise a ValueError that names the model unless it reads one text, of whose next token or class its logits are."""
+    parts = anatomy.of(model)
+    parts.call.refuse()
+    head = parts.head
     if head == "class of each token":
         raise ValueError(
             f"model must say a token or a class of the whole text, and {type(model).__name__} says a {head}, which "

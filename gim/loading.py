@@ -41,7 +41,7 @@ def load(
     Raises:
         TypeError: an argument of another type.
         ValueError: no such dtype or device; an index or a name of a file that leads out of the model's folder; a file
-            that is no safetensors file; weights that the files lack.
+            that is no safetensors file; weights that the files lack; a checkpoint of another kind of model.
         OSError: there is no such model, or a file of it cannot be read.
         ImportError: its code needs a package that is not installed.
     """
@@ -67,7 +67,7 @@ def load_model(
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_weights(name, config)
     try:
-        model, info = _auto_class(config).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -80,19 +80,39 @@ def load_model(
     if missing:
         # They would be random numbers, and so would every attribution.
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+    unused, saved_as, made = sorted(info["unexpected_keys"]), _saved_as(config), type(model).__name__
+    # Of a model that also sees or hears, a language model leaves out what no text goes through.
+    if unused and saved_as and saved_as != made and not saved_as.endswith("ForConditionalGeneration"):
+        raise ValueError(
+            f"it was saved as {saved_as}, and {made} has no place for {len(unused)} of its weights, such as "
+            f"{unused[0]}: load it with transformers, and differentiate inside gim.GIM"
+        )
     loaded: torch.nn.Module = model.to(device).eval()
     return loaded
 
 
-def _auto_class(config: Any) -> Any:
-    """What a checkpoint was saved as: a causal or a masked language model, or a sequence classifier."""
+def auto_class(config: Any) -> Any:
+    """What makes the model that a checkpoint was saved as: a causal or a masked language model, or a classifier.
+
+    Raises:
+        ValueError: it was saved as an encoder-decoder, of which a causal language model would be a part.
+    """
     import transformers
 
-    saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
-        if saved_as.endswith(ending):
+        if _saved_as(config).endswith(ending):
             return getattr(transformers, f"AutoModel{ending}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{_saved_as(config) or type(config).__name__} is an encoder-decoder, which embeds the ids of two texts: "
+            "load it with transformers, and differentiate inside gim.GIM, with decoder_input_ids of your own"
+        )
     return transformers.AutoModelForCausalLM
+
+
+def _saved_as(config: Any) -> str:
+    """The name of the class that a checkpoint was saved as; empty where its config does not say."""
+    return next(iter(getattr(config, "architectures", None) or ()), "")
 
 
 def check_folder(name: str) -> None:
@@ -119,7 +139,7 @@ def device_named(device: torch.device | str | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]  # of some devices torch lists all that it was built for
         raise ValueError(f"{str(device)!r} is not a device that is there: {first}") from error
     return found
 

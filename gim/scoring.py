@@ -76,6 +76,7 @@ class Numbers(NamedTuple):
         probabilities: theirs.
         inside: where :attr:`Request.per` asks, of the stream that each layer reads ``[B, layers, L]``, or of each head
             ``[B, layers, heads]``; else None.
+        of_rows: whether the logits are of each row as a whole, and so of classes.
     """
 
     scores: torch.Tensor
@@ -84,6 +85,7 @@ class Numbers(NamedTuple):
     likeliest: torch.Tensor
     probabilities: torch.Tensor
     inside: torch.Tensor | None
+    of_rows: bool
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Result:
     likeliest: torch.Tensor
     probabilities: torch.Tensor
     inside: torch.Tensor | None
+    of_rows: bool
     report: AppliedReport
     plan: MemoryPlan
     memory: str = ""  # the plan in words
@@ -309,7 +312,7 @@ def _passes(
                 f"one is {module}"
             )
     inside = None if taps is None else taps.scores(found.device) / seed
-    return Numbers(found / seed, wanted, values, likeliest, probabilities, inside)
+    return Numbers(found / seed, wanted, values, likeliest, probabilities, inside, prepared.of_rows)
 
 
 def _backwards(

@@ -95,7 +95,7 @@ class Single:
         found = [int(one) for one in result.token_ids[row, :count]]
         explained = _explained(
             self.target, found, list(self.wanted.positions), float(result.values[row]), self.asked.tokenizer,
-            self.asked.words(found),
+            self.asked.words(found, result),
         )  # fmt: skip
         scores = result.scores[row, : len(self.wanted.ids)]
         return self.asked.attribution(self.text, self.wanted.ids, self.offsets, scores, explained, result, row)

@@ -43,8 +43,10 @@ def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
     Raises:
         UnsupportedModelError: a part is not found, or the layers do not add up; names the layer and what is missing.
         FloatingPointError: the logits hold NaN or infinity; names the first module with one.
+        ValueError: the model reads two texts.
     """
     parts = anatomy.of(model)
+    parts.call.refuse()
     if not parts.layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no ModuleList of layers with attention, so its circuits cannot be told"

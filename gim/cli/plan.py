@@ -95,7 +95,6 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
         found = row.estimate
         mark = Text("*", "bold green") if row.chosen else Text("")
         if found is None:
-            table.add_row(mark, row.plan.name, Text(visible(row.reason), "dim"))
             continue
         style = "bold" if row.chosen else "" if row.fits else "dim"
         table.add_row(
@@ -108,6 +107,9 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
             "" if row.longest is None else f"{row.longest:,}",
         )
     console.print(table)
+    for row in rows:  # whose reasons are too long for a column
+        if row.estimate is None:
+            console.print(Text.assemble((f"{row.plan.name}: ", "bold"), (visible(row.reason), "dim")))
     if any(row.chosen for row in rows):
         console.print(
             Text.assemble(("*", "bold green"), (" the fastest plan that fits: --memory auto takes it", "dim"))

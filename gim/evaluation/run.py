@@ -300,6 +300,7 @@ def _check(
 
 def _check_model(model: nn.Module) -> None:
     parts = anatomy.of(model)
+    parts.call.refuse()
     if parts.head != "next token":
         raise ValueError(f"model must be a causal language model, got {type(model).__name__}")
     for name, module in parts.modules.items():

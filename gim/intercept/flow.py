@@ -29,6 +29,8 @@ _numbers = itertools.count(1)
 
 #: Rows that are chosen by numbers: of a table of weights they are as much an input as an embedding is.
 _LOOKUPS = frozenset(["Index", "IndexSelect", "Gather", "Take"])
+#: What gives entries in the order they have.
+_CUTS = frozenset(["Slice", "Select", "Split", "SplitWithSizes", "Unbind"])
 #: Reductions that are nonlinear in themselves.
 _POWERS = frozenset(["Norm", "LinalgVectorNorm", "Var", "Std", "VarMean", "StdMean", "Logsumexp", "Prod"])
 #: Number by number and linear: a sum with a constant, a mask, a factor.
@@ -358,6 +360,9 @@ def _operation(node: Any, output: int) -> tuple[Any, list[tuple[Any, int]]]:
 
 
 def _piece(node: Any, whole: Origin, name: str, output: int) -> Origin:
+    before, place = node.next_functions[0]
+    if name in _CUTS and prod(before._input_metadata[place].shape) == prod(node._input_metadata[output].shape):
+        return whole  # an axis of one entry that is taken away, or all of another
     step = in_words(node, name, output) or (name, node._sequence_nr(), output)
     return whole._replace(number=hash((whole.number, step)), path=(*whole.path, step), reduced=None)
 

@@ -45,17 +45,27 @@ class KeyPattern:
     unseen: int = 0
 
     def __getattr__(self, name: str) -> Any:
-        raise _MaskUsedError(
-            f"attention_mask: the model's own code asks the mask for its {name}, and there is no mask of T x S "
-            "entries to give it: what it makes of the mask cannot be applied in O(T) memory"
-        )
+        raise _used(name)
 
-    def __getitem__(self, index: Any) -> Any:
-        return getattr(self, "entries")  # noqa: B009 (raises)
+    def _entries(*_: Any, **__: Any) -> Any:
+        raise _used("entries")
+
+    # What a model that adds the mask to its scores itself would do with them, a tensor before it or none.
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __invert__ = __neg__ = _entries
+    __lt__ = __le__ = __gt__ = __ge__ = __and__ = __rand__ = __or__ = __ror__ = __truediv__ = __rtruediv__ = _entries
+    __eq__ = __ne__ = _entries  # else False, whatever the mask says
+    __torch_function__ = classmethod(_entries)
 
 
 class _MaskUsedError(UnsupportedModelError, AttributeError):
     """A model treats the pattern as a tensor; an AttributeError too, so that ``hasattr`` works."""
+
+
+def _used(name: str) -> _MaskUsedError:
+    return _MaskUsedError(
+        f"attention_mask: the model's own code asks the mask for its {name}, and there is no mask of T x S entries to "
+        "give it: what it makes of the mask cannot be applied in O(T) memory"
+    )
 
 
 def key_pattern(

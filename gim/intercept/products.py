@@ -8,6 +8,7 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -139,8 +140,11 @@ def multiply(session: Session, run: Run, first: torch.Tensor, second: torch.Tens
         if torch.broadcast_shapes(first.shape, second.shape) == weights or same_root([one, two]) is not None:
             return run(first, second)  # a factor of weights, or their sum
         return values(session, run, first, second)
-    if first.shape != second.shape or first.dim() < 2 or first.shape[-1] == 1 or one.place == two.place:
+    places = _places(first)
+    if first.shape != second.shape or len(places) < 2 or places[-1] == 1 or one.place == two.place:
         return run(first, second)
+    if places != _places(second):
+        return run(first, second)  # one is broadcast over the other, though it was given the other's shape before
     return _gate(session, run, first, second, one, two, quotient)
 
 
@@ -156,12 +160,14 @@ def _is_statistic(small: torch.Tensor, of: Origin, value: torch.Tensor, whole: O
     return reduced.nonlinear and min(reduced.size, spans(small)) < value.numel()
 
 
+def _places(tensor: torch.Tensor) -> list[int]:
+    """How many different places each axis of a tensor has: one that only repeats has one."""
+    return [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
 def spans(tensor: torch.Tensor) -> int:
-    """How many different places a tensor has: an axis that only repeats counts as one."""
-    total = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        total *= size if stride else 1
-    return total
+    """How many different places a tensor has."""
+    return prod(_places(tensor))
 
 
 def _freeze(session: Session, run: Run, value: torch.Tensor, statistic: torch.Tensor) -> torch.Tensor:

@@ -191,10 +191,7 @@ class Call:
         Raises:
             ValueError: the model cannot be called so; names it and why.
         """
-        for core in self.cores:
-            reason = hugging_face.refusal(core)
-            if reason is not None:
-                raise ValueError(f"{type(core).__name__} {reason}")
+        self.refuse()
         positional, named = self.arguments(self.taken, self.model, rows.ids, rows.told, rows.position_ids)
         prepared = Prepared(self, rows, kept, positional, named, narrow, leaves)
         keeper = next((one for one in self.cores if "logits_to_keep" in torch_modules.parameters(one)), None)
@@ -203,6 +200,13 @@ class Call:
             change = functools.partial(prepared.settings, core, outermost=core is self.cores[0], keeps=core is keeper)
             replace_forward(core, _called_with(core, change, prepared.see_head if core is keeper else None))
         return prepared
+
+    def refuse(self) -> None:
+        """Raise a ValueError that names the model and says why, where ids alone are not what it is called with."""
+        for core in self.cores:
+            reason = hugging_face.refusal(core)
+            if reason is not None:
+                raise ValueError(f"{type(core).__name__} {reason}")
 
 
 class MadeOfLogitsError(ValueError):
@@ -231,6 +235,8 @@ class Prepared:
         self._narrow = narrow
         #: Whether a Hugging Face model inside can be asked for some logits only.
         self.keeps = False
+        #: Whether the logits are of each row as a whole.
+        self.of_rows = False
         self._asked = False
         self._narrowed: torch.Tensor | None = None
         self._proved = 0
@@ -267,7 +273,8 @@ class Prepared:
                 f"{type(self._call.model).__name__} gives other logits than the model inside, and what it makes of all "
                 "positions is what is explained, so they must be there: add head=all to the memory plan"
             )
-        if logits.dim() == 2:
+        self.of_rows = logits.dim() == 2
+        if self.of_rows:
             if not torch.isin(kept.positions, self._rows.last()).all():
                 raise ValueError(
                     f"{type(self._call.model).__name__} gives one row of logits for each prompt, not one for each "

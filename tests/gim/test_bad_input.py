@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -384,6 +385,21 @@ def test_a_mask_function_of_another_shape_is_refused_where_attention_uses_it(mod
         assert not hasattr(pattern, "shape")
         with pytest.raises(UnsupportedModelError, match="asks the mask for its entries"):
             _ = pattern[:, None]
+        for used in (
+            lambda mask: x + mask, lambda mask: mask + x, lambda mask: (1.0 - mask) * -1e9, lambda mask: mask == 0,
+            lambda mask: ~mask, lambda mask: x.masked_fill(mask, 0.0), lambda mask: torch.where(mask, x, 0.0),
+        ):  # fmt: skip
+            with pytest.raises(UnsupportedModelError, match="asks the mask for its entries"):
+                used(pattern)
+
+
+def test_a_model_that_adds_its_mask_to_scores_itself_is_refused() -> None:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
+    config = transformers.BigBirdPegasusConfig(vocab_size=97, **sizes, **heads, attention_type="original_full")
+    written = transformers.BigBirdPegasusForConditionalGeneration(config).eval()
+    with gim.GIM(written), pytest.raises(UnsupportedModelError, match="asks the mask for its entries"):
+        written(ids(), decoder_input_ids=ids())
 
 
 def test_attention_weights_are_refused(model: Any) -> None:

@@ -700,6 +700,24 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
+def test_plan_is_of_the_model_that_would_be_loaded(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, T5Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+    model.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classifier" / "model.safetensors").unlink()
+    result = run("plan", tmp_path / "classifier", "--tokens", "16")
+    assert result.code == 0 and "BertForSequenceClassification, 16 tokens" in result.out, result.out
+    (want,) = gim.estimate_memory(model, 16, plans=gim.plan.PLANS[:1])
+    row = next(line for line in result.out.splitlines() if " none " in line)
+    assert gim.memory.size(want.peak) in row and "512" in row  # as many positions as it has a table of
+    assert "mlp: memory='mlp' runs MLPs in parts" in result.out
+    T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=2).save_pretrained(tmp_path / "pair")
+    result = run("plan", tmp_path / "pair", "--tokens", "16")
+    assert result.code == 2 and "T5Config is an encoder-decoder, which embeds the ids of two texts" in result.err
+
+
 @pytest.mark.slow
 def test_plan_marks_what_fits(config_folder: Path) -> None:
     import gim

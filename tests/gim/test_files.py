@@ -292,6 +292,7 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, ValueError, "dtype must be a floating point dtype, got 'bf16'"),
         ({"dtype": 16}, TypeError, "dtype must be a torch.dtype, its name or None, got 16"),
         ({"device": "abacus"}, ValueError, "'abacus' is not a device that is there: "),
+        ({"device": "xla"}, ValueError, r"'xla' is not a device that is there: .{1,120}$"),
         ({"device": 0}, TypeError, "device must be a torch.device, its name or None, got 0"),
     ],
 )
@@ -311,6 +312,39 @@ def test_a_model_that_lacks_weights_is_not_loaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=kept)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lack 1 weights, such as model\.layers\.0\.mlp\.up_proj\.weight"):
+        gim.load(tmp_path)
+
+
+TINY: dict[str, Any] = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": 320, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def token_classifier() -> Any:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return hf.Qwen2ForTokenClassification(hf.Qwen2Config(**TINY, **heads, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (token_classifier, "it was saved as Qwen2ForTokenClassification, and Qwen2ForCausalLM has no place for 2 of"),
+        (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQ2SEQ)), "BartForConditionalGeneration is an enc"),
+    ],
+    ids=["tied head", "encoder-decoder"],
+)
+def test_a_checkpoint_of_another_kind_is_not_loaded_as_a_language_model(
+    tmp_path: Path, build: Any, message: str
+) -> None:
+    """Part of its weights would make one: the tied embeddings as a head, or the decoder without its encoder."""
+    model, (_, tokenizer) = build(), gim.demo.load()
+    held = {name: weight.clone() for name, weight in model.state_dict().items()}  # embeddings under each of their names
+    model.save_pretrained(tmp_path)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         gim.load(tmp_path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from typer.testing import CliRunner
 
 import gim
@@ -85,6 +86,49 @@ def test_a_classifier_is_explained_by_class(words: Any) -> None:
     for several in ([1], Continuation("good")):
         with pytest.raises(ValueError, match="target must be a class by number or label, got "):
             gim.attribute(model, words, prompt, target=several)
+
+
+class Pooled(nn.Module):
+    """A classifier of one's own: nothing in its name says that it is one."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.score = encoder, nn.Linear(width, 5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()  # type: ignore[operator]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.score(hidden[:, 0])
+
+
+def test_classes_of_a_classifier_of_ones_own_are_no_tokens(words: Any) -> None:
+    encoder = make("Model", words)
+    model = Pooled(encoder, encoder.config.hidden_size).eval()
+    prompt = "The cat sat on the mat."
+    ids = torch.tensor(words(prompt)["input_ids"])
+    found = gim.attribute(model, words, prompt, target=4)
+    assert (found.target.label, found.target.tokens, found.target.token_ids) == ("'4'", ("4",), (4,))
+    assert {one.token for one in found.next_tokens} <= {"LABEL_0", "LABEL_1", "2", "3", "4"}
+    assert torch.equal(found.scores, gim.explain(model, ids, tokenizer=words, target_token_id=4))
+
+
+def test_an_encoder_decoder_is_refused_before_it_runs(words: Any) -> None:
+    """It would answer by its decoder alone, whose first tokens were cut off as the prompt's."""
+    config = hf.ProphetNetConfig(
+        vocab_size=len(words), hidden_size=16, encoder_ffn_dim=16, decoder_ffn_dim=16, num_encoder_layers=1,
+        num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = hf.ProphetNetForConditionalGeneration(config).eval()
+    pair = gim.circuits.Pair("The cat", "The mat", " sat", " ate")
+    for ask in (
+        lambda: gim.attribute(model, words, "The cat sat", generate=3),
+        lambda: gim.evaluate(model, words, ["The cat sat on the mat"], methods=("GIM",)),
+        lambda: gim.circuits.attribute(model, [pair], tokenizer=words),
+    ):
+        with pytest.raises(ValueError, match="ProphetNetForConditionalGeneration is an encoder-decoder, which embeds"):
+            ask()
 
 
 def test_a_chat_is_rendered_with_the_template_and_no_second_start(words: Any) -> None:

@@ -135,6 +135,9 @@ NORMS: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
     "adaptive pool": lambda m, x: x * m.constant(_scale(F.adaptive_avg_pool1d(x * x, 1))),
     "pools of groups": lambda m, x: x * m.constant(_scale(F.avg_pool1d(x * x, GROUP)).repeat_interleave(GROUP, dim=-1)),
     "windows": lambda m, x: x * m.constant(_scale(F.avg_pool1d(x * x, 3, 1, 1))),
+    "windows along an axis of their own": lambda m, x: (
+        x * m.constant(_scale(F.avg_pool2d((x * x)[:, None], (1, 3), 1, (0, 1))[:, 0]))
+    ),
     "largest": lambda m, x: x / m.constant(F.max_pool1d(x.abs(), WIDTH) + EPS),
     "of a map called twice": lambda m, x: m.one(x) * m.constant(_scale(m.one(x).pow(2).mean(-1, keepdim=True))),
 }
@@ -183,6 +186,20 @@ def test_one_map_called_twice_is_an_activation(name: str, frozen: bool) -> None:
 @pytest.mark.parametrize("name", TWO)
 def test_two_maps_are_a_gate(name: str, frozen: bool) -> None:
     check(TWO[name], frozen, "gated_mlp")
+
+
+#: One factor for all features, or for all tokens, which is no branch of a gated product however it is written.
+BROADCAST: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
+    "by torch": lambda m, x: torch.sigmoid(m.one(x)[..., :1]) * m.two(x),
+    "expanded": lambda m, x: torch.sigmoid(m.one(x)[..., :1]).expand_as(x) * m.two(x),
+    "expanded over tokens": lambda m, x: m.two(x) * torch.sigmoid(m.one(x.mean(1, keepdim=True))).expand_as(x),
+}
+
+
+@frozen
+@pytest.mark.parametrize("name", BROADCAST)
+def test_a_factor_that_is_broadcast_is_no_gate(name: str, frozen: bool) -> None:
+    check(BROADCAST[name], frozen, None)
 
 
 def test_one_map_of_two_constants_is_two_values() -> None:
