@@ -280,6 +280,13 @@ class Prepared:
                     f"{type(self._call.model).__name__} gives one row of logits for each prompt, not one for each "
                     "token, so the explained position must be the last"
                 )
+            tokens = self._rows.ids.shape[1]
+            labels = [hugging_face.labels(core) for core in self._call.cores]
+            if logits.shape[1] == tokens and tokens not in labels and any(labels):
+                raise ValueError(
+                    f"{type(self._call.model).__name__} gives {tokens} numbers for {tokens} tokens, and whether they "
+                    "are of classes or of the tokens cannot be told"
+                )
             return logits[:, None].expand(-1, len(kept.positions), -1)
         if self._narrowed is not None:
             return logits

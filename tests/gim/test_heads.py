@@ -114,6 +114,15 @@ def test_classes_of_a_classifier_of_ones_own_are_no_tokens(words: Any) -> None:
     assert torch.equal(found.scores, gim.explain(model, ids, tokenizer=words, target_token_id=4))
 
 
+def test_a_number_for_each_token_is_no_class(words: Any) -> None:
+    config = hf.ElectraConfig(
+        vocab_size=len(words), hidden_size=16, embedding_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="ElectraForPreTraining gives 6 numbers for 6 tokens, and whether they are of"):
+        gim.explain(hf.ElectraForPreTraining(config).eval(), torch.arange(6), baseline_token_id=1, target_token_id=0)
+
+
 def test_an_encoder_decoder_is_refused_before_it_runs(words: Any) -> None:
     """It would answer by its decoder alone, whose first tokens were cut off as the prompt's."""
     config = hf.ProphetNetConfig(

@@ -59,6 +59,11 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def labels(module: nn.Module) -> int:
+    """How many classes the config of one of these models says that there are; 0 where it says nothing."""
+    return int(getattr(module.config, "num_labels", None) or 0)
+
+
 def as_before(given: Any) -> Any:
     """A cache as it is now, whatever is added to it later; anything else itself."""
     if not isinstance(given, Cache):
