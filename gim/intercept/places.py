@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gim.intercept.values import ARGUMENTS_DEEP, CONSTANT, Tensors, Value, collect, inside, join
+from gim.intercept.values import ARGUMENTS_DEEP, CONSTANT, PLAIN, Tensors, Value, collect, inside, join
 
 _Window = tuple[Any, torch.Size, tuple[int, ...]]
 
@@ -135,5 +135,6 @@ class Places:
             for key in [key for key, old in windows.items() if whole or not old.written]:
                 del windows[key]  # what was known of the storage before
         windows[_window(tensor)] = value
-        for one in inside(tensor):
-            self.put(one, value, False)
+        if type(tensor) not in PLAIN:
+            for one in inside(tensor):
+                self.put(one, value, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -59,12 +60,12 @@ MADE = {"blank": BLANK, "fresh": CONSTANT, "from python": FROM_PYTHON}
 UNREAD = {"same", "piece", *MADE}
 
 
-def flatten(tree: Any, into: Tensors) -> None:
-    """The tensors among arguments or results."""
-    if isinstance(tree, torch.Tensor):
-        into.append(tree)
-    elif isinstance(tree, list | tuple):
-        for one in tree:
+def flatten(given: Iterable[Any], into: Tensors) -> None:
+    """The tensors among arguments or results, and in their lists."""
+    for one in given:
+        if isinstance(one, torch.Tensor):
+            into.append(one)
+        elif isinstance(one, (list, tuple)):
             flatten(one, into)
 
 
@@ -81,9 +82,13 @@ def collect(thing: Any, into: Tensors, seen: set[int], depth: int) -> None:
             collect(one, into, seen, depth - 1)
 
 
+#: Tensors without code of their own.
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def inside(tensor: Any) -> Tensors:
     """The tensors that a tensor is a wrapper of, as a distributed or a quantised one is."""
-    if type(tensor) in (torch.Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) in PLAIN or not is_traceable_wrapper_subclass(tensor):
         return []
     held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     return [one for one in held if isinstance(one, torch.Tensor)]

@@ -135,13 +135,14 @@ class Watch(TorchDispatchMode):
         self._sites = sites
         self.found, self.noted = list[Finding](), list[Finding]()
         self.operators = 0
-        self._known: dict[Any, tuple[str, str]] = {}
+        self._known: dict[Any, tuple[str, str, bool]] = {}
         self._pieces: dict[Any, Value] = {}
         self._places = Places(modules, given or ())
         self._maps: dict[Any, Value] = {}  # what one linear map of one value gives
         self._asks = given is not None
         self._tensors: Tensors = []  # of the operator that is looked at
         self._cuts = False  # whether any value has been cut off from gradients
+        self._blanks = False  # whether any memory has come that nobody filled
         self._withheld: list[Finding] = []  # of the operator that is looked at, whose results have no gradient
         self._hidden: list[tuple[weakref.ref[torch.Tensor], Value]] = []
         # What autograd has not yet seen of the operator that ran last, and what to say if it has no gradient.
@@ -215,9 +216,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            kind, name = self._known[func]
+            kind, name, doubtful = self._known[func]
         except KeyError:
-            kind, name = self._known[func] = describe(func)
+            kind, name = describe(func)
+            doubtful = may_lack_gradient(kind, name)
+            self._known[func] = kind, name, doubtful
         if kind == "composite":
             TorchDispatchMode.__enter__(self)
             try:
@@ -225,14 +228,16 @@ class Watch(TorchDispatchMode):
             finally:
                 TorchDispatchMode.__exit__(self, None, None, None)
         tensors, outs = Tensors(), Tensors()
-        flatten((*args, *(kwargs or {}).values()), tensors)
+        flatten(args, tensors)
+        if kwargs:
+            flatten(kwargs.values(), tensors)
         if self._unproved is not None:
             self._prove()
         values = [self._of(x) for x in tensors]  # before the operator overwrites any
         out = func(*args, **(kwargs or {}))
         self.operators += 1
-        flatten(out, outs)
-        if self._live and may_lack_gradient(kind, name):
+        flatten((out,), outs)
+        if doubtful and self._live:
             self._doubt(name, tensors, values, outs)
         if kind == "same" and len(tensors) == 1 and len(outs) == 1:
             first = values[0]
@@ -253,7 +258,8 @@ class Watch(TorchDispatchMode):
                         value = value.like(aside=not first.aside and last != before[:1], id=value.id)
                 self._places.put(outs[0], value, False)  # as squeeze_, which writes no number
             return out
-        if kind not in UNREAD and any(v.blank for v in values):
+        self._blanks = self._blanks or kind == "blank"
+        if self._blanks and kind not in UNREAD and any(v.blank for v in values):
             self._blank(name, tensors, values, outs, kwargs)
         self._tensors = tensors
         value = self._value(kind, name, args, tensors, values, outs)
@@ -263,7 +269,7 @@ class Watch(TorchDispatchMode):
             value = self._hide(kind, value, tensors, values, outs)
         if value.dep and value not in values:
             mixes = kind == "softmax over keys" or name == "attention" or (kind == "linear" and value.mixed)
-            value.depth = max((one.depth for one in values), default=0) + mixes
+            value.depth = max([one.depth for one in values], default=0) + mixes
         given = {id(x) for x in tensors}
         for index, one in enumerate(outs):
             mine = self._piece(value, (name, "output", index)) if value.dep and len(outs) > 1 else value
