@@ -271,23 +271,20 @@ def tell_weight(result: Any, operands: Sequence[Any], axis: int | None, *how: An
     data, weight = operands
     if node is None:
         return
-    if type(weight) is nn.Parameter:
-        held: Any = weakref.ref(weight)
-    else:
+    if type(weight) is not nn.Parameter:
         if weight.requires_grad and not origin(weight).constant:
-            data, weight = weight, data
-            axis = axis and -1
+            data, weight, axis = weight, data, axis and -1
         if type(weight) not in (torch.Tensor, nn.Parameter) or (weight.requires_grad and not origin(weight).constant):
             return
-        base: Any = weight._base
-        if axis is not None and type(base) is nn.Parameter and _is_turned(weight, base):
-            held, axis = weakref.ref(base), -3 - axis
-        elif type(weight) is nn.Parameter:
-            held = weakref.ref(weight)
-        else:
-            # Another weight can come to lie where one has been, as those do that are made anew for each call.
-            held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
-            held = *held, weight.storage_offset(), weight.shape, weight.stride()
+    base: Any = None if axis is None else weight._base
+    if type(weight) is nn.Parameter:
+        held: Any = weakref.ref(weight)
+    elif axis is not None and type(base) is nn.Parameter and _is_turned(weight, base):
+        held, axis = weakref.ref(base), -3 - axis
+    else:
+        # Another weight can come to lie where one has been, as those do that are made anew for each call.
+        held = StorageWeakRef(weight.untyped_storage()), 0 if weight.is_inference() else weight._version
+        held = *held, weight.storage_offset(), weight.shape, weight.stride()
     if data.requires_grad:  # else the way to an input leads to the weight alone, whatever it is applied to
         node.metadata[_WEIGHT] = (held, axis) if axis is not None else (operands[0] is weight, held, *how)
 
