@@ -111,11 +111,9 @@ def test_an_interrupt_leaves_the_first_rows_and_their_sum(plans: Sequence[Memory
         asked = scoring.Request.of(row, None, terms)
         return scoring.run(model, asked, BASELINE, gim.rules.get("GIM"), EVERYTHING, None)
 
-    places = ((1, layers), (1, 2 * layers + 1), (2, layers + 1), (1, COUNT * layers + 1))
-    for number, plan in enumerate(plans):
+    for plan in plans:
         want = several(model, tokens, plan, 1)
-        # Every place under some plans; under each of all plans one place, in turn.
-        for at_once, after in places if len(plans) <= len(SOME) else (places[number % len(places)],):
+        for at_once, after in ((1, layers), (1, 2 * layers + 1), (2, layers + 1), (1, COUNT * layers + 1)):
             came: list[int] = []
 
             def interrupt(stage: str, done: int, _: int, after: int = after, came: list[int] = came) -> None:

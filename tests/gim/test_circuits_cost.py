@@ -21,24 +21,18 @@ from tests.oracle import CIRCUIT_BYTES, CIRCUIT_LAYER_PEAKS, CIRCUIT_PEAKS, CIRC
 pytestmark = pytest.mark.slow
 
 TOKENS = 1024
-ROUNDS = 3
-#: Every layer takes the same time on both sides: some are as good as all 30.
-SOME_LAYERS = 12
+ROUNDS = 5
 RIGHT, WRONG = 5, 9
-
-
-def build(layers: int) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=TOKENS,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return build(SOME_LAYERS)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=TOKENS,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
@@ -97,8 +91,8 @@ def test_a_checkpoint_at_each_layer_leaves_what_parts_write(model: Any) -> None:
     assert peak <= CIRCUIT_LAYER_PEAKS * alone, (peak, alone)
 
 
-def test_a_pair_takes_twice_the_memory_of_an_attribution_at_most_and_grows_with_tokens() -> None:
-    model, peaks = build(30), {}
+def test_a_pair_takes_twice_the_memory_of_an_attribution_at_most_and_grows_with_tokens(model: Any) -> None:
+    peaks = {}
     for tokens in (TOKENS // 4, TOKENS // 2, TOKENS):
         clean, corrupted = prompts(tokens)
         pair = Pair(clean, corrupted, RIGHT, WRONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -64,11 +65,10 @@ def measure(model: Any, plan: MemoryPlan, length: int = LENGTH, batch: int = 1, 
     return peak
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "size"),
-    [("llama", "small"), ("llama", "wide"), ("llama", "deep"), ("qwen3", "wide"), ("mistral", "deep")],
-)
+MEASURED = [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow) for case in itertools.product(MODELS, SIZES)]
+
+
+@pytest.mark.parametrize(("family", "size"), MEASURED)
 def test_the_estimate_is_what_is_measured(family: str, size: str) -> None:
     model = build(family, size)
     before = state(model)

@@ -97,7 +97,7 @@ def test_every_lever_gives_the_same_attribution(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_combination_of_levers_gives_the_same_attribution(family: str) -> None:
     hold_plans(family, every_plan())
 
