@@ -307,6 +307,8 @@ def _key(gate: Gate, x: torch.Tensor) -> Any:
     cls: Any = type(module)
     code = cls.forward
     said = _Read(cls, code).said()
+    if said is None:
+        return None
     return cls, code, (*own,), said, (*parameters,), device.type, x.dtype, len(shape), shape[-1], module.training
 
 
@@ -347,13 +349,14 @@ class _Read:
         self._changes = True  # whether any of them may hold something else and be the same
 
     def said(self) -> Any:
-        """What tells the meanings of now from others."""
+        """What tells the meanings of now from others; None where the code asks what nobody sees change."""
         found = [get(name) for get, name in self._asked]
         before, said = self._last
         if self._changes or not all(map(operator.is_, found, before)):
             said = tuple([_words(one, self._names) for one in found])
-            self._last = found, said
             self._changes = any(isinstance(one, tuple) for one in said)
+            said = None if _UNTOLD in said else said
+            self._last = found, said
         return said
 
 
@@ -366,6 +369,8 @@ def _words(value: Any, names: Iterable[str]) -> Any:
     """
     if isinstance(value, _PLAIN):
         return value
+    if _has_a_state(value):
+        return _UNTOLD
     inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         inside = value.items()
@@ -377,6 +382,30 @@ def _words(value: Any, names: Iterable[str]) -> Any:
         own = getattr(value, "__dict__", {})
         inside = [(name, own[name]) for name in names if name in own]
     return id(value), *((name, one if isinstance(one, _PLAIN) else id(one)) for name, one in inside)
+
+
+#: Stands for what may answer otherwise the next time.
+_UNTOLD = object()
+#: Of Python's own modules, those whose functions compute no number, or the same ones from the same.
+_SAME = frozenset(
+    (
+        "abc", "builtins", "cmath", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "inspect",
+        "itertools", "logging", "math", "numbers", "operator", "re", "types", "typing", "warnings",
+    )
+)  # fmt: skip
+
+
+def _has_a_state(value: Any) -> bool:
+    """Whether something is a module of Python's, or a function of one in C, that answers by more than what it is asked:
+    the environment, the clock, what is random."""
+    if isinstance(value, ModuleType):
+        home = value.__name__
+    elif isinstance(value, BuiltinFunctionType):
+        home = value.__module__ or type(value.__self__).__module__
+    else:
+        return False
+    root = home.partition(".")[0].lstrip("_")
+    return root not in _SAME and (root in sys.stdlib_module_names or f"_{root}" in sys.stdlib_module_names)
 
 
 def _is_librarys(value: Any) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from os import getenv
+from sys import getrecursionlimit
 from typing import Any
 
 import pytest
@@ -298,6 +301,43 @@ def test_what_a_norm_reads_is_seen_anew_where_it_has_been_written(where: str, mo
     changed, _ = gradient(model, torch.float64, 1e-3)
     LISTED[0] = EPSILON
     assert relative_error(changed, before) > 0.1
+
+
+class Asking(nn.Module):
+    """A norm whose epsilon is what something that nobody can look into says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(os.environ["EPSILON"]))
+
+
+class AskingByName(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(getenv("EPSILON", "")))
+
+
+class AskingPython(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + (1e-2 if getrecursionlimit() > 20_000 else 1e-5))
+
+
+@pytest.mark.parametrize("norm", [Asking, AskingByName, AskingPython])
+def test_what_a_norm_asks_of_the_world_is_asked_each_time(
+    norm: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPSILON", "1e-5")
+    model, limit = build(norm(), torch.float64), sys.getrecursionlimit()
+    gradient(model, torch.float64, 1e-3)
+    monkeypatch.setenv("EPSILON", "1e-2")
+    sys.setrecursionlimit(30_000)
+    try:
+        changed, report = gradient(model, torch.float64, 1e-3)
+    finally:
+        sys.setrecursionlimit(limit)
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).mul(1e-3).double().requires_grad_()
+    wide = model[0](x)
+    out = model[2](wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-2).detach())
+    (want,) = torch.autograd.grad(out.pow(2).sum(), x)
+    assert report.complete and relative_error(changed, want) < 1e-12
 
 
 def test_under_a_mode_of_ones_own_its_own_code_runs() -> None:
