@@ -99,7 +99,7 @@ def _einsum(session: Session, func: Callable[..., Any], *args: Any, **named: Any
     else:
         out = values(session, lambda a, b: func(equation, a, b), operands[0], operands[1])
     summed = one[-1:] or ","
-    if len(set(two)) == 2 and summed not in result and result == one[:-1] + two.replace(summed, ""):
+    if len(two) == 2 == len({*two}) and summed not in result and result == one[:-1] + two.replace(summed, ""):
         tell_weight(out, operands, two.index(summed) - 2)  # a product of matrices
     else:
         tell_weight(out, operands, None, equation)

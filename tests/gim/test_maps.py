@@ -29,6 +29,7 @@ class Block(nn.Module):
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
         self.square = nn.Parameter(torch.randn(WIDTH, WIDTH) / GROUP)
+        self.stack = nn.Parameter(torch.randn(WIDTH, WIDTH, WIDTH) / GROUP)
         self.mean = nn.Parameter(torch.full((WIDTH, 1), 1 / WIDTH))
         self.compute, self.written = compute, False
 
@@ -100,6 +101,9 @@ TWO: dict[str, Callable[[Block, torch.Tensor], torch.Tensor]] = {
     "of one tensor by einsum": lambda m, x: m.gated(
         torch.sigmoid(torch.einsum("btd,kd->btk", x, m.square)), torch.einsum("btd,dk->btk", x, m.square)
     ),
+    "of a stack, and its diagonal": lambda m, x: m.gated(
+        torch.sigmoid((x @ m.stack)[0]), torch.einsum("btd,ddk->btk", x.expand(WIDTH, -1, -1), m.stack)[0]
+    )[None],
     "rows of a weight": lambda m, x: m.gated(
         torch.sigmoid(F.linear(x, m.square[:8])), F.linear(x, m.square[8:])
     ).repeat(1, 1, 2),
