@@ -99,14 +99,14 @@ def auto_class(config: Any) -> Any:
     """
     import transformers
 
+    from gim.parts.adapters import hugging_face
+
     for ending in ("ForMaskedLM", "ForSequenceClassification"):
         if _saved_as(config).endswith(ending):
             return getattr(transformers, f"AutoModel{ending}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{_saved_as(config) or type(config).__name__} is an encoder-decoder, which embeds the ids of two texts: "
-            "load it with transformers, and differentiate inside gim.GIM, with decoder_input_ids of your own"
-        )
+    reason = hugging_face.refusal(config)
+    if reason is not None:
+        raise ValueError(f"{_saved_as(config) or type(config).__name__} {reason}")
     return transformers.AutoModelForCausalLM
 
 

@@ -204,7 +204,7 @@ class Call:
     def refuse(self) -> None:
         """Raise a ValueError that names the model and says why, where ids alone are not what it is called with."""
         for core in self.cores:
-            reason = hugging_face.refusal(core)
+            reason = hugging_face.refusal(core.config)
             if reason is not None:
                 raise ValueError(f"{type(core).__name__} {reason}")
 

@@ -254,6 +254,17 @@ def test_code_that_calls_what_it_never_did_is_watched(name: str) -> None:
         entered(IDS)
 
 
+def test_memory_that_is_asked_for_is_no_new_code() -> None:
+    """As torch's checkpoints ask for some in the place of a module."""
+    model = Switched().eval()
+    with gim.GIM(model):
+        model(IDS)
+    model.held[0] = lambda x: (torch.empty(3), x)[1]
+    with gim.GIM(model) as report:
+        model(IDS)
+    assert report.watched and not any("are watched again" in note for note in report.notes)
+
+
 def test_forwards_on_two_threads_of_one_context_are_both_watched() -> None:
     begun, ended = threading.Event(), threading.Event()
     model = Switched().eval()

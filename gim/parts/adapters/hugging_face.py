@@ -49,9 +49,9 @@ def settings(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why one of these models cannot be called with ids alone; None where it can."""
-    if getattr(module.config, "is_encoder_decoder", False):
+def refusal(config: Any) -> str | None:
+    """Why a model of a config cannot be called with ids alone; None where it can."""
+    if getattr(config, "is_encoder_decoder", False):
         return (
             "is an encoder-decoder, which embeds the ids of two texts: differentiate inside gim.GIM, with "
             "decoder_input_ids of your own"
