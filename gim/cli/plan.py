@@ -107,9 +107,12 @@ def _show_plans(model: str, twin: Any, tokens: int, memory: int | None, is_given
             "" if row.longest is None else f"{row.longest:,}",
         )
     console.print(table)
-    for row in rows:  # whose reasons are too long for a column
+    reasons: dict[str, list[str]] = {}  # which are too long for a column
+    for row in rows:
         if row.estimate is None:
-            console.print(Text.assemble((f"{row.plan.name}: ", "bold"), (visible(row.reason), "dim")))
+            reasons.setdefault(row.reason.removeprefix(f"memory={row.plan.name!r} "), []).append(row.plan.name)
+    for reason, names in reasons.items():
+        console.print(Text.assemble((f"{', '.join(names)}: ", "bold"), (visible(reason), "dim")))
     if any(row.chosen for row in rows):
         console.print(
             Text.assemble(("*", "bold green"), (" the fastest plan that fits: --memory auto takes it", "dim"))
