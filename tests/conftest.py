@@ -59,12 +59,13 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Where triton's interpreter runs the kernels, it computes with bfloat16 as a GPU does."""
+def interpreter_as_tests_need_it() -> Iterator[None]:
+    """Where triton's interpreter runs the kernels, it computes with bfloat16 as a GPU does, and sooner."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         yield
         return
     from tests.bfloat16 import as_on_a_gpu
+    from tests.interpreter import without_repetition
 
-    with as_on_a_gpu():
+    with as_on_a_gpu(), without_repetition():
         yield
