@@ -24,11 +24,11 @@ from gim.targets import Measure
 #: Tokens of a batch, padding and all, where its rows are several, and the share of them that is no padding.
 BATCH_TOKENS = 2048
 LEAST_FULL = 0.8
-#: Tokens whose work a document of its own in one row costs, in calls of attention. Measured on one core with a model of
-#: 135M parameters, as shares of the time of single calls: 16 prompts of 8 to 38 tokens take 0.37 in one row and 0.49
-#: padded, 5 of 8 to 220 tokens 0.72 and 1.60, 5 of 8 to 900 tokens 0.91; of about 8 tokens each, padding takes 0.86 of
-#: the time of one row. From 500 tokens on a prompt keeps a core busy by itself.
-DOCUMENT_TOKENS = 2
+#: Tokens whose work a document of its own in one row costs. Measured on one core with a model of 135M parameters, as
+#: shares of the time of single calls: 16 prompts of 8 to 38 tokens take 0.34 in one row and 0.47 padded, 64 of 7 to 10
+#: tokens 0.17 and 0.19, 16 of 7 and 8 tokens 0.20 and 0.21, 5 of 8 to 220 tokens 0.80 and 1.43, 5 of 8 to 900 tokens
+#: 1.00 and 1.52. From 500 tokens on a prompt keeps a core busy by itself.
+DOCUMENT_TOKENS = 1
 #: Logits of a batch: those of every row where any row is explained.
 BATCH_LOGITS = 2**26
 
@@ -240,7 +240,7 @@ class _Run:
         left = sorted(singles, key=lambda one: (singles[one].target.measure, len(singles[one].wanted.ids), one))
         while left:
             # What comes of one batch decides how the next is made.
-            packs = packs and self._packs and _may_be_packed(singles)
+            packs = packs and self._packs and not _packing(singles).refused
             count = 1
             while count < len(left) and self._fit([singles[place] for place in left[: count + 1]], packs):
                 count += 1
@@ -280,12 +280,6 @@ class _Run:
 def _packing(ones: Mapping[int, Single]) -> Packing:
     """What is known of packing for the model of some prompts."""
     return anatomy.of(next(iter(ones.values())).asked.model).packing
-
-
-def _may_be_packed(ones: Mapping[int, Single]) -> bool:
-    """Whether nothing says against packing some prompts; on other devices each document is several launches more."""
-    parts = anatomy.of(next(iter(ones.values())).asked.model)
-    return parts.device.type == "cpu" and not parts.packing.refused
 
 
 def _is_rather_packed(lengths: Sequence[int]) -> bool:

@@ -6,6 +6,7 @@ it is ordinary attention in O(T) memory; inside one, the session that runs tells
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 import gim_kernels
 from gim.applied import UnsupportedModelError
+from gim.intercept.documents import attend_within
 from gim.intercept.frames import Paused, running
 from gim.intercept.masks import KeyPattern, packed, recognise
 from gim.intercept.session import Session
@@ -201,27 +203,24 @@ def weights_of(query: torch.Tensor, key: torch.Tensor, pattern: KeyPattern, **op
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern, **options: Any
 ) -> torch.Tensor:
-    """Attention ``[B, HQ, T, D]`` under a pattern; documents one after the other, so that memory stays O(T)."""
+    """Attention ``[B, HQ, T, D]`` under a pattern, in O(T) memory."""
     if pattern.unseen:
         key, value = key[:, :, : pattern.keys], value[:, :, : pattern.keys]
-    if pattern.documents is None:
+
+    def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern) -> torch.Tensor:
         return _attend_one(query, key, value, pattern, **options)
+
+    if pattern.documents is None:
+        return attend_one(query, key, value, pattern)
     if len(pattern.documents) == 1:
-        rows = [(slice(None), pattern.documents[0])]
-    else:
-        rows = [(slice(b, b + 1), starts) for b, starts in enumerate(pattern.documents)]
+        return attend_within(query, key, value, pattern, pattern.documents[0], attend_one)
     done = []
-    for row, starts in rows:
-        parts = []
-        for start, end in zip(starts, (*starts[1:], pattern.queries), strict=True):
-            key_range = None
-            if pattern.key_range is not None:
-                key_range = (pattern.key_range[row] - start).clamp(0, end - start)
-            inner = KeyPattern(end - start, end - start, pattern.causal, pattern.window, key_range, pattern.reach)
-            q, k, v = (x[row, :, start:end] for x in (query, key, value))
-            parts.append(_attend_one(q, k, v, inner, **options))
-        done.append(torch.cat(parts, dim=2))
-    return done[0] if len(done) == 1 else torch.cat(done)
+    for b, starts in enumerate(pattern.documents):
+        row = slice(b, b + 1)
+        own = None if pattern.key_range is None else pattern.key_range[row]
+        inner = dataclasses.replace(pattern, key_range=own, documents=None)
+        done.append(attend_within(query[row], key[row], value[row], inner, starts, attend_one))
+    return torch.cat(done)
 
 
 def _attend_one(

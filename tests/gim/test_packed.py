@@ -28,6 +28,7 @@ MIXED = [*PROMPTS, "The cat sat on the mat and the cat ate the rat and the mat s
 TARGETS = [None, Contrast(" cat", " mat"), Continuation(" on the mat"), Token(7, "logprob"), 9, 8, Continuation([5, 6])]
 
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 #: Digits of scores as results keep them, in float32; those of values are a model's own.
 KEPT = 2e-7
 
@@ -297,8 +298,9 @@ def test_float64_to_the_last_digits(model: Any) -> None:
         assert not found.scores[row, count:].any()
 
 
-def test_float32(model: Any) -> None:
-    found = assert_each_alone(text_model(torch.float32), tokenizer(), PROMPTS, 1e-5)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_float32(device: str) -> None:
+    found = assert_each_alone(text_model(torch.float32).to(device), tokenizer(), PROMPTS, 1e-5)
     assert any("packed in one row" in one.memory for one in found)
 
 
