@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine, Gradient, Options
+from gim_kernels.arguments import are_finite, check_tensor, choice, is_between, number
+from gim_kernels.types import Engine, Gradient, Options
 
 SoftmaxBackward = Literal["exact", "temperature", "constant"]
 #: Below the lowest, the rounding of float32 scores over T is no longer a number that exp takes; above the highest,
@@ -165,12 +166,9 @@ _attention_backward = operators.define(
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
         if x.device != query.device:
@@ -194,9 +192,9 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         )
 
 
-def _positive(name: str, number: float | None) -> None:
-    if number is not None and (not isinstance(number, int | float) or not 0 < number < math.inf):
-        raise ValueError(f"{name} must be a finite number > 0, got {number!r}")
+def _check_positive(name: str, x: float) -> None:
+    if not is_between(0, x, math.inf):
+        raise ValueError(f"{name} must be a finite number > 0, got {x!r:.80}")
 
 
 def _check_options(
@@ -215,24 +213,25 @@ def _check_options(
         raise ValueError(f"scale must be finite in {wide}, the type of the scores, got {scale!r}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer >= 1 or None, got {window!r}")
-    _positive("softcap", softcap)
-    if softmax_backward not in SOFTMAX_BACKWARDS:
-        raise ValueError(f"softmax_backward must be one of {SOFTMAX_BACKWARDS}, got {softmax_backward!r}")
-    _positive("temperature", temperature)
+    if softcap is not None:
+        _check_positive("softcap", softcap)
+    choice("softmax_backward", softmax_backward, SOFTMAX_BACKWARDS)
+    _check_positive("temperature", temperature)
     if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
         raise ValueError(
             f"temperature must be from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}, got {temperature!r}"
         )
-    if len(grad_scale) != 3 or not all(math.isfinite(factor) for factor in grad_scale):
+    if not are_finite(grad_scale, 3):
         raise ValueError(f"grad_scale must be three finite factors for q, k and v, got {grad_scale!r}")
     if sinks is not None:
+        check_tensor("sinks", sinks)
         if tuple(sinks.shape) != (query.shape[1],):
             raise ValueError(f"sinks must have shape [HQ] = [{query.shape[1]}], got {tuple(sinks.shape)}")
-        if sinks.dtype not in DTYPES:
-            raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
         if sinks.device != query.device:
             raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
     if key_range is not None:
+        if not isinstance(key_range, torch.Tensor):
+            raise TypeError(f"key_range must be a tensor, got {type(key_range).__name__}")
         if tuple(key_range.shape) != (query.shape[0], 2):
             raise ValueError(f"key_range must have shape [B, 2] = [{query.shape[0]}, 2], got {tuple(key_range.shape)}")
         if key_range.dtype != torch.int32:
@@ -308,6 +307,8 @@ def attention(
     """
     query, key, value = engines.autocast(query, key, value)
     _check_tensors(query, key, value)
+    if scale is not None:
+        scale = number("scale", scale)
     _check_options(query, scale, window, softcap, sinks, key_range, softmax_backward, temperature, grad_scale)
     factors = (float(grad_scale[0]), float(grad_scale[1]), float(grad_scale[2]))
     chosen = engines.choose(engine, query)
@@ -321,7 +322,7 @@ def attention(
         value,
         sinks,
         key_range,
-        1.0 / math.sqrt(size) if scale is None else float(scale),
+        1.0 / math.sqrt(size) if scale is None else scale,
         bool(causal),
         window,
         None if softcap is None else float(softcap),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from gim_kernels.arguments import choice
 from gim_kernels.types import DTYPES, ENGINES, AttentionEngine, Engine, PointwiseEngine
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def check_name(engine: str) -> Engine:
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(engine, str) or engine not in ENGINES:
-        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r:.80}")
-    return engine
+    return choice("engine", engine, ENGINES)
 
 
 def choose(engine: str, x: torch.Tensor) -> Engine:

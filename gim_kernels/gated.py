@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine, Gradient
+from gim_kernels.arguments import are_finite, check_tensor, choice
+from gim_kernels.types import Engine, Gradient
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ActivationBackward = Literal["exact", "ratio"]
@@ -134,22 +134,17 @@ def gated(
     Source: Shazeer 2020, arXiv 2002.05202; the factors: Edin et al. 2025, arXiv 2505.17630; the ratio: Achtibat et
     al. 2024, arXiv 2402.05602.
     """
-    for name, x in (("gate", gate), ("up", up)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    check_tensor("gate", gate)
+    check_tensor("up", up)
     if up.shape != gate.shape:
         raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
     if up.dtype != gate.dtype:
         raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
     if up.device != gate.device:
         raise ValueError(f"up must be on gate's device {gate.device}, got {up.device}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if activation_backward not in ACTIVATION_BACKWARDS:
-        raise ValueError(f"activation_backward must be one of {ACTIVATION_BACKWARDS}, got {activation_backward!r}")
-    if len(grad_scale) != 2 or not all(math.isfinite(factor) for factor in grad_scale):
+    choice("activation", activation, ACTIVATIONS)
+    choice("activation_backward", activation_backward, ACTIVATION_BACKWARDS)
+    if not are_finite(grad_scale, 2):
         raise ValueError(f"grad_scale must be two finite factors for gate and up, got {grad_scale!r}")
     factors = [float(factor) for factor in grad_scale]
     engines.check_transforms("gated", gate, up)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gim_kernels import engines, operators
-from gim_kernels.types import DTYPES, Engine, Gradient
+from gim_kernels.arguments import check_tensor, is_between
+from gim_kernels.types import Engine, Gradient
 
 
 def _run_rms_norm(
@@ -162,24 +163,20 @@ _norm_backward = operators.define(
 )
 
 
-def _check(x: torch.Tensor, eps: float, **parameters: torch.Tensor | None) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
+def _check(x: torch.Tensor, eps: float, *parameters: tuple[str, torch.Tensor | None]) -> None:
+    check_tensor("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
-    for name, parameter in parameters.items():
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r:.80}")
+    for name, parameter in parameters:
         if parameter is None:
             continue
+        check_tensor(name, parameter)
         if tuple(parameter.shape) != (x.shape[-1],):
             raise ValueError(
                 f"{name} must have the shape of x's last dimension [{x.shape[-1]}], got {tuple(parameter.shape)}"
             )
-        if parameter.dtype not in DTYPES:
-            raise TypeError(f"{name} must be floating point, got {parameter.dtype}")
         if parameter.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {parameter.device}")
 
@@ -225,7 +222,9 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467; frozen: Ali et al. 2022, arXiv 2202.07304.
     """
-    _check(x, eps, weight=weight)
+    _check(x, eps, ("weight", weight))
+    if not is_between(-math.inf, weight_offset, math.inf):
+        raise ValueError(f"weight_offset must be a finite number, got {weight_offset!r:.80}")
     engines.check_transforms("rms_norm", x, weight)
     y, _ = _rms_norm(x, weight, float(eps), float(weight_offset), bool(frozen), engines.choose_pointwise(engine, x))
     return y
@@ -272,7 +271,7 @@ def layer_norm(
 
     Source: Ba et al. 2016, arXiv 1607.06450; frozen: Ali et al. 2022, arXiv 2202.07304.
     """
-    _check(x, eps, weight=weight, bias=bias)
+    _check(x, eps, ("weight", weight), ("bias", bias))
     engines.check_transforms("layer_norm", x, weight, bias)
     y, _, _ = _layer_norm(x, weight, bias, float(eps), bool(frozen), engines.choose_pointwise(engine, x))
     return y

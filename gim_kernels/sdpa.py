@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gim_kernels import engines
+from gim_kernels.arguments import check_tensor, number
 from gim_kernels.attention import SoftmaxBackward, attention
 from gim_kernels.types import Engine
 
@@ -154,8 +155,12 @@ def scaled_dot_product_attention(
 
     Source: torch's documentation of the function of the same name.
     """
-    if dropout_p != 0.0:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+    if number("dropout_p", dropout_p) != 0.0:
         raise ValueError(f"dropout_p must be 0: attributions are deterministic, got {dropout_p!r}")
+    if attn_mask is not None and (not isinstance(attn_mask, torch.Tensor) or attn_mask.layout != torch.strided):
+        raise TypeError(f"attn_mask must be a dense tensor or None, got {type(attn_mask).__name__}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None when is_causal is True, as in torch")
     query, key, value, shape = with_heads(query, key, value, enable_gqa)

@@ -162,7 +162,7 @@ Q, K, V, _ = GOOD
         ({"grad_scale": (1.0, 2.0)}, ValueError, "grad_scale must be three finite factors"),
         ({"grad_scale": (1.0, 2.0, math.inf)}, ValueError, "grad_scale must be three finite factors"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must have shape \[HQ\] = \[4\], got \(3,\)"),
-        ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks must be floating point"),
+        ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks must be float32.*int32"),
         ({"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks must be on query's device"),
         ({"key_range": torch.zeros(2, 3, dtype=torch.int32)}, ValueError, r"key_range must have shape \[B, 2\]"),
         ({"key_range": torch.zeros(2, 2)}, TypeError, "key_range must be int32"),
