@@ -320,7 +320,7 @@ def attribute(
             chat: messages with ``role`` and ``content`` (text, or parts ``{"type": "text", "text": ...}``), to which
             the tokenizer's chat template is applied, up to where the model's answer starts; a last message of the
             model's own is continued. Or a list of texts or chats, of which several run together (prompts with an
-            answer one by one): on a CPU in one row where the model is proved to read each by itself, else padded,
+            answer one by one): in one row where the model is proved to read each by itself, else padded,
             those of about the same length; the results' ``memory`` says which. Each result is that of its prompt
             alone, within rounding. ``target``, ``answer`` and ``segments`` are then one for all, or a list with one
             for each.
