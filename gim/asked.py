@@ -111,15 +111,15 @@ class Asked:
         0.
         """
         length, terms = max(len(one.ids) for one in wanted), max(len(one.targets) for one in wanted)
-        ids = torch.zeros(len(wanted), length, dtype=torch.int64)
-        mask = torch.zeros(len(wanted), length, dtype=torch.bool)
-        positions, targets, signs = torch.zeros(3, len(wanted), terms, dtype=torch.int64)
+        ids = torch.zeros(len(wanted), length, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(len(wanted), length, dtype=torch.bool, device="cpu")
+        positions, targets, signs = torch.zeros(3, len(wanted), terms, dtype=torch.int64, device="cpu")
         for row, one in enumerate(wanted):
-            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            ids[row, : len(one.ids)] = torch.tensor(one.ids, device="cpu")
             mask[row, : len(one.ids)] = True
             positions[row] = one.positions[0]
             for rows, given in ((positions, one.positions), (targets, one.targets), (signs, one.signs)):
-                rows[row, : len(given)] = torch.tensor(given)
+                rows[row, : len(given)] = torch.tensor(given, device="cpu")
         checked, exists = check_ids(self.model, ids, mask)
         check_length(self.model, checked, exists, self.allow_extrapolation)
         device = checked.device

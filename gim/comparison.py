@@ -91,7 +91,7 @@ class Comparison:
         pairs = [(one.first.score, one.second.score) for one in self.words if one.first and one.second]
         if len(pairs) < 3:
             return None
-        found = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).mT)[0, 1])
+        found = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64, device="cpu").mT)[0, 1])
         return found if found == found else None
 
     def changes(self, k: int = 10) -> list[WordPair]:

@@ -204,7 +204,7 @@ def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> t
     if mask is None:
         if not -length <= position < length:
             raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")
-        return torch.tensor([position % length])
+        return torch.tensor([position % length], device="cpu")
     if position >= 0:
         if position >= length:
             raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")

@@ -104,7 +104,7 @@ class LayerwiseAttribution:
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a whole number >= 1, got {k!r}")
-        shown = self.scores.abs().masked_fill(torch.tensor(self.aside, dtype=torch.bool), -1.0)
+        shown = self.scores.abs().masked_fill(torch.tensor(self.aside, dtype=torch.bool, device="cpu"), -1.0)
         order = torch.argsort(shown.flatten(), descending=True, stable=True)[:k].tolist()
         width = self.scores.shape[1]
         places = [divmod(place, width) for place in order]

@@ -107,7 +107,7 @@ class Graph:
     @cached_property
     def edges(self) -> torch.Tensor:
         """Which pairs can meet: booleans ``[writers, readers]``."""
-        found = torch.zeros(self.writers, self.readers, dtype=torch.bool)
+        found = torch.zeros(self.writers, self.readers, dtype=torch.bool, device="cpu")
         for layer in range(self.layers):
             start = layer * self.of_layer
             found[: self.head(layer), start : self.mlp_reader(layer)] = True
@@ -118,7 +118,7 @@ class Graph:
     @cached_property
     def feeds(self) -> torch.Tensor:
         """Which readers a writer is made from: booleans ``[writers, readers]``."""
-        found = torch.zeros(self.writers, self.readers, dtype=torch.bool)
+        found = torch.zeros(self.writers, self.readers, dtype=torch.bool, device="cpu")
         group = self.heads // self.keys
         for layer in range(self.layers):
             for head in range(self.heads):
@@ -189,7 +189,7 @@ class Graph:
         """
         check_count(count, self.edge_count, "edges")
         values = (scores.abs() if absolute else scores).masked_fill(~self.edges, -torch.inf)
-        kept = torch.zeros(self.writers * self.readers, dtype=torch.bool)
+        kept = torch.zeros(self.writers * self.readers, dtype=torch.bool, device="cpu")
         kept[values.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
         return self.prune(kept.view(self.writers, self.readers) & self.edges)
 
@@ -201,7 +201,7 @@ class Graph:
         """
         check_count(count, self.writers, "nodes")
         values = scores.abs() if absolute else scores
-        kept = torch.zeros(self.writers, dtype=torch.bool)
+        kept = torch.zeros(self.writers, dtype=torch.bool, device="cpu")
         kept[values.argsort(descending=True, stable=True)[:count].cpu()] = True
         return self.prune(self.edges & kept[:, None])
 

@@ -127,7 +127,9 @@ def _prove_ungrouped(model: nn.Module, wiring: Wiring, ids: torch.Tensor, logits
 def _is_plain(branch: Branch) -> bool:
     """Whether heads are all that a linear map puts out, one after another."""
     columns = branch.columns.flatten()
-    return torch.equal(columns, torch.arange(len(columns))) and len(columns) == branch.linear.weight.shape[0]
+    return (
+        torch.equal(columns, torch.arange(len(columns), device="cpu")) and len(columns) == branch.linear.weight.shape[0]
+    )
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

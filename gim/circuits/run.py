@@ -251,7 +251,7 @@ class _Sums:
     def __init__(
         self, path: str | os.PathLike[str] | None, settings: dict[str, Any], shape: tuple[int, ...], pairs: int
     ) -> None:
-        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.total = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self.done: set[int] = set()
         self._path: Path | None = None
         self._settings = json.loads(json.dumps(settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import gim
-from gim import prompts
+from gim import circuits, prompts
 from gim.targets import Continuation, Contrast, Token
 from gim_kernels.budget import largest_error
 from tests import eager
@@ -55,6 +56,26 @@ def test_explain_has_gim_explains_names_and_defaults() -> None:
     assert {name: parameters[name].default for name in want} == want
     context = inspect.signature(gim.GIM).parameters
     assert {name: context[name].default for name in list(want)[4:]} == dict(list(want.items())[4:])
+
+
+def test_where_torch_makes_tensors_by_default_is_nothing_to_a_model(model: Any, tok: Any, tmp_path: Path) -> None:
+    texts = [PROMPT, "The rat ate"]
+    pair = circuits.Pair("The cat sat", "The rat sat", " on", " and")
+    given = tok(PROMPT, return_tensors="pt").input_ids
+
+    def everything(name: str) -> list[torch.Tensor]:
+        listed = gim.attribute(model, tok, texts)
+        answer = gim.attribute(model, tok, PROMPT, answer=" and")
+        answer.to_json(tmp_path / name)
+        read = gim.AnswerAttribution.from_json(tmp_path / name)
+        tiled = gim.explain(model, given, tokenizer=tok, memory="mlp+tile=3")
+        edges = circuits.attribute(model, [pair], tokenizer=tok).scores
+        return [*(one.scores for one in listed), read.scores, tiled, edges]
+
+    want = everything("before.json")
+    with torch.device("meta"):  # for a GPU, which the model is not on either
+        found = everything("inside.json")
+    assert all(map(torch.equal, want, found))
 
 
 @pytest.mark.parametrize("position", [-1, -5, 0, 12, 36])
