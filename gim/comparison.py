@@ -12,7 +12,7 @@ import torch
 
 from gim.attribution import Attribution, Span, data_frame
 from gim.files import written
-from gim.targets import MEASURE_NAMES
+from gim.targets import MEASURE_NAMES, counted
 
 if TYPE_CHECKING:
     import pandas
@@ -100,9 +100,7 @@ class Comparison:
         Raises:
             ValueError: ``k`` below 1.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
-        return sorted(self.words, key=lambda one: -abs(one.change))[:k]
+        return sorted(self.words, key=lambda one: -abs(one.change))[: counted("k", k)]
 
     def differences(self) -> list[tuple[str, str, str]]:
         """What the two were made with that is not the same: name, and what each says."""

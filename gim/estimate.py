@@ -26,7 +26,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.rules import get as get_rules
 from gim.scoring import Request, Terms, looked_at, passes
-from gim.targets import Per
+from gim.targets import Per, counted
 from gim_kernels.types import Engine
 
 #: Parts of an estimate, in the order they are shown.
@@ -130,9 +130,9 @@ def estimate_memory(
         >>> estimates[0].plan.name, estimates[0].relative_cost
         ('none', 1.0)
     """
-    for name, count in (("tokens", tokens), ("batch", batch), ("explained", explained)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+    tokens, batch, explained = (
+        counted(name, one) for name, one in (("tokens", tokens), ("batch", batch), ("explained", explained))
+    )
     if explained > tokens:
         raise ValueError(f"explained must be at most the {tokens} tokens, got {explained}")
     if not isinstance(model_or_config, nn.Module) and not hasattr(model_or_config, "get_text_config"):

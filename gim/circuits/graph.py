@@ -11,13 +11,17 @@ from functools import cached_property
 
 import torch
 
+from gim.targets import whole_number
+
 BRANCHES = ("q", "k", "v")
 
 
-def check_count(count: object, most: int, what: str, least: int = 0) -> None:
-    """Refuse what is no number of edges or nodes that there are."""
-    if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+def check_count(count: object, most: int, what: str, least: int = 0) -> int:
+    """A number of edges or nodes that there are; anything else is refused."""
+    found = whole_number(count)
+    if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
         raise ValueError(f"n must be in {least}..{most}, as many {what} as there are, got {count!r:.80}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Graph:
         Raises:
             ValueError: more edges than there are, or fewer than none.
         """
-        check_count(count, self.edge_count, "edges")
+        count = check_count(count, self.edge_count, "edges")
         values = (scores.abs() if absolute else scores).masked_fill(~self.edges, -torch.inf)
         kept = torch.zeros(self.writers * self.readers, dtype=torch.bool, device="cpu")
         kept[values.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
@@ -199,7 +203,7 @@ class Graph:
         Raises:
             ValueError: more writers than there are, or fewer than none.
         """
-        check_count(count, self.writers, "nodes")
+        count = check_count(count, self.writers, "nodes")
         values = scores.abs() if absolute else scores
         kept = torch.zeros(self.writers, dtype=torch.bool, device="cpu")
         kept[values.argsort(descending=True, stable=True)[:count].cpu()] = True

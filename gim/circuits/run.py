@@ -33,6 +33,7 @@ from gim.parts import anatomy
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.rules import get as get_rules
+from gim.targets import counted
 from gim_kernels.types import Engine
 
 #: Called with (pairs done, pairs in all, seconds left as far as can be told or None).
@@ -146,8 +147,8 @@ def attribute(
     """
     metric = _metric(metric)
     _check(level, grouped, memory)
-    _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
-    _check_numbers(0, seed=seed)
+    ig_steps, batch_tokens, limit = _counted(ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
+    seed = counted("seed", seed, 0)
     check_progress(progress)
     chosen = get_rules(rules)
     _check_model(model)
@@ -311,8 +312,8 @@ def faithfulness(
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
     metric = _metric(metric)
-    _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
-    _check_numbers(0, skip=skip, seed=seed)
+    batch_tokens, limit = _counted(batch_tokens=batch_tokens, limit=limit)
+    skip, seed = counted("skip", skip, 0), counted("seed", seed, 0)
     check_progress(progress)
     _check_model(model)
     with anatomy.held(model) as parts:
@@ -426,13 +427,9 @@ def _key(metric: Metric) -> str:
     return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
 
 
-def _check_numbers(least: int, **given: Any) -> None:
-    """Whole numbers, or None where 0 is none."""
-    for name, value in given.items():
-        if value is None and least > 0:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}{' or None' * (least > 0)}, got {value!r:.80}")
+def _counted(**given: Any) -> list[int | None]:
+    """Whole numbers from 1 on, or None."""
+    return [None if value is None else counted(name, value, 1, " or None") for name, value in given.items()]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -178,6 +179,26 @@ def test_what_a_plain_target_argument_means(model: Any, tok: Any) -> None:
         assert gim.attribute(model, tok, PROMPT, target=seven).target.token_ids == (7,)
     assert gim.attribute(model, tok, PROMPT, target=[7, 8]).target.token_ids == (7, 8)
     assert gim.attribute(model, tok, PROMPT).target.kind == "prediction"
+
+
+def test_whole_numbers_may_be_numpys(model: Any, tok: Any) -> None:
+    given = tok(PROMPT, return_tensors="pt").input_ids
+    want = gim.explain(model, given, target_token_id=7, target_position=2, baseline_token_id=3)
+    arrays: list[Any] = [np.array([7, 2, 3]), torch.tensor([7, 2, 3])]
+    for numbers in arrays:
+        seven, two, three = numbers
+        for target in (seven, numbers[:1]):
+            found = gim.explain(model, given, target_token_id=target, target_position=two, baseline_token_id=three)
+            assert torch.equal(found, want)
+        result = gim.attribute(model, tok, PROMPT)
+        compared = result.compare(result)
+        assert result.top(two) == result.top(2) and compared.changes(two) == compared.changes(2)
+        layers = gim.attribute(model, tok, PROMPT, per="layer")
+        assert layers.top(two) == layers.top(2)
+    wrongs: list[Any] = ["gpt2", 3]
+    for wrong in wrongs:
+        with pytest.raises(TypeError, match=f"tokenizer must be one of transformers, got {wrong!r}: load it with"):
+            gim.explain(model, given, tokenizer=wrong)
 
 
 def test_a_result_knows_its_text(model: Any, tok: Any) -> None:
