@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -266,7 +267,8 @@ class _Sums:
     def _read(self, path: Path, pairs: int) -> None:
         try:
             with safe_open(path, "pt") as file:
-                there, done = (json.loads((file.metadata() or {})[name]) for name in ("settings", "done"))
+                metadata = file.metadata() or {}
+                there, done = (json.loads(metadata[name]) for name in ("settings", "done"))
                 total = file.get_tensor("total")
             there, done = dict(there), set(done)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -278,15 +280,22 @@ class _Sums:
         whole = total.dtype == self.total.dtype and total.shape == self.total.shape and bool(total.isfinite().all())
         if not whole or not done <= set(range(pairs)):
             raise ValueError(f"resume: {path} does not hold the sum over some of these {pairs} pairs")
+        if metadata != self._metadata(total, done):
+            raise ValueError(f"resume: {path} is not as it was written; give another file to start anew")
         self.total, self.done = total, done
 
     def add(self, places: Sequence[int], scores: torch.Tensor) -> None:
         """Add pairs, on the disk before this returns."""
         total, done = self.total + scores, self.done | set(places)
         if self._path is not None:
-            metadata = {"settings": json.dumps(self._settings), "done": json.dumps(sorted(done))}
-            write_atomically(self._path, safetensors.torch.save({"total": total}, metadata))
+            write_atomically(self._path, safetensors.torch.save({"total": total}, self._metadata(total, done)))
         self.total, self.done = total, done
+
+    def _metadata(self, total: torch.Tensor, done: set[int]) -> dict[str, str]:
+        """What is written beside the sum, and by which it is known to be what was written."""
+        written = {"settings": json.dumps(self._settings), "done": json.dumps(sorted(done))}
+        known = json.dumps(written).encode() + total.numpy().tobytes()
+        return {**written, "sum": hashlib.sha256(known).hexdigest()[:16]}
 
 
 # ---------------------------------------------------------------------------------------------------- faithfulness

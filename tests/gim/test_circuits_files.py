@@ -534,6 +534,10 @@ def test_a_search_goes_on_from_its_file(
         safetensors.torch.save_file({"total": total.contiguous()}, file, {**metadata, **change})
         with pytest.raises(ValueError, match="does not hold the sum over some of these 3 pairs"):
             attribute(demo[0], PAIRS, **named)
+    for total, change in ((sums["total"] + 1e-9, {}), (sums["total"], {"done": "[0]"})):
+        safetensors.torch.save_file({"total": total}, file, {**metadata, **change})
+        with pytest.raises(ValueError, match="is not as it was written"):
+            attribute(demo[0], PAIRS, **named)
     for change in ({"settings": "[1]"}, {"done": "1"}):
         safetensors.torch.save_file(sums, file, {**metadata, **change})
         with pytest.raises(ValueError, match="is no file of a search for a circuit"):
