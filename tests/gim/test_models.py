@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 import gim
 from gim.context import inspect
@@ -338,6 +338,27 @@ def test_every_memory_plan_gives_the_same_attribution(memory: Any) -> None:
     want, _ = eager.attribution(model, tokens, eager.PRESETS["GIM"], baseline=BASELINE)
     got = gim.explain(model, tokens, baseline_token_id=BASELINE, memory=memory)
     assert_close64(got, want, str(memory), relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Scaled(LlamaForCausalLM):
+    """Writes into what its embedding puts out, as CTRL does and many a model that adds positions."""
+
+    def forward(self, input_ids: Any = None, **named: Any) -> Any:
+        embedded = self.model.embed_tokens(input_ids)
+        embedded *= 3.0
+        return super().forward(inputs_embeds=embedded, **named)
+
+
+def test_a_model_may_write_into_its_embeddings() -> None:
+    model, twin, tokens = make("llama"), make("llama"), ids(2, 9)
+    with torch.no_grad():
+        twin.get_input_embeddings().weight.mul_(3.0)
+    model.__class__ = Scaled
+    want = gim.explain(twin, tokens, target_token_id=7, baseline_token_id=BASELINE)
+    for plan in ("none", "layer", "mlp+tile=4"):
+        found = gim.explain(model, tokens, target_token_id=7, baseline_token_id=BASELINE, memory=plan)
+        assert_close64(found, want, plan, FLOAT64_SAME_RELATIVE)
+    assert inspect(model).counts() == inspect(twin).counts()
 
 
 def test_a_checkpoint_counts_each_module_once() -> None:
