@@ -98,7 +98,7 @@ def _of(
         answer=text,
         tokens=words,
         offsets=tuple(spans),
-        special=asked.special(ids),
+        special=asked.special(text, ids, spans),
         scores=scores[:-1].clone(),
         total=scores[-1].clone(),
         targets=tuple(

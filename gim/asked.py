@@ -157,10 +157,14 @@ class Asked:
         """What a token says by itself; its id for one that says nothing, as one that the tokenizer does not have."""
         return self.tokenizer.decode([one]) or f"\u27e8{one}\u27e9"
 
-    def special(self, ids: Sequence[int]) -> tuple[bool, ...]:
-        """Whether each token is a special one."""
-        special = set(self.tokenizer.all_special_ids)
-        return tuple(one in special for one in ids)
+    def special(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[bool, ...]:
+        """Whether each token of a text is a special one, and does not stand for a word that the tokenizer does not
+        know."""
+        special, unknown = set(self.tokenizer.all_special_ids), self.tokenizer.unk_token_id
+        return tuple(
+            one in special and not (one == unknown and text[start:end] not in ("", str(self.tokenizer.unk_token)))
+            for one, (start, end) in zip(ids, offsets, strict=True)
+        )
 
     def attribution(
         self,
@@ -179,7 +183,7 @@ class Asked:
             token_ids=tuple(ids),
             offsets=tuple(offsets),
             scores=scores.float().cpu(),
-            special=self.special(ids),
+            special=self.special(text, ids, offsets),
             target=target,
             rules=self.rules,
             engine=result.report.engine,

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import gim
 from gim import circuits, prompts
@@ -199,6 +201,18 @@ def test_whole_numbers_may_be_numpys(model: Any, tok: Any) -> None:
     for wrong in wrongs:
         with pytest.raises(TypeError, match=f"tokenizer must be one of transformers, got {wrong!r}: load it with"):
             gim.explain(model, given, tokenizer=wrong)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_a_word_of_the_prompt(model: Any) -> None:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "the": 2, "sat": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="[END]")
+    result = gim.attribute(model, made, "the zebra [UNK] sat [END]")
+    assert result.tokens == ("the", "[UNK]", "[UNK]", "sat", "[END]")
+    assert result.special == (False, False, True, False, True)
+    assert [word.text for word in result.to_words()] == ["the", "zebra", "sat"]
+    answer = gim.attribute(model, made, "the", answer="zebra [UNK]")
+    assert answer.special == (False, True)
 
 
 def test_a_result_knows_its_text(model: Any, tok: Any) -> None:
