@@ -293,6 +293,7 @@ def _passes(
         assert session is not None, "a GIM context is open around this"
         embedded: list[torch.Tensor] = []
         leaves = stack.enter_context(_embedding_leaf(parts, session, embedded, writes))
+        stack.enter_context(_other_tables(parts, session, request.rows.ids))
         changes = stack.enter_context(closing(Changes(session)))
         prepared = parts.call.prepared(
             request.rows,
@@ -522,6 +523,35 @@ def _embedding_leaf(
 
     with parts.embedding.register_forward_hook(replace):
         yield leaves
+
+
+@contextmanager
+def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterator[None]:
+    """Inside, a note that the ids are looked up in another table too, and an error where that is another model's."""
+    flat = ids.flatten()
+    # As positions and kinds of tokens may be, which other tables are for.
+    is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
+    inside = parts.cores[:1] and {*map(id, anatomy.of(parts.cores[0]).modules.values())}
+
+    def watch(name: str, table: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            given = next((one for one in inputs if isinstance(one, torch.Tensor)), None)
+            if given is None or given.shape != ids.shape or given.is_meta or not session.is_followed_here():
+                return
+            if given.data_ptr() != ids.data_ptr() and (is_plain or not torch.equal(given.to(ids), ids)):
+                return
+            what = f"{name} embeds the ids beside the model's embedding, and what a token does by it is in no score"
+            if inside and id(table) not in inside:
+                raise ValueError(f"{what}: {type(parts.model).__name__} reads them into several models")
+            session.report.note(what)
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, module in parts.modules.items():
+            if isinstance(module, nn.Embedding) and module is not parts.embedding:
+                hooks.enter_context(module.register_forward_hook(watch(name, module)))
+        yield
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM, StaticCache
 
 import gim
 from gim.context import inspect
 from gim_kernels.budget import relative_error
 from tests import eager
-from tests.families import FAMILIES, KINDS, ids, make
+from tests.families import FAMILIES, KINDS, ids, make, text_model, tokenizer
 from tests.first import first
 from tests.model_code import Wide
 from tests.oracle import (
@@ -359,6 +360,36 @@ def test_a_model_may_write_into_its_embeddings() -> None:
         found = gim.explain(model, tokens, target_token_id=7, baseline_token_id=BASELINE, memory=plan)
         assert_close64(found, want, plan, FLOAT64_SAME_RELATIVE)
     assert inspect(model).counts() == inspect(twin).counts()
+
+
+class Beside(nn.Module):
+    """Two models that read the same ids, as an ensemble or contrastive decoding does."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        return torch.stack([one(input_ids, attention_mask=attention_mask).logits for one in self.models]).sum(0)
+
+
+class TwoTables(LlamaForCausalLM):
+    """Adds what a second table says of the ids to what its layers put out."""
+
+    def forward(self, input_ids: Any = None, **named: Any) -> Any:
+        out = super().forward(input_ids, **named)
+        out.logits = out.logits + self.beside(input_ids)[:, -1:]
+        return out
+
+
+def test_ids_that_are_embedded_a_second_time_are_named() -> None:
+    tokens = ids(1, 9)
+    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids beside .* several models"):
+        gim.explain(Beside(make("llama"), make("qwen3")), tokens, baseline_token_id=BASELINE)
+    model: Any = text_model()
+    model.__class__, model.beside = TwoTables, nn.Embedding(320, 320, dtype=torch.float64)
+    notes = gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes
+    assert notes == ["beside embeds the ids beside the model's embedding, and what a token does by it is in no score"]
 
 
 def test_a_checkpoint_counts_each_module_once() -> None:
