@@ -26,6 +26,7 @@ from gim.intercept.session import session_of
 from gim.nonfinite import refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.parameters import frozen_parameters
+from gim_kernels import engines
 
 #: Tokens of the forward pass in which a model's parts are found.
 PROBE_TOKENS = 8
@@ -289,6 +290,11 @@ class _Probe:
         weight, bias = (call.module._parameters.get(name) for name in ("weight", "bias"))
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             return None
+        if weight.dtype != call.given.dtype and not engines.autocasts(weight.device.type):
+            raise self.refuse(
+                f"{call.name} is {weight.dtype} and is given {call.given.dtype}, under an autocast of the model's own, "
+                "and circuits run it by itself: load the model in the dtype that it is to run in"
+            )
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
             if (matrix.shape[1], matrix.shape[0]) != (call.given.shape[-1], call.out.shape[-1]):

@@ -308,6 +308,19 @@ def test_a_users_hook_on_a_norm_that_runs_for_readers_is_refused(register: str) 
     assert len(find(model, ids(1, 9)[0]).layers) == 3
 
 
+def test_a_model_with_an_autocast_of_its_own_is_refused_by_name() -> None:
+    model = make("llama", torch.float32)
+    forward = model.forward
+
+    def cast(*given: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*given, **named)
+
+    model.forward = cast  # as accelerate sets it
+    with pytest.raises(gim.UnsupportedModelError, match=r"layers\.0 .* is given torch.bfloat16, under an autocast"):
+        find(model, ids(1, 9)[0])
+
+
 def test_a_model_is_as_it_was_after_an_error() -> None:
     model, pairs = make("llama"), batch()
     wiring = find(model, pairs.clean[0])
