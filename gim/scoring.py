@@ -532,6 +532,8 @@ def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterat
     # As positions and kinds of tokens may be, which other tables are for.
     is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
     inside = parts.cores[:1] and {*map(id, anatomy.of(parts.cores[0]).modules.values())}
+    # A wrapper around the embedding has tables of its own.
+    own = {*map(id, anatomy.of(parts.embedding).modules.values())}
 
     def watch(name: str, table: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
@@ -549,7 +551,7 @@ def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterat
 
     with ExitStack() as hooks:
         for name, module in parts.modules.items():
-            if isinstance(module, nn.Embedding) and module is not parts.embedding:
+            if isinstance(module, nn.Embedding) and id(module) not in own:
                 hooks.enter_context(module.register_forward_hook(watch(name, module)))
         yield
 

@@ -382,6 +382,17 @@ class TwoTables(LlamaForCausalLM):
         return out
 
 
+class Held(nn.Module):
+    """An embedding in a wrapper, as PEFT's are."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.weight = table, table.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.table(ids)
+
+
 def test_ids_that_are_embedded_a_second_time_are_named() -> None:
     tokens = ids(1, 9)
     with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids beside .* several models"):
@@ -390,6 +401,9 @@ def test_ids_that_are_embedded_a_second_time_are_named() -> None:
     model.__class__, model.beside = TwoTables, nn.Embedding(320, 320, dtype=torch.float64)
     notes = gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes
     assert notes == ["beside embeds the ids beside the model's embedding, and what a token does by it is in no score"]
+    model = text_model()
+    model.model.embed_tokens = Held(model.model.embed_tokens)
+    assert gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes == []
 
 
 def test_a_checkpoint_counts_each_module_once() -> None:
