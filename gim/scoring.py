@@ -527,7 +527,8 @@ def _embedding_leaf(
 
 @contextmanager
 def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterator[None]:
-    """Inside, a note that the ids are looked up in another table too, and an error where that is another model's."""
+    """Inside, a note that the ids are looked up in another table too, and an error where that is outside of the model
+    which embeds them."""
     flat = ids.flatten()
     # As positions and kinds of tokens may be, which other tables are for.
     is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
@@ -544,7 +545,8 @@ def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterat
                 return
             what = f"{name} embeds the ids beside the model's embedding, and what a token does by it is in no score"
             if inside and id(table) not in inside:
-                raise ValueError(f"{what}: {type(parts.model).__name__} reads them into several models")
+                core = type(parts.cores[0]).__name__
+                raise ValueError(f"{what}: {type(parts.model).__name__} reads them outside of its {core} too")
             session.report.note(what)
 
         return see

@@ -395,7 +395,7 @@ class Held(nn.Module):
 
 def test_ids_that_are_embedded_a_second_time_are_named() -> None:
     tokens = ids(1, 9)
-    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids beside .* several models"):
+    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids .* of its LlamaForCausalLM"):
         gim.explain(Beside(make("llama"), make("qwen3")), tokens, baseline_token_id=BASELINE)
     model: Any = text_model()
     model.__class__, model.beside = TwoTables, nn.Embedding(320, 320, dtype=torch.float64)
