@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -98,7 +99,7 @@ def _of(
         answer=text,
         tokens=words,
         offsets=tuple(spans),
-        special=asked.special(ids),
+        special=asked.special(text, ids, spans),
         scores=scores[:-1].clone(),
         total=scores[-1].clone(),
         targets=tuple(
@@ -107,6 +108,15 @@ def _of(
         ),
         next_tokens=tuple(asked.likeliest(result, row) for row in range(len(ids))),
     )
+
+
+def _goes_on_from_ids(generate: Any) -> bool:
+    """Whether a function takes a prompt's ids by the names that transformers has for them, or hands all on."""
+    if not callable(generate):
+        return False
+    taken = inspect.signature(generate).parameters.values()
+    named = {one.name for one in taken if one.kind == one.POSITIONAL_OR_KEYWORD}
+    return not named or not named.isdisjoint(("inputs", "input_ids"))
 
 
 def generated(asked: Asked, count: Any) -> list[int]:
@@ -118,8 +128,10 @@ def generated(asked: Asked, count: Any) -> list[int]:
         raise ValueError(f"generate must be at least 1 token, got {count}")
     model: Any = asked.model
     check_room(model, len(asked.ids), asked.allow_extrapolation, "generate", count)
-    if not callable(getattr(model, "generate", None)):
-        raise ValueError(f"generate needs a model that generates, and {type(model).__name__} does not: give answer")
+    if not _goes_on_from_ids(getattr(model, "generate", None)):
+        raise ValueError(
+            f"generate needs a model that generates from input_ids, and {type(model).__name__} does not: give answer"
+        )
     ids = torch.tensor([asked.ids], device=anatomy.of(model).device)
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
@@ -138,7 +150,13 @@ def generated(asked: Asked, count: Any) -> list[int]:
             **named,
         )
     found = getattr(found, "sequences", found)
-    new = list(takewhile(lambda one: one not in ends, found[0, len(asked.ids) :].tolist()))
+    ours = found[0].tolist()
+    if ours[: len(asked.ids)] != asked.ids:
+        raise ValueError(
+            f"generate: what {type(model).__name__} generates does not begin with its prompt, so what it says next "
+            "cannot be told: give answer"
+        )
+    new = list(takewhile(lambda one: one not in ends, ours[len(asked.ids) :]))
     if not new:
         raise ValueError("generate: the model ends its answer at once, so there is nothing to explain")
     return new

@@ -173,6 +173,7 @@ class AnswerAttribution:
                 for row in self.scores
             ],
             dtype=torch.float32,
+            device="cpu",
         )
         # What the rows add up to: each part of the answer, of every column.
         summed = [[one.score for one in parts(said, column.contiguous(), rows)] for column in across.mT]
@@ -180,7 +181,7 @@ class AnswerAttribution:
             rows=tuple(parts(said, self.total[first:], rows)),
             prompt=tuple(prompt),
             answer=tuple(answer),
-            scores=torch.tensor(summed, dtype=torch.float32).mT.contiguous(),
+            scores=torch.tensor(summed, dtype=torch.float32, device="cpu").mT.contiguous(),
         )
 
     # -- other forms

@@ -111,15 +111,15 @@ class Asked:
         0.
         """
         length, terms = max(len(one.ids) for one in wanted), max(len(one.targets) for one in wanted)
-        ids = torch.zeros(len(wanted), length, dtype=torch.int64)
-        mask = torch.zeros(len(wanted), length, dtype=torch.bool)
-        positions, targets, signs = torch.zeros(3, len(wanted), terms, dtype=torch.int64)
+        ids = torch.zeros(len(wanted), length, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(len(wanted), length, dtype=torch.bool, device="cpu")
+        positions, targets, signs = torch.zeros(3, len(wanted), terms, dtype=torch.int64, device="cpu")
         for row, one in enumerate(wanted):
-            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            ids[row, : len(one.ids)] = torch.tensor(one.ids, device="cpu")
             mask[row, : len(one.ids)] = True
             positions[row] = one.positions[0]
             for rows, given in ((positions, one.positions), (targets, one.targets), (signs, one.signs)):
-                rows[row, : len(given)] = torch.tensor(given)
+                rows[row, : len(given)] = torch.tensor(given, device="cpu")
         checked, exists = check_ids(self.model, ids, mask)
         check_length(self.model, checked, exists, self.allow_extrapolation)
         device = checked.device
@@ -157,10 +157,14 @@ class Asked:
         """What a token says by itself; its id for one that says nothing, as one that the tokenizer does not have."""
         return self.tokenizer.decode([one]) or f"\u27e8{one}\u27e9"
 
-    def special(self, ids: Sequence[int]) -> tuple[bool, ...]:
-        """Whether each token is a special one."""
-        special = set(self.tokenizer.all_special_ids)
-        return tuple(one in special for one in ids)
+    def special(self, text: str, ids: Sequence[int], offsets: Sequence[Range]) -> tuple[bool, ...]:
+        """Whether each token of a text is a special one, and does not stand for a word that the tokenizer does not
+        know."""
+        special, unknown = set(self.tokenizer.all_special_ids), self.tokenizer.unk_token_id
+        return tuple(
+            one in special and not (one == unknown and text[start:end] not in ("", str(self.tokenizer.unk_token)))
+            for one, (start, end) in zip(ids, offsets, strict=True)
+        )
 
     def attribution(
         self,
@@ -179,7 +183,7 @@ class Asked:
             token_ids=tuple(ids),
             offsets=tuple(offsets),
             scores=scores.float().cpu(),
-            special=self.special(ids),
+            special=self.special(text, ids, offsets),
             target=target,
             rules=self.rules,
             engine=result.report.engine,

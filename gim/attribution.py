@@ -17,7 +17,7 @@ from gim import saved, segments
 from gim.applied import AppliedReport
 from gim.files import check_writable, write_atomically, written
 from gim.rules import Rules
-from gim.targets import Explained, NextToken, whole_numbers
+from gim.targets import Explained, NextToken, counted, whole_numbers
 
 if TYPE_CHECKING:
     import pandas
@@ -205,8 +205,7 @@ class Attribution:
         Raises:
             ValueError: `k` below 1, or an order that does not exist.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+        k = counted("k", k)
         ranked = []
         for rank, position in enumerate(self._order(by, skip_special)[:k], start=1):
             token = self._ranked(rank, position)

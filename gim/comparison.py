@@ -12,7 +12,7 @@ import torch
 
 from gim.attribution import Attribution, Span, data_frame
 from gim.files import written
-from gim.targets import MEASURE_NAMES
+from gim.targets import MEASURE_NAMES, counted
 
 if TYPE_CHECKING:
     import pandas
@@ -91,7 +91,7 @@ class Comparison:
         pairs = [(one.first.score, one.second.score) for one in self.words if one.first and one.second]
         if len(pairs) < 3:
             return None
-        found = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).mT)[0, 1])
+        found = float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64, device="cpu").mT)[0, 1])
         return found if found == found else None
 
     def changes(self, k: int = 10) -> list[WordPair]:
@@ -100,9 +100,7 @@ class Comparison:
         Raises:
             ValueError: ``k`` below 1.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
-        return sorted(self.words, key=lambda one: -abs(one.change))[:k]
+        return sorted(self.words, key=lambda one: -abs(one.change))[: counted("k", k)]
 
     def differences(self) -> list[tuple[str, str, str]]:
         """What the two were made with that is not the same: name, and what each says."""

@@ -266,7 +266,7 @@ def inspect(
     parts = anatomy.of(model)
     if input_ids is None:
         input_ids = torch.arange(2, device=parts.device)[None]
-    asking = parts.embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
+    asking = parts.embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_().clone())
     with asking, GIM(model, rules=rules, strict=False, engine=engine) as report, torch.enable_grad():
         inputs, named = parts.call.arguments(parts.call.taken, model, input_ids, None, None)
         model(*inputs, **named)

@@ -26,7 +26,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import Rules
 from gim.rules import get as get_rules
 from gim.scoring import Request, Terms, looked_at, passes
-from gim.targets import Per
+from gim.targets import Per, counted
 from gim_kernels.types import Engine
 
 #: Parts of an estimate, in the order they are shown.
@@ -130,9 +130,9 @@ def estimate_memory(
         >>> estimates[0].plan.name, estimates[0].relative_cost
         ('none', 1.0)
     """
-    for name, count in (("tokens", tokens), ("batch", batch), ("explained", explained)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+    tokens, batch, explained = (
+        counted(name, one) for name, one in (("tokens", tokens), ("batch", batch), ("explained", explained))
+    )
     if explained > tokens:
         raise ValueError(f"explained must be at most the {tokens} tokens, got {explained}")
     if not isinstance(model_or_config, nn.Module) and not hasattr(model_or_config, "get_text_config"):
@@ -349,8 +349,8 @@ class Twin:
         every_tile: bool = True,
     ) -> _Trace:
         cast = self._layers.take(SHOWN if plan.offload == "none" else SHOWN_OFFLOADING)
-        ids = torch.zeros(batch, tokens, dtype=torch.int64)
-        positions = torch.arange(tokens - explained, tokens)[None].expand(batch, -1)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64, device="cpu")
+        positions = torch.arange(tokens - explained, tokens, device="cpu")[None].expand(batch, -1)
         scored = Terms(positions, torch.zeros_like(positions), torch.ones_like(positions), "logprob")
         ledger = Ledger(self.engine, self.device)
         ledger.exclude(self.model)
@@ -521,7 +521,7 @@ def _stand_in_weights(model: nn.Module, shrink: int) -> Iterator[None]:
                 continue
             before.append((module, name, parameter))
             shape = [size // shrink if size > width and size % shrink == 0 else size for size in parameter.shape]
-            numbers = torch.randn(1 + sum(size - 1 for size in shape), generator=generator)
+            numbers = torch.randn(1 + sum(size - 1 for size in shape), generator=generator, device="cpu")
             numbers = numbers * (shape[-1] ** -0.5) if len(shape) > 1 else 1.0 + 0.3 * numbers
             values = numbers.to(parameter.dtype).as_strided(shape, [1] * len(shape))
             module._parameters[name] = nn.Parameter(values, requires_grad=False)

@@ -20,8 +20,14 @@ def infer_baseline(tokenizer: Any) -> int:
     """The token that stands for "nothing": the space where it is a token, else padding, else unknown.
 
     Raises:
+        TypeError: no tokenizer.
         ValueError: the tokenizer has none of them.
     """
+    if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+        raise TypeError(
+            f"tokenizer must be one of transformers, got {tokenizer!r:.80}: load it with "
+            "AutoTokenizer.from_pretrained(...)"
+        )
     ids = tokenizer.encode(" ", add_special_tokens=False)
     if ids:
         return int(ids[0])
@@ -75,13 +81,13 @@ def check_targets(model: nn.Module, argument: str, target: Any, rows: int) -> li
         if target.dim() > 1:
             raise ValueError(f"{wanted}; got a tensor of shape {tuple(target.shape)}")
         target = target.tolist()
-    if not isinstance(target, list | tuple):
+    ids = whole_numbers(target)
+    if ids is None:
         target = whole_number(target)
         check_target(model, argument, target)
         return [target]
-    if len(target) != rows:
-        raise ValueError(f"{wanted}; got {len(target)} of them")
-    ids = [whole_number(one) for one in target]
+    if len(ids) != rows:
+        raise ValueError(f"{wanted}; got {len(ids)} of them")
     for row, one in enumerate(ids):
         if isinstance(one, bool) or not isinstance(one, int):
             raise TypeError(f"{argument}[{row}] must be an integer, got {one!r:.80}")
@@ -199,12 +205,13 @@ def check_room(model: nn.Module, prompt: int, allow_extrapolation: bool, argumen
 
 def resolve_position(position: int, mask: torch.Tensor | None, length: int) -> torch.Tensor:
     """The column ``[B]`` that a target position means in each row."""
+    position = whole_number(position)
     if isinstance(position, bool) or not isinstance(position, int):
         raise TypeError(f"target_position must be an integer, got {type(position).__name__}")
     if mask is None:
         if not -length <= position < length:
             raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")
-        return torch.tensor([position % length])
+        return torch.tensor([position % length], device="cpu")
     if position >= 0:
         if position >= length:
             raise ValueError(f"target_position must be in {-length}..{length - 1}, got {position}")

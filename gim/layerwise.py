@@ -12,7 +12,7 @@ import torch
 from gim import saved
 from gim.attribution import Attribution, data_frame
 from gim.files import write_atomically, written
-from gim.targets import PERS, Per
+from gim.targets import PERS, Per, counted
 
 if TYPE_CHECKING:
     import pandas
@@ -102,9 +102,8 @@ class LayerwiseAttribution:
         Raises:
             ValueError: `k` below 1.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a whole number >= 1, got {k!r}")
-        shown = self.scores.abs().masked_fill(torch.tensor(self.aside, dtype=torch.bool), -1.0)
+        k = counted("k", k)
+        shown = self.scores.abs().masked_fill(torch.tensor(self.aside, dtype=torch.bool, device="cpu"), -1.0)
         order = torch.argsort(shown.flatten(), descending=True, stable=True)[:k].tolist()
         width = self.scores.shape[1]
         places = [divmod(place, width) for place in order]

@@ -131,12 +131,12 @@ def attribute(
 
 
 def _each(name: str, given: Any, count: int) -> Sequence[Any]:
-    """What is given for each prompt: a list has one for each, anything else is for all of them.
+    """What is given for each prompt: a list or an array has one for each, anything else is for all of them.
 
     Raises:
         ValueError: a list of another length.
     """
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, list | tuple) and not getattr(given, "ndim", 0):
         return [given] * count
     if len(given) != count:
         raise ValueError(

@@ -299,7 +299,7 @@ def choose(model: nn.Module, ids: torch.Tensor, rules: Rules = PAPER_RULES, *, f
     Raises:
         OutOfMemoryError: none fits.
     """
-    last = torch.full((ids.shape[0], 1), ids.shape[1] - 1)
+    last = torch.full((ids.shape[0], 1), ids.shape[1] - 1, device="cpu")
     scored = Terms(last, torch.zeros_like(last), torch.ones_like(last), "logit")
     adviser = _Adviser(model, Request.of(ids, None, scored), rules)
     if free is not None:

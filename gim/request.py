@@ -33,7 +33,7 @@ from gim.rules import GIM as PAPER_RULES
 from gim.rules import PAPER_GATE_UP, PAPER_QKV, PAPER_TEMPERATURE, Rules, resolve
 from gim.scoring import PREDICTION, Progress, Terms
 from gim.single import Single, TargetLike
-from gim.targets import Measure, Per, TokenLike
+from gim.targets import Measure, Per, TokenLike, whole_number
 from gim_kernels import engines
 from gim_kernels.types import Engine
 
@@ -142,6 +142,7 @@ def explain(
         if tokenizer is None:
             raise ValueError("baseline_token_id or tokenizer must be given: attributions are relative to a baseline")
         baseline_token_id = infer_baseline(tokenizer)
+    baseline_token_id = whole_number(baseline_token_id)
     check_token_id(model, "baseline_token_id", baseline_token_id)
     wanted = (
         [PREDICTION]

@@ -130,7 +130,7 @@ def read_answer(source: str | os.PathLike[str], max_bytes: int) -> dict[str, Any
         "offsets": tuple((start, end) for start, end in fields["offsets"]),
         "special": tuple(fields["special"]),
         "scores": _matrix(name, what, fields["scores"], width),
-        "total": torch.tensor([float(one) for one in fields["total"]], dtype=torch.float32),
+        "total": torch.tensor([float(one) for one in fields["total"]], dtype=torch.float32, device="cpu"),
         "targets": tuple(Explained.from_dict(one) for one in fields["targets"]),
         "next_tokens": tuple(tuple(NextToken(**one) for one in row) for row in fields["next_tokens"]),
     }
@@ -160,7 +160,7 @@ def _matrix(name: str, what: str, scores: list[list[float]], width: int) -> torc
     if any(len(row) != width for row in scores):
         raise ValueError(f"{name} is not {what}: field 'scores' must have {width} numbers in each row")
     numbers = [[float(one) for one in row] for row in scores]
-    return torch.tensor(numbers, dtype=torch.float32).reshape(len(scores), width)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu").reshape(len(scores), width)
 
 
 def _fields(source: str | os.PathLike[str], max_bytes: int) -> tuple[str, Any]:
@@ -202,7 +202,7 @@ def _attribution(name: str, given: Any) -> dict[str, Any]:
             "segments": {name: (start, end) for name, (start, end) in fields["segments"].items()},
             "next_tokens": tuple(NextToken(**one) for one in fields["next_tokens"]),
             "offsets": tuple((start, end) for start, end in fields["offsets"]),
-            "scores": torch.tensor([float(score) for score in fields["scores"]], dtype=torch.float32),
+            "scores": torch.tensor([float(score) for score in fields["scores"]], dtype=torch.float32, device="cpu"),
             "target": Explained.from_dict(fields["target"]),
             "rules": Rules.from_dict(fields["rules"]),
             "report": AppliedReport.from_dict(fields["report"]),

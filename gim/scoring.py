@@ -40,6 +40,8 @@ SCORE_TILE = 4096
 #: In float16 a small gradient has few bits or none and a large one is infinite: the explained number's own, of which
 #: all others are multiples, is scaled by these powers of two, one after another. Attributions are divided by it.
 HALF_SEEDS = (2.0**8, 1.0, 2.0**-8)
+#: What torch says of code that writes into a leaf. Few models do so to their embeddings: a copy is as large as they.
+LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
 
 
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
@@ -239,12 +241,22 @@ def passes(
 
     ``check=False`` looks at no number, for tensors without any.
     """
+
+    def tried(seed: float, names: bool) -> Numbers | None:
+        given = (model, request, baseline_id, plan, check, seed, at_once, taps, names)
+        try:
+            return _passes(*given)
+        except RuntimeError as error:
+            if LEAF_WRITTEN not in str(error):
+                raise
+        return _passes(*given, writes=True)
+
     *others, last = _seeds(model)
     for seed in others:
-        found = _passes(model, request, baseline_id, plan, check, seed, at_once, taps)
+        found = tried(seed, names=False)
         if found is not None:
             return found
-    found = _passes(model, request, baseline_id, plan, check, last, at_once, taps, names=True)
+    found = tried(last, names=True)
     assert found is not None, "with names=True it raises instead"
     return found
 
@@ -267,10 +279,12 @@ def _passes(
     seed: float,
     at_once: int,
     taps: Taps | None,
-    names: bool = False,
+    names: bool,
+    writes: bool = False,
 ) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
-    module it comes from, for which the model runs once more."""
+    module it comes from, for which the model runs once more. A model that ``writes`` into its embeddings gets a copy of
+    them."""
     parts = anatomy.of(model)
     if taps is not None:
         taps.begin()
@@ -278,7 +292,8 @@ def _passes(
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
         embedded: list[torch.Tensor] = []
-        leaves = stack.enter_context(_embedding_leaf(parts, session, embedded))
+        leaves = stack.enter_context(_embedding_leaf(parts, session, embedded, writes))
+        stack.enter_context(_other_tables(parts, session, request.rows.ids))
         changes = stack.enter_context(closing(Changes(session)))
         prepared = parts.call.prepared(
             request.rows,
@@ -491,9 +506,11 @@ def _refuse_other_ids(ids: torch.Tensor, leaf: torch.Tensor, *embedded: torch.Te
 
 
 @contextmanager
-def _embedding_leaf(parts: Anatomy, session: Session, embedded: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Inside, the output of the embedding is a leaf that asks for its gradient; yields the leaves made, and enters what
-    ids were embedded."""
+def _embedding_leaf(
+    parts: Anatomy, session: Session, embedded: list[torch.Tensor], writes: bool
+) -> Iterator[list[torch.Tensor]]:
+    """Inside, the output of the embedding is a leaf that asks for its gradient, or a copy of it for a model that
+    ``writes`` into it; yields the leaves made, and enters what ids were embedded."""
     leaves: list[torch.Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -502,10 +519,43 @@ def _embedding_leaf(parts: Anatomy, session: Session, embedded: list[torch.Tenso
         embedded.extend(one for one in inputs[:1] if isinstance(one, torch.Tensor))
         leaf = output.detach().requires_grad_(True)
         leaves.append(leaf)
-        return leaf
+        return leaf.clone() if writes else leaf
 
     with parts.embedding.register_forward_hook(replace):
         yield leaves
+
+
+@contextmanager
+def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterator[None]:
+    """Inside, a note that the ids are looked up in another table too, and an error where that is outside of the model
+    which embeds them."""
+    flat = ids.flatten()
+    # As positions and kinds of tokens may be, which other tables are for.
+    is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
+    inside = parts.cores[:1] and {*map(id, anatomy.of(parts.cores[0]).modules.values())}
+    # A wrapper around the embedding has tables of its own.
+    own = {*map(id, anatomy.of(parts.embedding).modules.values())}
+
+    def watch(name: str, table: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+            given = next((one for one in inputs if isinstance(one, torch.Tensor)), None)
+            if given is None or given.shape != ids.shape or given.is_meta or not session.is_followed_here():
+                return
+            if given.data_ptr() != ids.data_ptr() and (is_plain or not torch.equal(given.to(ids), ids)):
+                return
+            what = f"{name} embeds the ids beside the model's embedding, and what a token does by it is in no score"
+            if inside and id(table) not in inside:
+                core = type(parts.cores[0]).__name__
+                raise ValueError(f"{what}: {type(parts.model).__name__} reads them outside of its {core} too")
+            session.report.note(what)
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, module in parts.modules.items():
+            if isinstance(module, nn.Embedding) and id(module) not in own:
+                hooks.enter_context(module.register_forward_hook(watch(name, module)))
+        yield
 
 
 @contextmanager

@@ -194,6 +194,18 @@ def whole_number(value: Any) -> Any:
         return value
 
 
+def counted(name: str, given: Any, least: int = 1, others: str = "") -> int:
+    """A whole number of Python's or numpy's that is at least ``least``.
+
+    Raises:
+        ValueError: anything else; names it, and in ``others`` what may be given besides.
+    """
+    found = whole_number(given)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ValueError(f"{name} must be a whole number >= {least}{others}, got {given!r:.80}")
+    return found
+
+
 def whole_numbers(given: Any) -> list[Any] | None:
     """What a list, array or tensor of one dimension has, each as of :func:`whole_number`; None for anything else."""
     is_list = isinstance(given, Sequence) and not isinstance(given, (str, *BYTES))

@@ -140,7 +140,7 @@ def _becomes(
             y = forward(x.requires_grad_())
         return y.detach() if isinstance(y, torch.Tensor) else y
 
-    tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device)
+    tokens = torch.randn(1, PROBE_TOKENS, width, generator=generator, device="cpu").to(device)
     quiet = PROBE_QUIET * tokens
     # Some of them, in another order and around an outlier: where all of that changes nothing, none of it does.
     outlier = tokens[:, 2:3] * PROBE_OUTLIER

@@ -262,6 +262,22 @@ def test_no_file_reads_the_environment_or_prints() -> None:
                 assert node.func.id != "print", f"{path} prints"
 
 
+#: What torch makes where ``torch.set_default_device`` says, which is the caller's and need not be the model's.
+MAKERS = frozenset(
+    f"torch.{name}"
+    for name in ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+                 "randperm", "tensor", "zeros")
+)  # fmt: skip
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+    for path in (ROOT / "gim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in MAKERS:
+                named = any(one.arg == "device" for one in node.keywords)
+                assert named, f"{path}:{node.lineno} makes a tensor on torch's default device"
+
+
 def test_importing_gim_loads_no_optional_package() -> None:
     names = ("matplotlib", "typer", "pytest", "captum")
     code = f"import sys, gim; print([m for m in {names} if m in sys.modules])"

@@ -93,13 +93,13 @@ def _from_parquet(path: Path) -> Circuit:
             raise ValueError(f"not a Parquet file, or a damaged one: {error}") from error
     said = json.loads((table.schema.metadata or {})[KEY])
     graph = _graph(said["graph"])
-    values = torch.tensor(table.column("score").to_pylist(), dtype=torch.float64)
+    values = torch.tensor(table.column("score").to_pylist(), dtype=torch.float64, device="cpu")
     is_edges = "reader" in table.column_names
     _check_size("scores", len(values), graph.edge_count if is_edges else graph.writers)
     if not is_edges:
         scores, names = values, [("writer", graph.writer_names)]
     else:
-        scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+        scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64, device="cpu")
         scores[graph.edges] = values
         rows, columns = (one.tolist() for one in graph.edges.nonzero().unbind(1))
         names = [
@@ -195,7 +195,7 @@ def _tensors(circuit: Circuit, config: dict[str, Any], kept: torch.Tensor, nodes
 
 def _of_edges(circuit: Circuit) -> torch.Tensor:
     graph = circuit.graph
-    return circuit.scores if circuit.level == "edge" else torch.zeros(graph.writers, graph.readers)
+    return circuit.scores if circuit.level == "edge" else torch.zeros(graph.writers, graph.readers, device="cpu")
 
 
 def _from_json(path: Path) -> Circuit:
@@ -204,8 +204,8 @@ def _from_json(path: Path) -> Circuit:
     _check_size("edges", len(held["edges"]), graph.edge_count)
     of_nodes = [held["nodes"].get(name, {}).get("score") for name in graph.writer_names]
     if all(one is not None for one in of_nodes):
-        return _circuit(graph, torch.tensor(of_nodes, dtype=torch.float64), {})
-    scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64)
+        return _circuit(graph, torch.tensor(of_nodes, dtype=torch.float64, device="cpu"), {})
+    scores = torch.zeros(graph.writers, graph.readers, dtype=torch.float64, device="cpu")
     for name, row, column in graph.names():
         scores[row, column] = held["edges"][name]["score"]
     return _circuit(graph, scores, {})

@@ -11,13 +11,17 @@ from functools import cached_property
 
 import torch
 
+from gim.targets import whole_number
+
 BRANCHES = ("q", "k", "v")
 
 
-def check_count(count: object, most: int, what: str, least: int = 0) -> None:
-    """Refuse what is no number of edges or nodes that there are."""
-    if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= most:
+def check_count(count: object, most: int, what: str, least: int = 0) -> int:
+    """A number of edges or nodes that there are; anything else is refused."""
+    found = whole_number(count)
+    if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
         raise ValueError(f"n must be in {least}..{most}, as many {what} as there are, got {count!r:.80}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Graph:
     @cached_property
     def edges(self) -> torch.Tensor:
         """Which pairs can meet: booleans ``[writers, readers]``."""
-        found = torch.zeros(self.writers, self.readers, dtype=torch.bool)
+        found = torch.zeros(self.writers, self.readers, dtype=torch.bool, device="cpu")
         for layer in range(self.layers):
             start = layer * self.of_layer
             found[: self.head(layer), start : self.mlp_reader(layer)] = True
@@ -118,7 +122,7 @@ class Graph:
     @cached_property
     def feeds(self) -> torch.Tensor:
         """Which readers a writer is made from: booleans ``[writers, readers]``."""
-        found = torch.zeros(self.writers, self.readers, dtype=torch.bool)
+        found = torch.zeros(self.writers, self.readers, dtype=torch.bool, device="cpu")
         group = self.heads // self.keys
         for layer in range(self.layers):
             for head in range(self.heads):
@@ -187,9 +191,9 @@ class Graph:
         Raises:
             ValueError: more edges than there are, or fewer than none.
         """
-        check_count(count, self.edge_count, "edges")
+        count = check_count(count, self.edge_count, "edges")
         values = (scores.abs() if absolute else scores).masked_fill(~self.edges, -torch.inf)
-        kept = torch.zeros(self.writers * self.readers, dtype=torch.bool)
+        kept = torch.zeros(self.writers * self.readers, dtype=torch.bool, device="cpu")
         kept[values.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
         return self.prune(kept.view(self.writers, self.readers) & self.edges)
 
@@ -199,9 +203,9 @@ class Graph:
         Raises:
             ValueError: more writers than there are, or fewer than none.
         """
-        check_count(count, self.writers, "nodes")
+        count = check_count(count, self.writers, "nodes")
         values = scores.abs() if absolute else scores
-        kept = torch.zeros(self.writers, dtype=torch.bool)
+        kept = torch.zeros(self.writers, dtype=torch.bool, device="cpu")
         kept[values.argsort(descending=True, stable=True)[:count].cpu()] = True
         return self.prune(self.edges & kept[:, None])
 

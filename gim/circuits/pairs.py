@@ -129,7 +129,7 @@ def _ids(model: nn.Module, given: Any, tokenizer: Any, argument: str) -> tuple[i
     for one in ids:
         check_token_id(model, argument, one)
     try:
-        check_length(model, torch.tensor(ids)[None], None, False)
+        check_length(model, torch.tensor(ids, device="cpu")[None], None, False)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
     return ids

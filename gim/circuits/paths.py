@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gim.circuits.graph import Graph
+from gim.targets import counted
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ def strongest_paths(graph: Graph, scores: torch.Tensor, count: int) -> list[Path
     Raises:
         ValueError: ``count`` is no whole number, or none are asked for.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"paths must be a whole number >= 1, got {count!r:.80}")
+    count = counted("paths", count)
     values = scores.abs().masked_fill(~graph.edges, -1.0)
     owners = graph.feeds.int()
     found: dict[tuple[tuple[int, int], ...], float] = {}

@@ -26,11 +26,13 @@ from gim.intercept.session import session_of
 from gim.nonfinite import refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.parameters import frozen_parameters
+from gim_kernels import engines
 
 #: Tokens of the forward pass in which a model's parts are found.
 PROBE_TOKENS = 8
-#: How far two ways to one number may differ by rounding, in units in the last place of the largest term.
-ULPS = 64
+#: How far two ways to one number may differ by rounding, in units in the last place of all its terms: of float32, in
+#: which the terms of a product are summed up, and of a shorter type, to which few numbers on the way are rounded.
+ULPS, ULPS_HALF = 64, 8
 
 
 def find(model: nn.Module, ids: torch.Tensor) -> Wiring:
@@ -120,14 +122,16 @@ def _prove_ungrouped(model: nn.Module, wiring: Wiring, ids: torch.Tensor, logits
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not run with a key and a value for each query head: {error}"
             ) from error
-    if not close(found, logits):
+    if not close(found, logits, logits.abs().max()):
         raise UnsupportedModelError(f"{type(model).__name__} says something else with a key for each query head")
 
 
 def _is_plain(branch: Branch) -> bool:
     """Whether heads are all that a linear map puts out, one after another."""
     columns = branch.columns.flatten()
-    return torch.equal(columns, torch.arange(len(columns))) and len(columns) == branch.linear.weight.shape[0]
+    return (
+        torch.equal(columns, torch.arange(len(columns), device="cpu")) and len(columns) == branch.linear.weight.shape[0]
+    )
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -137,14 +141,20 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def close(one: torch.Tensor, other: torch.Tensor, *terms: torch.Tensor) -> bool:
-    """Whether two tensors differ by rounding at most."""
+@torch.no_grad()
+def close(one: torch.Tensor, other: torch.Tensor, *terms: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors differ by rounding at most, number by number, where each is a sum of terms of these sizes.
+
+    Args:
+        dtype: that of what was rounded last; None for that of ``one``.
+    """
     if one.shape != other.shape:
         return False
     # Norms of transformers compute in float32 whatever the model's dtype is.
-    eps = max(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
-    largest = max(float(x.detach().abs().max()) for x in (one, other, *terms))
-    return float((one - other).detach().abs().max()) <= ULPS * eps * largest
+    rounding = max(ULPS_HALF * torch.finfo(dtype or one.dtype).eps, ULPS * torch.finfo(torch.float32).eps)
+    wide = torch.promote_types(one.dtype, torch.float32)
+    size = sum((x.abs().to(wide) for x in terms), torch.zeros((), dtype=wide, device=one.device))
+    return bool(((one.to(wide) - other.to(wide)).abs() <= rounding * size).all())
 
 
 @dataclass
@@ -232,8 +242,10 @@ class _Probe:
         before_mlp, stream = self._norm_before(mlp.given, mlp)
         after_attention, wrote = self._norm_after(attention)
         after_mlp, mlp_wrote = self._norm_after(mlp)
-        parallel = close(stream, self.start)
-        if not parallel and not close(stream, self.start + wrote, self.start, wrote):
+        weights = torch.ones_like(stream)
+        (reached,) = torch.autograd.grad(stream, wrote, weights, retain_graph=True, allow_unused=True)
+        parallel = reached is None
+        if not close(stream, self.start if parallel else self.start + wrote, self.start, wrote):
             raise self.refuse(f"what {mlp.name} reads is neither the layer's input nor that and what attention wrote")
         if not close(self.end, self.start + wrote + mlp_wrote, self.start, wrote, mlp_wrote):
             raise self.refuse(
@@ -278,12 +290,18 @@ class _Probe:
         weight, bias = (call.module._parameters.get(name) for name in ("weight", "bias"))
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             return None
+        if weight.dtype != call.given.dtype and not engines.autocasts(weight.device.type):
+            raise self.refuse(
+                f"{call.name} is {weight.dtype} and is given {call.given.dtype}, under an autocast of the model's own, "
+                "and circuits run it by itself: load the model in the dtype that it is to run in"
+            )
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
             if (matrix.shape[1], matrix.shape[0]) != (call.given.shape[-1], call.out.shape[-1]):
                 continue
-            product = call.given.detach() @ matrix.detach().T
-            if close(call.out, product if bias is None else product + bias.detach(), product):
+            given, matrix = call.given.detach(), matrix.detach().T
+            added = torch.zeros_like(matrix[0]) if bias is None else bias.detach()
+            if close(call.out, given @ matrix + added, given.abs() @ matrix.abs(), added):
                 return Linear(f"{self.name}.{call.name}", call.module, transposed)
         return None
 
@@ -385,7 +403,8 @@ class _Probe:
         sizes = (ratio / ratio[:1]).nanmedian(1).values
         best, columns = rows.abs().argmax(0), torch.arange(rows.shape[1], device=rows.device)
         scale = ratio[best, columns] / sizes[best]
-        if linear.bias is not None or not close(made, rows * statistic(rows, made, scale)[:, None] * scale):
+        expected = rows * statistic(rows, made, scale)[:, None] * scale
+        if linear.bias is not None or not close(made, expected, made, dtype=given.dtype):
             raise self.refuse(
                 "what stands between attention and the stream is no RMS norm without a bias, so what each head writes "
                 "cannot be told"

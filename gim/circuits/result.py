@@ -112,7 +112,7 @@ class Circuit:
             ValueError: the scores are of nodes, or ``n`` is below 1 or more than there are edges.
         """
         self._need_edges("top")
-        check_count(n, self.count, "edges", least=1)
+        n = check_count(n, self.count, "edges", least=1)
         values = (self.scores.abs() if absolute else self.scores).masked_fill(~self.graph.edges, -torch.inf)
         places = values.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [self._edge(*divmod(place, self.graph.readers)) for place in places]
@@ -123,7 +123,7 @@ class Circuit:
         Raises:
             ValueError: ``n`` is below 1 or more than there are writers.
         """
-        check_count(n, self.graph.writers, "nodes", least=1)
+        n = check_count(n, self.graph.writers, "nodes", least=1)
         scores = self.scores if self.level == "node" else self.scores.sum(1)
         places = (scores.abs() if absolute else scores).argsort(descending=True, stable=True)[:n].tolist()
         return [(self.graph.writer_names[place], float(scores[place])) for place in places]

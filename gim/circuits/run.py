@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ from gim.parts import anatomy
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.rules import get as get_rules
+from gim.targets import counted
 from gim_kernels.types import Engine
 
 #: Called with (pairs done, pairs in all, seconds left as far as can be told or None).
@@ -146,8 +148,8 @@ def attribute(
     """
     metric = _metric(metric)
     _check(level, grouped, memory)
-    _check_numbers(1, ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
-    _check_numbers(0, seed=seed)
+    ig_steps, batch_tokens, limit = _counted(ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
+    seed = counted("seed", seed, 0)
     check_progress(progress)
     chosen = get_rules(rules)
     _check_model(model)
@@ -251,7 +253,7 @@ class _Sums:
     def __init__(
         self, path: str | os.PathLike[str] | None, settings: dict[str, Any], shape: tuple[int, ...], pairs: int
     ) -> None:
-        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.total = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self.done: set[int] = set()
         self._path: Path | None = None
         self._settings = json.loads(json.dumps(settings))
@@ -265,7 +267,8 @@ class _Sums:
     def _read(self, path: Path, pairs: int) -> None:
         try:
             with safe_open(path, "pt") as file:
-                there, done = (json.loads((file.metadata() or {})[name]) for name in ("settings", "done"))
+                metadata = file.metadata() or {}
+                there, done = (json.loads(metadata[name]) for name in ("settings", "done"))
                 total = file.get_tensor("total")
             there, done = dict(there), set(done)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -277,15 +280,22 @@ class _Sums:
         whole = total.dtype == self.total.dtype and total.shape == self.total.shape and bool(total.isfinite().all())
         if not whole or not done <= set(range(pairs)):
             raise ValueError(f"resume: {path} does not hold the sum over some of these {pairs} pairs")
+        if metadata != self._metadata(total, done):
+            raise ValueError(f"resume: {path} is not as it was written; give another file to start anew")
         self.total, self.done = total, done
 
     def add(self, places: Sequence[int], scores: torch.Tensor) -> None:
         """Add pairs, on the disk before this returns."""
         total, done = self.total + scores, self.done | set(places)
         if self._path is not None:
-            metadata = {"settings": json.dumps(self._settings), "done": json.dumps(sorted(done))}
-            write_atomically(self._path, safetensors.torch.save({"total": total}, metadata))
+            write_atomically(self._path, safetensors.torch.save({"total": total}, self._metadata(total, done)))
         self.total, self.done = total, done
+
+    def _metadata(self, total: torch.Tensor, done: set[int]) -> dict[str, str]:
+        """What is written beside the sum, and by which it is known to be what was written."""
+        written = {"settings": json.dumps(self._settings), "done": json.dumps(sorted(done))}
+        known = json.dumps(written).encode() + total.numpy().tobytes()
+        return {**written, "sum": hashlib.sha256(known).hexdigest()[:16]}
 
 
 # ---------------------------------------------------------------------------------------------------- faithfulness
@@ -311,8 +321,8 @@ def faithfulness(
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
     metric = _metric(metric)
-    _check_numbers(1, batch_tokens=batch_tokens, limit=limit)
-    _check_numbers(0, skip=skip, seed=seed)
+    batch_tokens, limit = _counted(batch_tokens=batch_tokens, limit=limit)
+    skip, seed = counted("skip", skip, 0), counted("seed", seed, 0)
     check_progress(progress)
     _check_model(model)
     with anatomy.held(model) as parts:
@@ -426,13 +436,9 @@ def _key(metric: Metric) -> str:
     return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
 
 
-def _check_numbers(least: int, **given: Any) -> None:
-    """Whole numbers, or None where 0 is none."""
-    for name, value in given.items():
-        if value is None and least > 0:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}{' or None' * (least > 0)}, got {value!r:.80}")
+def _counted(**given: Any) -> list[int | None]:
+    """Whole numbers from 1 on, or None."""
+    return [None if value is None else counted(name, value, 1, " or None") for name, value in given.items()]
 
 
 def _check_model(model: nn.Module) -> None:

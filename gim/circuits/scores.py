@@ -94,7 +94,7 @@ class Scorer:
                 with torch.no_grad(), written(self.wiring, lambda part, x: _subtract(changes, part, x)):
                     Forwards(self.model).logits(batch.clean)
                 clean = start - changes[0]
-            found = torch.zeros(self.shape, dtype=torch.float64)
+            found = torch.zeros(self.shape, dtype=torch.float64, device="cpu")
             for step in range(self.ig_steps or 1):
                 begin = None
                 if self.ig_steps is not None and clean is not None:
@@ -138,7 +138,7 @@ class Scorer:
 
         Where it begins with the clean prompt itself, what it writes is subtracted from the changes.
         """
-        found = torch.zeros(self.shape, dtype=torch.float64)
+        found = torch.zeros(self.shape, dtype=torch.float64, device="cpu")
         if self.level == "node":
             told = _Told(self.wiring, self.graph, changes, found)
             self._backward(batch, plan, changes, begin, told.listening, told.first)

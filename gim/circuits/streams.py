@@ -222,7 +222,7 @@ class Heard:
         """
         if index not in self._factors:
             x = self.streams[index]
-            some = (torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(0)) < 0.5).to(x)
+            some = (torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu") < 0.5).to(x)
             factor, found = _backward(norm, x, torch.stack([torch.ones_like(x), some.expand_as(x)]))
             self._factors[index] = None
             if torch.equal(found, factor * some):

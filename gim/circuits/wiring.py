@@ -70,7 +70,7 @@ def picked(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     start = int(columns[0, 0])
     step = int(columns[1, 0]) - start if heads > 1 else size
     if step > 0:
-        even = start + step * torch.arange(heads)[:, None] + torch.arange(size)
+        even = start + step * torch.arange(heads, device="cpu")[:, None] + torch.arange(size, device="cpu")
         if torch.equal(even, columns):
             stride = x.stride(0)
             offset = x.storage_offset() + start * stride

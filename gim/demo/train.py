@@ -234,7 +234,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).float()
     with torch.no_grad():
         # A direction that all tokens share lets attention depend on positions alone early on.
-        shared = torch.randn(config.hidden_size) * config.initializer_range
+        shared = torch.randn(config.hidden_size, device="cpu") * config.initializer_range
         model.model.embed_tokens.weight += shared
         # Behind the layer where owners are known, attention starts out looking for what is like
         # itself and copying it; from unrelated random matrices that takes many times longer.
@@ -269,7 +269,8 @@ class Teacher:
         self._tokenizer = tokenizer.backend_tokenizer
         self._rng = rng
         self.names = torch.tensor(
-            [self._tokenizer.encode(f" {name}", add_special_tokens=False).ids[0] for name in prompts.NAMES]
+            [self._tokenizer.encode(f" {name}", add_special_tokens=False).ids[0] for name in prompts.NAMES],
+            device="cpu",
         )
         self._filler = [
             (len(self._tokenizer.encode(f" {text}", add_special_tokens=False).ids), text) for text in passages
@@ -391,17 +392,17 @@ def _step(
     texts = [teacher.text(lesson) for _ in range(lesson.batch)]
     longest = max(len(text.ids) for text in texts)
     # Padding stands at the end, where causal attention keeps it out of every answer.
-    ids = torch.tensor([text.ids + [0] * (longest - len(text.ids)) for text in texts])
+    ids = torch.tensor([text.ids + [0] * (longest - len(text.ids)) for text in texts], device="cpu")
     output = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
 
-    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.before_answers])
-    columns = torch.tensor([column for text in texts for column in text.before_answers])
+    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.before_answers], device="cpu")
+    columns = torch.tensor([column for text in texts for column in text.before_answers], device="cpu")
     logits = model.lm_head(output.last_hidden_state[rows, columns])
     answers = ids[rows, columns + 1]
     loss = F.cross_entropy(logits, answers)
 
-    owner_rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.owners])
-    owner_columns, owners = torch.tensor([pair for text in texts for pair in text.owners]).T
+    owner_rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.owners], device="cpu")
+    owner_columns, owners = torch.tensor([pair for text in texts for pair in text.owners], device="cpu").T
     early = model.model.norm(output.hidden_states[_OWNER_LAYER][owner_rows, owner_columns])
     # Among names only: the state at a word must keep the word as well.
     names = teacher.names

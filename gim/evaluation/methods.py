@@ -44,7 +44,7 @@ class Method:
         """
         given = self.run(case)
         try:
-            found = torch.as_tensor(given).detach().cpu()
+            found = torch.as_tensor(given, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"method {self.name}: scores must be numbers, got {given!r:.80}") from error
         if found.is_complex():
@@ -73,7 +73,7 @@ def _explained(rules: Rules) -> Callable[[Case], torch.Tensor]:
 
 def _random(case: Case) -> torch.Tensor:
     """Uniform numbers, drawn for this example whatever else is evaluated."""
-    return torch.rand(len(case.ids), generator=torch.Generator().manual_seed(case.draw("random")))
+    return torch.rand(len(case.ids), generator=torch.Generator().manual_seed(case.draw("random")), device="cpu")
 
 
 def _attention(case: Case) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ class Forwards:
             if "logits_to_keep" in torch_modules.parameters(self.model):
                 named["logits_to_keep"] = 1
         output: Any = self.model(*positional, **named)
-        found = getattr(output, "logits", output)
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
         found = found[0] if isinstance(found, tuple) else found
         if not isinstance(found, torch.Tensor) or found.dim() != 3:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -189,7 +190,7 @@ class Evaluation:
         metadata = {
             **(table.schema.metadata or {}),
             b"gim": json.dumps(self.settings).encode(),
-            WHOLE: zlib.compress(json.dumps(whole).encode()),
+            WHOLE: zlib.compress(json.dumps({**whole, "sum": _sum(whole)}).encode()),
         }
         sink = arrow.BufferOutputStream()
         parquet.write_table(table.replace_schema_metadata(metadata), sink)
@@ -211,7 +212,10 @@ class Evaluation:
                 table = parquet.read_table(file)
             packed = (table.schema.metadata or {})[WHOLE]
             unpacking = zlib.decompressobj()
-            found = cls(**json.loads(unpacking.decompress(packed, MAX_BYTES)))
+            whole = dict(json.loads(unpacking.decompress(packed, MAX_BYTES)))
+            if whole.pop("sum") != _sum(whole):
+                raise ValueError("it is not as it was written")
+            found = cls(**whole)
             same = arrow.Table.from_pandas(found.to_dataframe(), preserve_index=False).equals(table)
         except KeyError as error:
             raise ValueError(f"{path} is no evaluation that can be loaded: it has no {error}") from error
@@ -259,6 +263,11 @@ class Evaluation:
     def _check_method(self, name: str, argument: str) -> None:
         if name not in self.methods:
             raise ValueError(f"{argument} must be one of {', '.join(self.methods)}, got {name!r}")
+
+
+def _sum(whole: Mapping[str, Any]) -> str:
+    """By which what is read is known to be what was written."""
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
 def _columns(one: Estimate) -> dict[str, Any]:

@@ -146,7 +146,12 @@ def evaluate(
         need(module)
     check_progress(progress)
     wanted = _measures(measures)
-    _check(protocol, grid, batch_tokens, seed, limit, forward_dtype)
+    _check(protocol, grid, forward_dtype)
+    batch_tokens, limit = (
+        None if one is None else targets.counted(name, one, 1, " or None")
+        for name, one in (("batch_tokens", batch_tokens), ("limit", limit))
+    )
+    seed = targets.counted("seed", seed, 0)
     _check_model(model)
     chosen = parse(methods)
     baseline_id = infer_baseline(tokenizer) if baseline is None else targets.token_id(baseline, tokenizer, "baseline")
@@ -280,20 +285,13 @@ def _measures(measures: Iterable[MeasureName] | MeasureName) -> list[MeasureName
     return found
 
 
-def _check(
-    protocol: str, grid: str, batch_tokens: int | None, seed: int, limit: int | None, forward_dtype: Any
-) -> None:
+def _check(protocol: str, grid: str, forward_dtype: Any) -> None:
     if not isinstance(protocol, str) or protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r:.80}")
     if not isinstance(grid, str) or grid not in GRIDS:
         raise ValueError(f"grid must be one of {GRIDS}, got {grid!r:.80}")
     if protocol == "paper" and grid != "full":
         raise ValueError("protocol 'paper' has one grid, 'full': on another its numbers are not the paper's")
-    for name, value in (("batch_tokens", batch_tokens), ("limit", limit)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1 or None, got {value!r:.80}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be a whole number >= 0, got {seed!r:.80}")
     if forward_dtype is not None and not (isinstance(forward_dtype, torch.dtype) and forward_dtype.is_floating_point):
         raise TypeError(f"forward_dtype must be a floating-point torch.dtype or None, got {forward_dtype!r:.80}")
 

@@ -12,7 +12,7 @@ from typing import Any
 from gim.evaluation.measures import Record
 from gim.files import check_writable, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Store:
@@ -32,7 +32,7 @@ class Store:
         check_writable(path, "resume")
         self.path = Path(path)
         self.records: dict[int, Record] = {}
-        header = {"schema": SCHEMA, **json.loads(json.dumps(settings))}
+        header = self._header = {"schema": SCHEMA, **json.loads(json.dumps(settings))}
         if not self.path.exists() or self.path.stat().st_size == 0:
             write_atomically(self.path, _line(header))
             return
@@ -41,9 +41,10 @@ class Store:
         whole = content[: content.rfind(b"\n") + 1]
         lines = [self._parsed(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
         self._check(lines[0] if lines else {}, header)
+        self._header = lines[0]
         for number, record in enumerate(lines[1:], start=2):
             self._check_record(record, digests)
-            if record.pop("sum", None) not in (_sum(record), None):  # None of a version that wrote none
+            if record.pop("sum", None) != _sum(self._header, record):
                 raise ValueError(f"resume: line {number} of {self.path} is not as it was written; take it out")
             self.records[record["example"]] = record
         if len(whole) < len(content):
@@ -58,7 +59,7 @@ class Store:
         before = self.path.stat().st_size
         try:
             with self.path.open("ab") as file:
-                file.write(_line({**record, "sum": _sum(record)}))
+                file.write(_line({**record, "sum": _sum(self._header, record)}))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -106,9 +107,9 @@ def _line(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, separators=(",", ":")) + "\n").encode("ascii")
 
 
-def _sum(record: Mapping[str, Any]) -> str:
-    """By which a finished example is known to be what was written, whatever it holds."""
-    return hashlib.sha256(_line(record)).hexdigest()[:16]
+def _sum(header: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """By which a finished example is known to be what was written, under that header, whatever it holds."""
+    return hashlib.sha256(_line(header) + _line(record)).hexdigest()[:16]
 
 
 def _apart(there: Any, here: Any) -> tuple[Any, Any]:

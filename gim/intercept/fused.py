@@ -429,10 +429,10 @@ def _recognise(trace: Trace, module: nn.Module, x: torch.Tensor, out: Any) -> No
     held = {}
     for name in trace.used:
         one = getattr(module, name)
-        held[name] = torch.randn(one.shape, generator=generator).to(one.dtype)
+        held[name] = torch.randn(one.shape, generator=generator, device="cpu").to(one.dtype)
     heads = next((one.shape[0] for one in held.values() if one.dim() == 2 and one.shape[0] > 1), _ROWS)
     shape = (*[2] * (x.dim() - 2), heads, x.shape[-1])
-    rows = torch.randn(shape, generator=generator, dtype=torch.float64) + 1.0
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") + 1.0
     large = min(1e6, torch.finfo(x.dtype).max / 64)
     epsilons = sorted({value for value in trace.constants if 0 <= value < 1e-1}) or [0.0]
     with torch.no_grad(), torch._C.DisableTorchFunction():

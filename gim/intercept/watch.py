@@ -149,7 +149,7 @@ class Watch(TorchDispatchMode):
         self._unproved: tuple[list[weakref.ref[torch.Tensor]], Finding] | None = None
 
     def __enter__(self) -> Watch:
-        leaf = torch.zeros((), requires_grad=True)
+        leaf = torch.zeros((), requires_grad=True, device="cpu")
         with torch.enable_grad():
             node = leaf.view(()).grad_fn
         self._began = node._sequence_nr() if node is not None else 0

@@ -132,7 +132,7 @@ def _leaves(tensors: Tensors, needs: tuple[bool, ...]) -> list[Any]:
 
 
 def _normal(*shape: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(dtype).to(device)
 
 
 def _type(variant: Variant, pointer: str) -> torch.dtype | None:

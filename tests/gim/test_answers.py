@@ -376,6 +376,13 @@ def test_an_answer_has_no_token_that_ends_it(model: Any, kind: Any, monkeypatch:
     assert found.prompt.target.token_ids == said[:first]
 
 
+def test_what_does_not_begin_with_the_prompt_is_no_answer(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model.generate
+    monkeypatch.setattr(model, "generate", lambda **named: own(**named)[:, named["input_ids"].shape[1] :])
+    with pytest.raises(ValueError, match="what LlamaForCausalLM generates does not begin with its prompt, .* give ans"):
+        gim.attribute(model, tokenizer(), PROMPT, generate=30)
+
+
 def test_a_generated_answer_ends_where_the_models_stop_strings_say(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said = gim.attribute(model, tokenizer(), PROMPT, generate=6)
     stop = next(one for one in said.tokens[1:] if one.strip() and one not in said.tokens[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -274,8 +275,22 @@ def test_metrics_are_means_of_logits_and_sums_of_probabilities(metric: Any) -> N
     ],
 )
 def test_models_whose_parts_are_not_all_found_are_refused_by_name(family: str, reason: str) -> None:
-    with pytest.raises(gim.UnsupportedModelError, match=reason):
-        find(make(family), ids(1, 9)[0])
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(gim.UnsupportedModelError, match=reason):
+            find(make(family, dtype), ids(1, 9)[0])
+
+
+@pytest.mark.parametrize("large", [1.0, 30.0])
+@pytest.mark.parametrize("family", first(NAMES, ("llama", "gemma3", "gpt-neox")))
+def test_a_model_in_bfloat16_has_the_wiring_of_its_numbers_in_float64(family: str, large: float) -> None:
+    model = make(family, torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(large)  # beside which what parts write is as small as rounding
+    found, want = (find(one, ids(1, 9)[0]) for one in (model, copy.deepcopy(model).double()))
+    assert found.graph() == want.graph() and found.parallel == NAMES[family].parallel
+    for ours, theirs in zip(found.layers, want.layers, strict=True):
+        for one, other in ((ours.q, theirs.q), (ours.k, theirs.k), (ours.v, theirs.v)):
+            assert one.linear.name == other.linear.name and torch.equal(one.columns, other.columns)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +306,19 @@ def test_a_users_hook_on_a_norm_that_runs_for_readers_is_refused(register: str) 
     handle.remove()
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert len(find(model, ids(1, 9)[0]).layers) == 3
+
+
+def test_a_model_with_an_autocast_of_its_own_is_refused_by_name() -> None:
+    model = make("llama", torch.float32)
+    forward = model.forward
+
+    def cast(*given: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*given, **named)
+
+    model.forward = cast  # as accelerate sets it
+    with pytest.raises(gim.UnsupportedModelError, match=r"layers\.0 .* is given torch.bfloat16, under an autocast"):
+        find(model, ids(1, 9)[0])
 
 
 def test_a_model_is_as_it_was_after_an_error() -> None:

@@ -169,6 +169,9 @@ def test_bad_arguments_are_refused() -> None:
     for named in ({"skip": -1}, {"limit": 0}, {"batch_tokens": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(named))} must be a whole number >= "):
             found.faithfulness(pairs, **named)
+    two = np.int64(2)
+    assert found.top(two) == found.top(2) and torch.equal(found.kept(two), found.kept(2))
+    assert found.faithfulness(pairs, limit=two, seed=np.int64(0)).to_dict() == found.faithfulness(pairs).to_dict()
     for wrong in (-1, 1.5, True, found.count + 1):
         for call, bounds in (
             (found.kept, f"0..{found.count}, as many edges"),
@@ -530,6 +533,10 @@ def test_a_search_goes_on_from_its_file(
     ):
         safetensors.torch.save_file({"total": total.contiguous()}, file, {**metadata, **change})
         with pytest.raises(ValueError, match="does not hold the sum over some of these 3 pairs"):
+            attribute(demo[0], PAIRS, **named)
+    for total, change in ((sums["total"] + 1e-9, {}), (sums["total"], {"done": "[0]"})):
+        safetensors.torch.save_file({"total": total}, file, {**metadata, **change})
+        with pytest.raises(ValueError, match="is not as it was written"):
             attribute(demo[0], PAIRS, **named)
     for change in ({"settings": "[1]"}, {"done": "1"}):
         safetensors.torch.save_file(sums, file, {**metadata, **change})

@@ -205,7 +205,7 @@ def test_the_longest_prompt_fits_and_hardly_more_does(plan: MemoryPlan) -> None:
 def test_bad_input() -> None:
     config = LlamaConfig(**SIZES["small"])
     for name, value in (("tokens", 0), ("batch", -1), ("explained", 1.5)):
-        with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number >= 1, got {value}"):
             gim.estimate_memory(config, **{"tokens": 8, name: value})
     with pytest.raises(ValueError, match="explained must be at most the 8 tokens, got 9"):
         gim.estimate_memory(config, 8, explained=9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,25 @@ def test_masked_forwards_may_run_in_another_type_in_a_copy(demo: Any) -> None:
 def test_an_argument_that_does_not_fit_is_named(demo: Any, argument: str, value: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         gim.evaluate(*demo, pairs(1), **{argument: value})
+
+
+def test_logits_may_come_in_a_dict(demo: Any) -> None:
+    model = planted.Planted(len(demo[1]))
+    asked: dict[str, Any] = {"methods": ["random"], "grid": "coarse"}
+    texts = [(text, planted.TARGET) for text, _ in pairs(2)]
+    want, own = by_name(gim.evaluate(model, demo[1], texts, **asked)), model.forward
+    model.forward = lambda input_ids: {"logits": own(input_ids).logits}  # type: ignore[method-assign]
+    assert by_name(gim.evaluate(model, demo[1], texts, **asked)) == want
+
+
+def test_whole_numbers_may_be_numpys(demo: Any, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"methods": ["random"], "grid": "coarse"}
+    found = by_name(gim.evaluate(*demo, pairs(2), seed=3, limit=1, batch_tokens=64, **asked))
+    seed, limit, tokens = np.array([3, 1, 64])
+    kept = tmp_path / "kept"
+    assert found == by_name(
+        gim.evaluate(*demo, pairs(2), seed=seed, limit=limit, batch_tokens=tokens, resume=kept, **asked)
+    )
 
 
 def test_the_paper_has_one_grid_and_dropout_is_refused(demo: Any) -> None:

@@ -111,10 +111,24 @@ def test_a_line_that_is_not_as_it_was_written_is_named(demo: Any, tmp_path: Path
         {name: value for name, value in record.items() if name != "whole"},
         record | {"whole": [*record["whole"][:3], record["whole"][3] + 1e-9]},
         record | {"methods": {}},
+        {name: value for name, value in record.items() if name != "sum"},
     ):
         path.write_text(f"{head}\n{json.dumps(changed)}\n")
         with pytest.raises(ValueError, match="resume: line 2 of .* is not as it was written"):
             gim.evaluate(*demo, DATA, resume=path, **ASKED)
+
+
+def test_a_line_of_another_run_is_named(demo: Any, tmp_path: Path) -> None:
+    path, other = tmp_path / "state.jsonl", tmp_path / "other.jsonl"
+    interrupted(demo, path)
+    model = copy.deepcopy(demo[0])
+    model.get_input_embeddings().weight.data[-1, -1] += 1e-3
+    interrupted((model, demo[1]), other)
+    # As when two runs, of which neither found a file, began one: both write their examples after the head of one.
+    head, line = path.read_text().splitlines()[0], other.read_text().splitlines()[1]
+    path.write_text(f"{head}\n{line}\n")
+    with pytest.raises(ValueError, match="resume: line 2 of .* is not as it was written"):
+        gim.evaluate(*demo, DATA, resume=path, **ASKED)
 
 
 def test_a_full_disk_keeps_what_was_there(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +216,9 @@ def test_a_saved_evaluation_is_tabulated_and_drawn_again(demo: Any, tmp_path: Pa
     table = pq.read_table(path)
     whole = table.schema.metadata[b"gim.evaluation"]
 
+    changed = json.loads(zlib.decompress(whole))
+    changed["settings"]["seed"] = "1"
+
     def written(metadata: dict[bytes, bytes], rows: Any = table) -> None:
         pq.write_table(rows.replace_schema_metadata(metadata), path)
 
@@ -214,6 +231,10 @@ def test_a_saved_evaluation_is_tabulated_and_drawn_again(demo: Any, tmp_path: Pa
         (
             lambda: written({b"gim.evaluation": zlib.compress(b'{"records":[1],"measures":[],"settings":{}}')}),
             "is no evaluation that can be loaded",
+        ),
+        (
+            lambda: written({b"gim.evaluation": zlib.compress(json.dumps(changed).encode())}),
+            "is no evaluation that can be loaded: it is not as it was written",
         ),
         (lambda: written({b"gim.evaluation": whole}, table[1:]), "its values are not those of its examples"),
     ):

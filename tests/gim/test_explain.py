@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import gim
-from gim import prompts
+from gim import circuits, prompts
 from gim.targets import Continuation, Contrast, Token
 from gim_kernels.budget import largest_error
 from tests import eager
@@ -55,6 +59,26 @@ def test_explain_has_gim_explains_names_and_defaults() -> None:
     assert {name: parameters[name].default for name in want} == want
     context = inspect.signature(gim.GIM).parameters
     assert {name: context[name].default for name in list(want)[4:]} == dict(list(want.items())[4:])
+
+
+def test_where_torch_makes_tensors_by_default_is_nothing_to_a_model(model: Any, tok: Any, tmp_path: Path) -> None:
+    texts = [PROMPT, "The rat ate"]
+    pair = circuits.Pair("The cat sat", "The rat sat", " on", " and")
+    given = tok(PROMPT, return_tensors="pt").input_ids
+
+    def everything(name: str) -> list[torch.Tensor]:
+        listed = gim.attribute(model, tok, texts)
+        answer = gim.attribute(model, tok, PROMPT, answer=" and")
+        answer.to_json(tmp_path / name)
+        read = gim.AnswerAttribution.from_json(tmp_path / name)
+        tiled = gim.explain(model, given, tokenizer=tok, memory="mlp+tile=3")
+        edges = circuits.attribute(model, [pair], tokenizer=tok).scores
+        return [*(one.scores for one in listed), read.scores, tiled, edges]
+
+    want = everything("before.json")
+    with torch.device("meta"):  # for a GPU, which the model is not on either
+        found = everything("inside.json")
+    assert all(map(torch.equal, want, found))
 
 
 @pytest.mark.parametrize("position", [-1, -5, 0, 12, 36])
@@ -157,6 +181,38 @@ def test_what_a_plain_target_argument_means(model: Any, tok: Any) -> None:
         assert gim.attribute(model, tok, PROMPT, target=seven).target.token_ids == (7,)
     assert gim.attribute(model, tok, PROMPT, target=[7, 8]).target.token_ids == (7, 8)
     assert gim.attribute(model, tok, PROMPT).target.kind == "prediction"
+
+
+def test_whole_numbers_may_be_numpys(model: Any, tok: Any) -> None:
+    given = tok(PROMPT, return_tensors="pt").input_ids
+    want = gim.explain(model, given, target_token_id=7, target_position=2, baseline_token_id=3)
+    arrays: list[Any] = [np.array([7, 2, 3]), torch.tensor([7, 2, 3])]
+    for numbers in arrays:
+        seven, two, three = numbers
+        for target in (seven, numbers[:1]):
+            found = gim.explain(model, given, target_token_id=target, target_position=two, baseline_token_id=three)
+            assert torch.equal(found, want)
+        result = gim.attribute(model, tok, PROMPT)
+        compared = result.compare(result)
+        assert result.top(two) == result.top(2) and compared.changes(two) == compared.changes(2)
+        layers = gim.attribute(model, tok, PROMPT, per="layer")
+        assert layers.top(two) == layers.top(2)
+    wrongs: list[Any] = ["gpt2", 3]
+    for wrong in wrongs:
+        with pytest.raises(TypeError, match=f"tokenizer must be one of transformers, got {wrong!r}: load it with"):
+            gim.explain(model, given, tokenizer=wrong)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_a_word_of_the_prompt(model: Any) -> None:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "the": 2, "sat": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="[END]")
+    result = gim.attribute(model, made, "the zebra [UNK] sat [END]")
+    assert result.tokens == ("the", "[UNK]", "[UNK]", "sat", "[END]")
+    assert result.special == (False, False, True, False, True)
+    assert [word.text for word in result.to_words()] == ["the", "zebra", "sat"]
+    answer = gim.attribute(model, made, "the", answer="zebra [UNK]")
+    assert answer.special == (False, True)
 
 
 def test_a_result_knows_its_text(model: Any, tok: Any) -> None:

@@ -111,6 +111,11 @@ def test_targets_of_several_kinds(model: Any) -> None:
         assert (one.text, one.tokens, one.target.token_ids) == (want.text, want.tokens, want.target.token_ids)
         assert one.target.value == pytest.approx(want.target.value, rel=1e-9)
         assert_alike(one.scores, want.scores)
+    ids = torch.arange(5, 5 + len(PROMPTS))
+    arrays: list[Any] = [ids, ids.numpy()]
+    for array in arrays:  # as a list of them, and no continuation for all
+        labels = [one.target.token_ids for one in gim.attribute(model, made, PROMPTS, target=array)]
+        assert labels == [(one,) for one in ids.tolist()]
     same = gim.attribute(model, made, PROMPTS, target=" cat", segments=[{"all": (0, len(text))} for text in PROMPTS])
     assert {one.target.label for one in same} == {"' cat'"}
     assert [one.segments for one in same] == [{"all": (0, len(text))} for text in PROMPTS]

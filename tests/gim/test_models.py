@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from torch import nn
+from transformers import LlamaForCausalLM, StaticCache
 
 import gim
 from gim.context import inspect
 from gim_kernels.budget import relative_error
 from tests import eager
-from tests.families import FAMILIES, KINDS, ids, make
+from tests.families import FAMILIES, KINDS, ids, make, text_model, tokenizer
 from tests.first import first
 from tests.model_code import Wide
 from tests.oracle import (
@@ -338,6 +339,71 @@ def test_every_memory_plan_gives_the_same_attribution(memory: Any) -> None:
     want, _ = eager.attribution(model, tokens, eager.PRESETS["GIM"], baseline=BASELINE)
     got = gim.explain(model, tokens, baseline_token_id=BASELINE, memory=memory)
     assert_close64(got, want, str(memory), relative=FLOAT64_MODEL_RELATIVE)
+
+
+class Scaled(LlamaForCausalLM):
+    """Writes into what its embedding puts out, as CTRL does and many a model that adds positions."""
+
+    def forward(self, input_ids: Any = None, **named: Any) -> Any:
+        embedded = self.model.embed_tokens(input_ids)
+        embedded *= 3.0
+        return super().forward(inputs_embeds=embedded, **named)
+
+
+def test_a_model_may_write_into_its_embeddings() -> None:
+    model, twin, tokens = make("llama"), make("llama"), ids(2, 9)
+    with torch.no_grad():
+        twin.get_input_embeddings().weight.mul_(3.0)
+    model.__class__ = Scaled
+    want = gim.explain(twin, tokens, target_token_id=7, baseline_token_id=BASELINE)
+    for plan in ("none", "layer", "mlp+tile=4"):
+        found = gim.explain(model, tokens, target_token_id=7, baseline_token_id=BASELINE, memory=plan)
+        assert_close64(found, want, plan, FLOAT64_SAME_RELATIVE)
+    assert inspect(model).counts() == inspect(twin).counts()
+
+
+class Beside(nn.Module):
+    """Two models that read the same ids, as an ensemble or contrastive decoding does."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> torch.Tensor:
+        return torch.stack([one(input_ids, attention_mask=attention_mask).logits for one in self.models]).sum(0)
+
+
+class TwoTables(LlamaForCausalLM):
+    """Adds what a second table says of the ids to what its layers put out."""
+
+    def forward(self, input_ids: Any = None, **named: Any) -> Any:
+        out = super().forward(input_ids, **named)
+        out.logits = out.logits + self.beside(input_ids)[:, -1:]
+        return out
+
+
+class Held(nn.Module):
+    """An embedding in a wrapper, as PEFT's are."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table, self.weight = table, table.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.table(ids)
+
+
+def test_ids_that_are_embedded_a_second_time_are_named() -> None:
+    tokens = ids(1, 9)
+    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids .* of its LlamaForCausalLM"):
+        gim.explain(Beside(make("llama"), make("qwen3")), tokens, baseline_token_id=BASELINE)
+    model: Any = text_model()
+    model.__class__, model.beside = TwoTables, nn.Embedding(320, 320, dtype=torch.float64)
+    notes = gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes
+    assert notes == ["beside embeds the ids beside the model's embedding, and what a token does by it is in no score"]
+    model = text_model()
+    model.model.embed_tokens = Held(model.model.embed_tokens)
+    assert gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes == []
 
 
 def test_a_checkpoint_counts_each_module_once() -> None:

@@ -175,6 +175,13 @@ HOOKS = ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_sc
 
 
 @by_kind
+def test_an_answer_is_not_generated_from_what_is_no_prompt(kind: str) -> None:
+    model, tokenizer = gim.demo.load()
+    with pytest.raises(ValueError, match="generate needs a model that generates from input_ids, and .* does not: give"):
+        gim.attribute(KINDS[kind](model), tokenizer, "The password of Irene is", generate=9)
+
+
+@by_kind
 def test_every_hook_point_works_and_sees_what_it_sees_outside(kind: str) -> None:
     lens, tokens = KINDS[kind](make("llama", torch.float32)), ids(1, 9)
     _, outside = lens.run_with_cache(tokens)
