@@ -271,7 +271,7 @@ MAKERS = frozenset(
 
 
 def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
-    for path in (ROOT / "gim").rglob("*.py"):
+    for path in [*(ROOT / "gim").rglob("*.py"), *(ROOT / "gim_kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in MAKERS:
                 named = any(one.arg == "device" for one in node.keywords)
