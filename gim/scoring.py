@@ -534,7 +534,12 @@ def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterat
     is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
     inside = parts.cores[:1] and {*map(id, anatomy.of(parts.cores[0]).modules.values())}
     # A wrapper around the embedding has tables of its own.
-    own = {*map(id, anatomy.of(parts.embedding).modules.values())}
+    path = next((name for name, module in parts.modules.items() if module is parts.embedding), None)
+    own = {
+        id(module)
+        for name, module in parts.modules.items()
+        if module is parts.embedding or (path and name.startswith(f"{path}."))
+    }
 
     def watch(name: str, table: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
