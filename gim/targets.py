@@ -206,6 +206,11 @@ def counted(name: str, given: Any, least: int = 1, others: str = "") -> int:
     return found
 
 
+def counted_or_none(name: str, given: Any) -> int | None:
+    """The same from 1 on, or None."""
+    return None if given is None else counted(name, given, 1, " or None")
+
+
 def whole_numbers(given: Any) -> list[Any] | None:
     """What a list, array or tensor of one dimension has, each as of :func:`whole_number`; None for anything else."""
     is_list = isinstance(given, Sequence) and not isinstance(given, (str, *BYTES))

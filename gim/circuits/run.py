@@ -34,7 +34,7 @@ from gim.parts import anatomy
 from gim.plan import MemoryPlan
 from gim.rules import Rules
 from gim.rules import get as get_rules
-from gim.targets import counted
+from gim.targets import counted, counted_or_none
 from gim_kernels.types import Engine
 
 #: Called with (pairs done, pairs in all, seconds left as far as can be told or None).
@@ -148,7 +148,8 @@ def attribute(
     """
     metric = _metric(metric)
     _check(level, grouped, memory)
-    ig_steps, batch_tokens, limit = _counted(ig_steps=ig_steps, batch_tokens=batch_tokens, limit=limit)
+    ig_steps = counted_or_none("ig_steps", ig_steps)
+    batch_tokens, limit = counted_or_none("batch_tokens", batch_tokens), counted_or_none("limit", limit)
     seed = counted("seed", seed, 0)
     check_progress(progress)
     chosen = get_rules(rules)
@@ -321,7 +322,7 @@ def faithfulness(
     need("scipy.stats", "circuits")
     sizes = _sizes(sizes)
     metric = _metric(metric)
-    batch_tokens, limit = _counted(batch_tokens=batch_tokens, limit=limit)
+    batch_tokens, limit = counted_or_none("batch_tokens", batch_tokens), counted_or_none("limit", limit)
     skip, seed = counted("skip", skip, 0), counted("seed", seed, 0)
     check_progress(progress)
     _check_model(model)
@@ -434,11 +435,6 @@ def _metric(metric: Any) -> Metric:
 def _key(metric: Metric) -> str:
     """What tells a metric from another: one of our own its name, a function of the user's its code too."""
     return name_of(metric) if metric in METRICS.values() else fingerprint.of_function(metric)
-
-
-def _counted(**given: Any) -> list[int | None]:
-    """Whole numbers from 1 on, or None."""
-    return [None if value is None else counted(name, value, 1, " or None") for name, value in given.items()]
 
 
 def _check_model(model: nn.Module) -> None:

@@ -147,10 +147,8 @@ def evaluate(
     check_progress(progress)
     wanted = _measures(measures)
     _check(protocol, grid, forward_dtype)
-    batch_tokens, limit = (
-        None if one is None else targets.counted(name, one, 1, " or None")
-        for name, one in (("batch_tokens", batch_tokens), ("limit", limit))
-    )
+    batch_tokens = targets.counted_or_none("batch_tokens", batch_tokens)
+    limit = targets.counted_or_none("limit", limit)
     seed = targets.counted("seed", seed, 0)
     _check_model(model)
     chosen = parse(methods)
