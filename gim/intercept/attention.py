@@ -206,12 +206,12 @@ def attend(
     """Attention ``[B, HQ, T, D]`` under a pattern, in O(T) memory."""
     if pattern.unseen:
         key, value = key[:, :, : pattern.keys], value[:, :, : pattern.keys]
+    if pattern.documents is None:
+        return _attend_one(query, key, value, pattern, **options)
 
     def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: KeyPattern) -> torch.Tensor:
         return _attend_one(query, key, value, pattern, **options)
 
-    if pattern.documents is None:
-        return attend_one(query, key, value, pattern)
     if len(pattern.documents) == 1:
         return attend_within(query, key, value, pattern, pattern.documents[0], attend_one)
     done = []
