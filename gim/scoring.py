@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gim import checkpoint
+from gim import checkpoint, embedded
 from gim.applied import AppliedReport
 from gim.context import GIM
 from gim.intercept.gates import Changes
-from gim.intercept.session import Session, session_of, stack_of
+from gim.intercept.session import session_of, stack_of
 from gim.nonfinite import first_nonfinite_gradient, refuse_nonfinite
 from gim.parts import anatomy
 from gim.parts.anatomy import Anatomy
@@ -40,8 +40,6 @@ SCORE_TILE = 4096
 #: In float16 a small gradient has few bits or none and a large one is infinite: the explained number's own, of which
 #: all others are multiples, is scaled by these powers of two, one after another. Attributions are divided by it.
 HALF_SEEDS = (2.0**8, 1.0, 2.0**-8)
-#: What torch says of code that writes into a leaf. Few models do so to their embeddings: a copy is as large as they.
-LEAF_WRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
 
 
 #: Stands in ``Terms.token_ids`` for the model's own prediction.
@@ -242,18 +240,15 @@ def passes(
     ``check=False`` looks at no number, for tensors without any.
     """
 
-    def tried(seed: float, names: bool) -> Numbers | None:
-        given = (model, request, baseline_id, plan, check, seed, at_once, taps, names)
-        try:
-            return _passes(*given)
-        except RuntimeError as error:
-            if LEAF_WRITTEN not in str(error):
-                raise
-        return _passes(*given, writes=True)
+    def tried(seed: float, names: bool = False) -> Numbers | None:
+        def run() -> Numbers | None:
+            return _passes(model, request, baseline_id, plan, check, seed, at_once, taps, names)
+
+        return embedded.copied_if_written(anatomy.of(model), run)
 
     *others, last = _seeds(model)
     for seed in others:
-        found = tried(seed, names=False)
+        found = tried(seed)
         if found is not None:
             return found
     found = tried(last, names=True)
@@ -280,41 +275,33 @@ def _passes(
     at_once: int,
     taps: Taps | None,
     names: bool,
-    writes: bool = False,
 ) -> Numbers | None:
     """:func:`passes` with one seed. Where the gradient is not finite None, or with ``names`` an error that names the
-    module it comes from, for which the model runs once more. A model that ``writes`` into its embeddings gets a copy of
-    them."""
+    module it comes from, for which the model runs once more."""
     parts = anatomy.of(model)
     if taps is not None:
         taps.begin()
     with torch.enable_grad(), frozen_parameters(model), ExitStack() as stack:
         session = session_of(model)
         assert session is not None, "a GIM context is open around this"
-        embedded: list[torch.Tensor] = []
-        leaves = stack.enter_context(_embedding_leaf(parts, session, embedded, writes))
-        stack.enter_context(_other_tables(parts, session, request.rows.ids))
+        leaf = stack.enter_context(embedded.leaf(parts, session, request.rows.ids))
         changes = stack.enter_context(closing(Changes(session)))
         prepared = parts.call.prepared(
             request.rows,
             request.kept,
             narrow=plan.head == "explained",
-            leaves=leaves,
+            leaves=leaf.made,
             replace_forward=changes.replace_forward,
         )
         numbers, wanted, likeliest, probabilities = _explained(parts, request, prepared, check)
-        if len(leaves) != 1:
-            raise ValueError(
-                f"model must embed its input ids once, through get_input_embeddings(); it did so {len(leaves)} times"
-            )
-        _refuse_other_ids(request.rows.ids, leaves[0], *embedded)
+        embeddings = leaf.only()
         if not numbers.requires_grad:
             raise ValueError("the logits do not depend on the input embeddings: the model detaches them")
         values = numbers.detach()
         # All rows of a batch together: none depends on another's tokens.
         explained = numbers if request.scored.total else numbers.sum()[None]
         del numbers
-        found, places, finite = _backwards(parts, request, explained, leaves[0], baseline_id, check, seed, at_once)
+        found, places, finite = _backwards(parts, request, explained, embeddings, baseline_id, check, seed, at_once)
         if request.scored.total:
             values = values[places]
         del explained
@@ -492,75 +479,6 @@ def gradients(
         given = [grad]
         del grad
         yield given.pop()  # held by nobody here while the next is found
-
-
-def _refuse_other_ids(ids: torch.Tensor, leaf: torch.Tensor, *embedded: torch.Tensor) -> None:
-    """An error where the model embedded other ids than it was given, or in another order, as far as that is known."""
-    if leaf.shape[:-1] != ids.shape:
-        what = f"{tuple(leaf.shape[:-1])} of them"
-    elif any(not one.is_meta and not torch.equal(one.to(ids), ids) for one in embedded):
-        what = "other ids, or these in another order"
-    else:
-        return
-    raise ValueError(f"model must embed its input ids as they are, of shape {tuple(ids.shape)}; it embedded {what}")
-
-
-@contextmanager
-def _embedding_leaf(
-    parts: Anatomy, session: Session, embedded: list[torch.Tensor], writes: bool
-) -> Iterator[list[torch.Tensor]]:
-    """Inside, the output of the embedding is a leaf that asks for its gradient, or a copy of it for a model that
-    ``writes`` into it; yields the leaves made, and enters what ids were embedded."""
-    leaves: list[torch.Tensor] = []
-
-    def replace(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if not session.is_followed_here():
-            return output  # somebody else runs the model, on a thread of their own
-        embedded.extend(one for one in inputs[:1] if isinstance(one, torch.Tensor))
-        leaf = output.detach().requires_grad_(True)
-        leaves.append(leaf)
-        return leaf.clone() if writes else leaf
-
-    with parts.embedding.register_forward_hook(replace):
-        yield leaves
-
-
-@contextmanager
-def _other_tables(parts: Anatomy, session: Session, ids: torch.Tensor) -> Iterator[None]:
-    """Inside, a note that the ids are looked up in another table too, and an error where that is outside of the model
-    which embeds them."""
-    flat = ids.flatten()
-    # As positions and kinds of tokens may be, which other tables are for.
-    is_plain = ids.is_meta or bool((flat.diff() == flat.diff()[:1]).all())
-    inside = parts.cores[:1] and {*map(id, anatomy.of(parts.cores[0]).modules.values())}
-    # A wrapper around the embedding has tables of its own.
-    path = next((name for name, module in parts.modules.items() if module is parts.embedding), None)
-    own = {
-        id(module)
-        for name, module in parts.modules.items()
-        if module is parts.embedding or (path and name.startswith(f"{path}."))
-    }
-
-    def watch(name: str, table: nn.Module) -> Callable[..., None]:
-        def see(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-            given = next((one for one in inputs if isinstance(one, torch.Tensor)), None)
-            if given is None or given.shape != ids.shape or given.is_meta or not session.is_followed_here():
-                return
-            if given.data_ptr() != ids.data_ptr() and (is_plain or not torch.equal(given.to(ids), ids)):
-                return
-            what = f"{name} embeds the ids beside the model's embedding, and what a token does by it is in no score"
-            if inside and id(table) not in inside:
-                core = type(parts.cores[0]).__name__
-                raise ValueError(f"{what}: {type(parts.model).__name__} reads them outside of its {core} too")
-            session.report.note(what)
-
-        return see
-
-    with ExitStack() as hooks:
-        for name, module in parts.modules.items():
-            if isinstance(module, nn.Embedding) and id(module) not in own:
-                hooks.enter_context(module.register_forward_hook(watch(name, module)))
-        yield
 
 
 @contextmanager

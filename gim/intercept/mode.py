@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gim.intercept import activations, checkpoints, flex, maps, norms, products, softmax, torch_attention
+from gim.intercept import activations, checkpoints, flex, lookups, maps, norms, products, softmax, torch_attention
 from gim.intercept.frames import running
 from gim.intercept.hooks import hooked
 from gim.intercept.session import Session
@@ -28,6 +28,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **norms.HANDLERS,
     **products.HANDLERS,
     **activations.HANDLERS,
+    **lookups.HANDLERS,
 }
 
 

@@ -78,6 +78,8 @@ class Session:
     see_attention: Callable[..., None] | None = None
     #: Is given each attention's output ``[B, HQ, T, D]``, and gives it back; None where nobody asks.
     see_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
+    #: Is shown the whole numbers by which the model's code looks up rows; None where nobody asks.
+    see_lookup: Callable[[torch.Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         self.report = AppliedReport(rules=self.rules.describe())

@@ -28,6 +28,17 @@ HEADS: tuple[tuple[str, Head], ...] = (
 )
 
 
+@dataclass
+class Habits:
+    """What runs of a model have shown of it.
+
+    Args:
+        writes: whether it writes into what its embedding puts out.
+    """
+
+    writes: bool = False
+
+
 @dataclass(frozen=True)
 class _Names:
     """What is kept of a model: names only, so that it keeps nothing alive and goes into no copy.
@@ -43,6 +54,7 @@ class _Names:
     cores: tuple[str, ...]
     taken: torch_modules.Taken
     packing: Packing = field(default_factory=Packing)
+    habits: Habits = field(default_factory=Habits)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Anatomy:
         head: what logits are of.
         call: how it is called.
         packing: whether several rows may be read in one, which whoever has tried writes down.
+        habits: what runs have shown, likewise.
     """
 
     modules: Mapping[str, nn.Module]
@@ -64,6 +77,7 @@ class Anatomy:
     head: Head
     call: Call
     packing: Packing
+    habits: Habits
     _embedding: str | None
 
     @property
@@ -199,6 +213,7 @@ def of(model: nn.Module) -> Anatomy:
         head=_head(model, *cores),
         call=Call(model, names.front.arguments, names.taken, cores, [layer for _, layer in layers]),
         packing=names.packing,
+        habits=names.habits,
         _embedding=names.embedding,
     )
 

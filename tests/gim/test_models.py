@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, StaticCache
 
@@ -360,6 +362,14 @@ def test_a_model_may_write_into_its_embeddings() -> None:
         found = gim.explain(model, tokens, target_token_id=7, baseline_token_id=BASELINE, memory=plan)
         assert_close64(found, want, plan, FLOAT64_SAME_RELATIVE)
     assert inspect(model).counts() == inspect(twin).counts()
+    ran = []
+    with model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1)):
+        gim.explain(model, tokens, target_token_id=7, baseline_token_id=BASELINE)
+        known = len(ran)
+        gim.explain(twin, tokens, target_token_id=7, baseline_token_id=BASELINE)
+    with twin.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1)):
+        gim.explain(twin, tokens, target_token_id=7, baseline_token_id=BASELINE)
+    assert known == len(ran) - known  # once it is known, such a model runs as often as any other
 
 
 class Beside(nn.Module):
@@ -378,8 +388,22 @@ class TwoTables(LlamaForCausalLM):
 
     def forward(self, input_ids: Any = None, **named: Any) -> Any:
         out = super().forward(input_ids, **named)
-        out.logits = out.logits + self.beside(input_ids)[:, -1:]
+        out.logits = out.logits + self.look_up(self.beside, input_ids)[:, -1:]
         return out
+
+
+#: How a row of a table is had by its number.
+LOOKUPS: dict[str, Callable[[nn.Embedding, torch.Tensor], torch.Tensor]] = {
+    "module": lambda table, ids: table(ids),
+    "function": lambda table, ids: F.embedding(ids, table.weight),
+    "by name": lambda table, ids: F.embedding(weight=table.weight, input=ids.clone()),
+    "index": lambda table, ids: table.weight[ids],
+    "index of columns too": lambda table, ids: table.weight[ids, :],
+    "index_select": lambda table, ids: table.weight.index_select(0, ids.flatten()).view(*ids.shape, -1),
+    "index_select by name": lambda table, ids: torch.index_select(table.weight, dim=0, index=ids[0])[None],
+    "one_hot": lambda table, ids: F.one_hot(ids, len(table.weight)).to(table.weight) @ table.weight,
+    "bag": lambda table, ids: F.embedding_bag(ids.view(-1, 1), table.weight).view(*ids.shape, -1),
+}
 
 
 class Held(nn.Module):
@@ -393,15 +417,22 @@ class Held(nn.Module):
         return self.table(ids)
 
 
-def test_ids_that_are_embedded_a_second_time_are_named() -> None:
-    tokens = ids(1, 9)
-    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens embeds the ids .* of its LlamaForCausalLM"):
-        gim.explain(Beside(make("llama"), make("qwen3")), tokens, baseline_token_id=BASELINE)
+@pytest.mark.parametrize("how", LOOKUPS)
+def test_a_second_table_of_ids_is_noted(how: str) -> None:
     model: Any = text_model()
-    model.__class__, model.beside = TwoTables, nn.Embedding(320, 320, dtype=torch.float64)
-    notes = gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes
-    assert notes == ["beside embeds the ids beside the model's embedding, and what a token does by it is in no score"]
-    model = text_model()
+    model.__class__, model.look_up = TwoTables, LOOKUPS[how]
+    model.beside = nn.Embedding(320, 320, dtype=torch.float64)
+    (note,) = gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes
+    assert note.endswith("looks up the ids beside the model's embedding, and what a token does by it is in no score")
+
+
+def test_ids_that_a_second_model_reads_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"models\.1\.model\.embed_tokens looks up the ids .* of its LlamaForCausalLM"):
+        gim.explain(Beside(make("llama"), make("qwen3")), ids(1, 9), baseline_token_id=BASELINE)
+
+
+def test_a_wrapper_around_the_embedding_is_no_second_table() -> None:
+    model: Any = text_model()
     model.model.embed_tokens = Held(model.model.embed_tokens)
     assert gim.attribute(model, tokenizer(), "The cat sat on the mat").report.notes == []
 
